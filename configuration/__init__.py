@@ -1,0 +1,16 @@
+"""Configurations of the three families."""
+
+from .configuration_bridged import BridgedConfig, num_patches
+from .configuration_flamingo import PerceiverFlamingoConfig
+from .configuration_llava import MLPLlavaConfig
+from .configuration_qformer import QFormerBlip2Config, QFormerConfig
+
+
+__all__ = [
+    "BridgedConfig",
+    "MLPLlavaConfig",
+    "PerceiverFlamingoConfig",
+    "QFormerBlip2Config",
+    "QFormerConfig",
+    "num_patches",
+]

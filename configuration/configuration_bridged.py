@@ -1,0 +1,120 @@
+"""What the three families' configurations share: two frozen parts, one placeholder token, one token count."""
+
+from typing import ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+def num_patches(source, height: int, width: int) -> int:
+    """Number of patch features the vision model gives for one image.
+
+    Args:
+        source: Anything that carries `patch_size`, `num_prefix_tokens` and `vision_feature_select_strategy`: a
+            configuration or a processor.
+        height: Height of the image as the vision model receives it, in pixels.
+        width: Width, in pixels.
+
+    Returns:
+        Patches, and the prefix tokens (CLS, registers) too where the strategy is `"full"`.
+
+    Raises:
+        ValueError: The geometry of the vision model is not known yet.
+    """
+    if source.patch_size is None or source.num_prefix_tokens is None:
+        raise ValueError(
+            f"{type(source).__name__} does not know its vision model's geometry (patch_size={source.patch_size}, "
+            f"num_prefix_tokens={source.num_prefix_tokens}). Building the model fills both in; or pass them."
+        )
+    # Convolutional encoders pad at their borders (ceil); patch embeddings drop what does not fill a patch (floor).
+    round_up = source.num_prefix_tokens == 0 and source.vision_layout == "grid"
+    rows, columns = ((side + (source.patch_size - 1) * round_up) // source.patch_size for side in (height, width))
+    prefix = source.num_prefix_tokens if source.vision_feature_select_strategy == "full" else 0
+    return rows * columns + prefix
+
+
+@strict
+class BridgedConfig(PreTrainedConfig):
+    """Configuration of a vision encoder, a bridge and a language model.
+
+    Args:
+        vision_config: Configuration of the vision encoder (any `AutoModel` that takes `pixel_values`), or its dict.
+        text_config: Configuration of the language model, or its dict.
+        image_token_id: Id of the `<image>` placeholder.
+        vision_feature_layer: Hidden state(s) of the vision encoder to read; `None` takes its last hidden state, a
+            list concatenates several along the channels.
+        vision_feature_select_strategy: `"patch"` drops prefix tokens (CLS, registers), `"full"` keeps them.
+        vision_layout: `"sequence"` for encoders that give `(batch, tokens, channels)`, `"grid"` for CNNs' `(batch,
+            channels, height, width)`. Filled in from the encoder where it is `None`, as are the next four.
+        vision_hidden_size: Channels of one patch feature, before several layers are concatenated.
+        patch_size: Pixels that one patch covers, per side (a CNN's total stride).
+        num_prefix_tokens: Tokens in front of the patches.
+        image_size: Side of the (square) images that the encoder was made for, in pixels.
+        special_token_ids: Ids of tokens whose embedding rows are trained and live in the bridge.
+        freeze_vision_model: Keep the vision encoder untouched by training (no gradients, always in eval mode).
+        freeze_language_model: The same for the language model.
+        bridge_only: The checkpoint holds `bridge.*` only; the frozen parts come from `frozen_parts`.
+        frozen_parts: Where the frozen parts came from: `{"vision_model": {"source", "revision", "sha256"},
+            "language_model": {...}}`.
+        initializer_range: Standard deviation of the bridge's fresh weights.
+    """
+
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    }
+    # Families that put visual tokens into the prompt count them; Flamingo conditions on them instead.
+    visual_tokens_in_prompt: ClassVar[bool] = True
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 32000
+    vision_feature_layer: int | list[int] | None = None
+    vision_feature_select_strategy: Literal["patch", "full"] = "patch"
+    vision_layout: Literal["sequence", "grid"] | None = None
+    vision_hidden_size: int | None = None
+    patch_size: int | None = None
+    num_prefix_tokens: int | None = None
+    image_size: int | None = None
+    special_token_ids: list[int] | None = None
+    freeze_vision_model: bool = True
+    freeze_language_model: bool = True
+    bridge_only: bool = False
+    frozen_parts: dict | None = None
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        # Configurations of loaded models keep their attention implementation, which the base class would reset.
+        given = [part for part in (self.vision_config, self.text_config) if isinstance(part, PreTrainedConfig)]
+        attention = [] if kwargs.get("attn_implementation") else [part._attn_implementation for part in given]
+        super().__post_init__(**kwargs)
+        for part, implementation in zip(given, attention):
+            if implementation is not None:
+                part._attn_implementation = implementation
+        self.is_encoder_decoder = bool(self.text_config.is_encoder_decoder)
+        if self.is_encoder_decoder:
+            for name in ("decoder_start_token_id", "pad_token_id", "eos_token_id", "bos_token_id"):
+                if getattr(self, name, None) is None:
+                    setattr(self, name, getattr(self.text_config, name, None))
+        # Tied tables are the language model's own affair, but the savers ask the outermost configuration.
+        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+
+    @property
+    def vision_feature_size(self) -> int:
+        """Channels of what the bridge receives."""
+        layers = self.vision_feature_layer
+        return self.vision_hidden_size * (len(layers) if isinstance(layers, list) else 1)
+
+    def num_image_tokens(self, height: int, width: int) -> int:
+        """Visual tokens that one image becomes.
+
+        Args:
+            height: Height as the vision model receives it, in pixels.
+            width: Width, in pixels.
+        """
+        return num_patches(self, height, width)
+
+
+__all__ = ["BridgedConfig", "num_patches"]

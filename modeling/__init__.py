@@ -1,0 +1,18 @@
+"""Models of the three families."""
+
+from .modeling_bridged import Bridge, BridgedModel, BridgedOutput
+from .modeling_checkpoint import FrozenPartError
+from .modeling_flamingo import PerceiverFlamingoForConditionalGeneration
+from .modeling_llava import MLPLlavaForConditionalGeneration
+from .modeling_qformer import QFormerBlip2ForConditionalGeneration
+
+
+__all__ = [
+    "Bridge",
+    "BridgedModel",
+    "BridgedOutput",
+    "FrozenPartError",
+    "MLPLlavaForConditionalGeneration",
+    "PerceiverFlamingoForConditionalGeneration",
+    "QFormerBlip2ForConditionalGeneration",
+]

@@ -1,0 +1,381 @@
+"""Perceiver-Flamingo: a Perceiver Resampler, and gated cross-attention in front of frozen decoder layers.
+
+Source: Flamingo (arXiv 2204.14198, sections 2.2-2.4); `open_flamingo/src/{helpers,flamingo,flamingo_lm}.py` of
+OpenFlamingo 2.0.1 for what the paper leaves open.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput
+
+from ..configuration.configuration_flamingo import PerceiverFlamingoConfig
+from .modeling_bridged import Bridge, BridgedModel
+
+
+CONDITIONING = "cross_attention_conditioning"  # the keyword argument that travels through the language model
+
+
+def split_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """`(batch, tokens, heads * head_dim)` to `(batch, heads, tokens, head_dim)`."""
+    return states.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """Layer norm, linear, GELU, linear; no biases."""
+
+    def __init__(self, dim: int, multiplier: int):
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(dim)
+        self.linear_in = nn.Linear(dim, dim * multiplier, bias=False)
+        self.linear_out = nn.Linear(dim * multiplier, dim, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.linear_out(nn.functional.gelu(self.linear_in(self.layer_norm(hidden_states))))
+
+
+class PerceiverAttention(nn.Module):
+    """Latents attend to patches and to themselves. Source: Flamingo, figure 5."""
+
+    def __init__(self, dim: int, num_heads: int, head_dim: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm_media = nn.LayerNorm(dim)
+        self.norm_latents = nn.LayerNorm(dim)
+        self.query = nn.Linear(dim, num_heads * head_dim, bias=False)
+        self.key_value = nn.Linear(dim, 2 * num_heads * head_dim, bias=False)
+        self.out = nn.Linear(num_heads * head_dim, dim, bias=False)
+
+    def forward(self, patch_features: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """`(num_images, num_patches, dim)` and `(num_images, num_latents, dim)` to the latter's shape."""
+        latents = self.norm_latents(latents)
+        key, value = self.key_value(torch.cat((self.norm_media(patch_features), latents), dim=1)).chunk(2, dim=-1)
+        attended = nn.functional.scaled_dot_product_attention(
+            *(split_heads(states, self.num_heads) for states in (self.query(latents), key, value))
+        )
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+class PerceiverLayer(GradientCheckpointingLayer):
+    def __init__(self, dim: int, config: PerceiverFlamingoConfig):
+        super().__init__()
+        self.attention = PerceiverAttention(dim, config.resampler_num_heads, config.resampler_head_dim)
+        self.feed_forward = FeedForward(dim, config.feed_forward_multiplier)
+
+    def forward(self, latents: torch.Tensor, patch_features: torch.Tensor) -> torch.Tensor:
+        latents = latents + self.attention(patch_features, latents)
+        return latents + self.feed_forward(latents)
+
+
+class PerceiverResampler(nn.Module):
+    """Compress any number of patches to `num_latents` visual tokens per image. Source: Flamingo, section 2.2."""
+
+    def __init__(self, dim: int, config: PerceiverFlamingoConfig):
+        super().__init__()
+        self.latents = nn.Parameter(torch.zeros(config.num_latents, dim))
+        self.layers = nn.ModuleList(PerceiverLayer(dim, config) for _ in range(config.resampler_depth))
+        self.layer_norm = nn.LayerNorm(dim)
+
+    def init_parameters(self, config: PerceiverFlamingoConfig) -> None:
+        init.normal_(self.latents)  # unit variance, as in the official code
+
+    def forward(self, patch_features: torch.Tensor) -> torch.Tensor:
+        """`(num_images, num_patches, dim)` to `(num_images, num_latents, dim)`."""
+        latents = self.latents.expand(patch_features.shape[0], -1, -1)
+        for layer in self.layers:
+            latents = layer(latents, patch_features)
+        return self.layer_norm(latents)
+
+
+class GatedCrossAttentionLayer(GradientCheckpointingLayer):
+    """Text attends to visual tokens; two tanh gates, shut at first, let it in. Source: Flamingo, figure 4."""
+
+    def __init__(self, dim: int, vision_dim: int, config: PerceiverFlamingoConfig):
+        super().__init__()
+        self.num_heads = config.cross_attention_num_heads
+        inner = self.num_heads * config.cross_attention_head_dim
+        self.layer_norm = nn.LayerNorm(dim)
+        self.query = nn.Linear(dim, inner, bias=False)
+        self.key_value = nn.Linear(vision_dim, 2 * inner, bias=False)
+        self.out = nn.Linear(inner, dim, bias=False)
+        self.attn_gate = nn.Parameter(torch.zeros(1))
+        self.feed_forward = FeedForward(dim, config.feed_forward_multiplier)
+        self.ff_gate = nn.Parameter(torch.zeros(1))
+
+    def init_parameters(self, config: PerceiverFlamingoConfig) -> None:
+        init.zeros_(self.attn_gate)
+        init.zeros_(self.ff_gate)
+
+    def project(self, visual_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of `(batch, visual_tokens, vision_dim)`, each `(batch, heads, visual_tokens, head_dim)`."""
+        key, value = self.key_value(visual_tokens).chunk(2, dim=-1)
+        return split_heads(key, self.num_heads), split_heads(value, self.num_heads)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        sees_image: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Condition hidden states on images.
+
+        Args:
+            hidden_states: `(rows, tokens, dim)`; `rows` is a multiple of `batch`, as the beams of one sample share its
+                keys and values.
+            key: `(batch, heads, visual_tokens, head_dim)`, or `None` where there is no image.
+            value: Likewise.
+            mask: `(rows, tokens, visual_tokens)`, true where attention is allowed.
+            sees_image: `(rows, tokens)`, false for text before any image.
+        """
+        dtype = hidden_states.dtype
+        states = hidden_states.to(self.attn_gate.dtype)
+        if key is not None:
+            rows, tokens = states.shape[:2]
+            batch = key.shape[0]
+            query = split_heads(self.query(self.layer_norm(states)), self.num_heads)  # (rows, heads, tokens, head_dim)
+            # the beams of one sample stand one after the other and attend as one long row
+            query = query.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
+            attended = nn.functional.scaled_dot_product_attention(
+                query, key, value, mask.unflatten(0, (batch, -1)).flatten(1, 2)[:, None]
+            )
+            attended = attended.unflatten(2, (rows // batch, tokens)).transpose(1, 2).flatten(0, 1)
+            attended = self.out(attended.transpose(1, 2).flatten(2))  # (rows, tokens, dim)
+            states = states + self.attn_gate.tanh() * attended * sees_image[..., None].to(states.dtype)
+        states = states + self.ff_gate.tanh() * self.feed_forward(states)
+        return states.to(dtype)
+
+
+@dataclass
+class VisualStates(ModelOutput):
+    """What is carried beside `past_key_values`: the images, seen once.
+
+    Args:
+        keys: Per cross-attention layer `(batch, heads, max_images * num_latents, head_dim)`.
+        values: Likewise.
+        num_images: Images of each sample, `(batch,)`.
+        text_time: Images that came before the next token of each row, `(rows,)`.
+    """
+
+    keys: tuple[torch.Tensor, ...] | None = None
+    values: tuple[torch.Tensor, ...] | None = None
+    num_images: torch.Tensor | None = None
+    text_time: torch.Tensor | None = None
+
+
+@dataclass
+class Conditioning:
+    """What one forward pass hands to its hooks: nothing stays on the model between calls."""
+
+    model: PreTrainedModel
+    keys: tuple[torch.Tensor, ...] | None
+    values: tuple[torch.Tensor, ...] | None
+    mask: torch.Tensor | None
+    sees_image: torch.Tensor | None
+
+
+class PerceiverBridge(Bridge):
+    """Perceiver Resampler and the gated cross-attention layers."""
+
+    def __init__(self, config: PerceiverFlamingoConfig, language_model: PreTrainedModel):
+        super().__init__(config, language_model)
+        text_config = config.text_config.get_text_config()
+        self.resampler = PerceiverResampler(config.vision_feature_size, config)
+        self.cross_attention_layers = nn.ModuleList(
+            GatedCrossAttentionLayer(text_config.hidden_size, config.vision_feature_size, config)
+            for _ in range(text_config.num_hidden_layers // config.cross_attention_every_n_layers)
+        )
+        if not self.cross_attention_layers:
+            raise ValueError(
+                f"cross_attention_every_n_layers={config.cross_attention_every_n_layers} leaves no cross-attention: the "
+                f"language model has {text_config.num_hidden_layers} layers."
+            )
+
+    def forward(self, patch_features: torch.Tensor) -> torch.Tensor:
+        """Map `(num_images, num_patches, vision_dim)` to `(num_images, num_latents, vision_dim)`."""
+        return self.resampler(patch_features)
+
+
+def decoder_layers(language_model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder's layers.
+
+    Raises:
+        ValueError: No list of layers of the configured length is found.
+    """
+    wanted = language_model.config.get_text_config().num_hidden_layers
+    for module in language_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == wanted:
+            return module
+    raise ValueError(f"{type(language_model).__name__} has no list of {wanted} decoder layers to put cross-attention in.")
+
+
+class _Reached(Exception):
+    """The conditioning arrived at a decoder layer."""
+
+
+class PerceiverFlamingoForConditionalGeneration(BridgedModel):
+    config_class = PerceiverFlamingoConfig
+    config: PerceiverFlamingoConfig
+    bridge_class = PerceiverBridge
+    _no_split_modules = ["PerceiverLayer", "GatedCrossAttentionLayer"]
+
+    def __init__(self, config: PerceiverFlamingoConfig, vision_model=None, language_model=None):
+        if config.is_encoder_decoder:
+            raise ValueError(
+                f"The perceiver bridge conditions the layers of a decoder-only language model; {config.text_config.model_type} "
+                "is an encoder-decoder. Use bridge='qformer' or 'mlp'."
+            )
+        super().__init__(config, vision_model, language_model)
+        every = config.cross_attention_every_n_layers
+        for index, layer in enumerate(decoder_layers(self.language_model)):
+            number, rest = divmod(index + 1, every)
+            hook = partial(self._condition_layer, None if rest else number - 1)
+            layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+    @classmethod
+    def check_language_model(cls, language_model: PreTrainedModel) -> None:
+        """Refuse language models that don't hand keyword arguments on to their layers.
+
+        Raises:
+            ValueError: The conditioning would not reach the decoder layers.
+        """
+        name = type(language_model).__name__
+
+        def reached(module, args, kwargs):
+            if CONDITIONING in kwargs:
+                raise _Reached
+
+        try:
+            with torch.device("meta"):
+                probe = AutoModelForCausalLM.from_config(copy.deepcopy(language_model.config)).eval()
+                decoder_layers(probe)[0].register_forward_pre_hook(reached, with_kwargs=True)
+                inputs = {
+                    "input_ids": torch.zeros(1, 1, dtype=torch.long),
+                    "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),  # made already: nothing to compute
+                    "position_ids": torch.zeros(1, 1, dtype=torch.long),
+                }
+                known = inspect.signature(probe.forward).parameters
+                inputs = {name: tensor for name, tensor in inputs.items() if name in known}
+                probe(**inputs, use_cache=False, **{CONDITIONING: object()})
+        except _Reached:
+            return
+        except (TypeError, NotImplementedError, RuntimeError) as error:
+            raise ValueError(f"{name} can't be conditioned by a perceiver bridge: {error}") from error
+        raise ValueError(
+            f"{name} can't be conditioned by a perceiver bridge: it does not hand keyword arguments on to its decoder "
+            "layers. Use bridge='mlp' or 'qformer', or another language model."
+        )
+
+    def _condition_layer(self, number: int | None, layer: nn.Module, args: tuple, kwargs: dict):
+        conditioning = kwargs.get(CONDITIONING)
+        if conditioning is None or conditioning.model is not self:
+            return None  # the language model alone, or on behalf of another model that shares it
+        kwargs = {name: value for name, value in kwargs.items() if name != CONDITIONING}
+        if number is not None:
+            # looked up now: PEFT may have put a trained copy of the bridge here
+            block = self.bridge.cross_attention_layers[number]
+            keys, values = conditioning.keys, conditioning.values
+            hidden_states = block(
+                args[0] if args else kwargs["hidden_states"],
+                None if keys is None else keys[number],
+                None if values is None else values[number],
+                conditioning.mask,
+                conditioning.sees_image,
+            )
+            if args:
+                args = (hidden_states, *args[1:])
+            else:
+                kwargs["hidden_states"] = hidden_states
+        return args, kwargs
+
+    def make_visual_states(self, input_ids: torch.LongTensor, image_features: torch.Tensor) -> VisualStates:
+        """Sort the images into their rows and compute every cross-attention layer's keys and values, once.
+
+        Args:
+            input_ids: `(batch, tokens)`, one `<image>` per image.
+            image_features: `(num_images, num_latents, vision_dim)`, the images of all rows one after the other.
+
+        Raises:
+            ValueError: There are not as many `<image>` tokens as images.
+        """
+        num_images = (input_ids == self.config.image_token_id).sum(dim=-1)  # (batch,)
+        if int(num_images.sum()) != image_features.shape[0]:
+            raise ValueError(
+                f"{int(num_images.sum())} image tokens in input_ids, but features of {image_features.shape[0]} images: "
+                "every image needs one <image> where it belongs in the text."
+            )
+        num_images = num_images.to(image_features.device)
+        slots = torch.arange(max(int(num_images.max()), 1), device=image_features.device) < num_images[:, None]
+        padded = image_features.new_zeros(*slots.shape, *image_features.shape[1:])
+        padded[slots] = image_features  # (batch, max_images, num_latents, vision_dim)
+        visual_tokens = padded.flatten(1, 2)
+        projected = [layer.project(visual_tokens) for layer in self.bridge.cross_attention_layers]
+        return VisualStates(
+            keys=tuple(key for key, _ in projected),
+            values=tuple(value for _, value in projected),
+            num_images=num_images,
+            text_time=torch.zeros_like(num_images),
+        )
+
+    def _visual_conditioning(self, input_ids, image_features, visual_states):
+        if image_features is not None:
+            if visual_states is not None:
+                raise ValueError("Give images or visual_states, not both.")
+            if input_ids is None:
+                raise ValueError("Images need input_ids: <image> can't be found in inputs_embeds.")
+            visual_states = self.make_visual_states(input_ids, image_features)
+        if visual_states is None or visual_states.keys is None:
+            if input_ids is not None and not torch.compiler.is_compiling() and input_ids.shape[1] > 1:
+                if bool((input_ids == self.config.image_token_id).any()):
+                    raise ValueError("There are <image> tokens in input_ids, but no images were given.")
+            return {CONDITIONING: Conditioning(self, None, None, None, None)}, None
+        if input_ids is None:
+            raise ValueError("visual_states need input_ids: <image> can't be found in inputs_embeds.")
+        # Rows are the samples' beams; a generated <image> shows nothing, so the count stops at the sample's images.
+        beams = input_ids.shape[0] // visual_states.num_images.shape[0]
+        limit = visual_states.num_images.repeat_interleave(beams)[:, None]
+        before = visual_states.text_time
+        before = before.repeat_interleave(input_ids.shape[0] // before.shape[0])[:, None]
+        is_image = (input_ids == self.config.image_token_id).to(limit.device)
+        text_time = torch.minimum(before + is_image.cumsum(dim=-1), limit)  # (rows, tokens)
+        max_images = visual_states.keys[0].shape[2] // self.config.num_latents
+        media_time = torch.arange(1, max_images + 1, device=limit.device).repeat_interleave(self.config.num_latents)
+        if self.config.only_attend_immediate_media:
+            mask = text_time[..., None] == media_time
+        else:
+            mask = text_time[..., None] >= media_time
+        sees_image = text_time > 0
+        mask = mask | ~sees_image[..., None]  # a row that sees nothing would be NaN; its result is dropped
+        conditioning = Conditioning(self, visual_states.keys, visual_states.values, mask, sees_image)
+        return {CONDITIONING: conditioning}, VisualStates(
+            keys=visual_states.keys,
+            values=visual_states.values,
+            num_images=visual_states.num_images,
+            text_time=text_time[:, -1],
+        )
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Make the visual states of the samples, before these become beams: beams share them."""
+        encoded = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
+        if encoded is not None:
+            model_kwargs["visual_states"] = self.make_visual_states(input_ids, encoded.pooler_output)
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if model_kwargs.get("use_cache", True) and outputs.get("visual_states") is not None:
+            model_kwargs["visual_states"] = outputs.visual_states
+        return model_kwargs
+
+
+__all__ = ["PerceiverFlamingoForConditionalGeneration", "PerceiverResampler", "VisualStates", "decoder_layers"]

@@ -1,0 +1,115 @@
+"""Tiny random parts, made on the spot: every kind of encoder and language model that the families are tested with."""
+
+from __future__ import annotations
+
+import string
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    CLIPVisionConfig,
+    Dinov2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    ResNetConfig,
+    SiglipVisionConfig,
+    T5Config,
+    TimmWrapperConfig,
+    ViTConfig,
+)
+
+import vlbridge
+
+
+VOCAB = 96 + 4  # printable characters and the special tokens below
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+IMAGE_SIZE = 30
+
+VISION = {
+    "clip": lambda: CLIPVisionConfig(**SMALL, image_size=IMAGE_SIZE, patch_size=6, projection_dim=16),
+    "siglip": lambda: SiglipVisionConfig(**SMALL, image_size=IMAGE_SIZE, patch_size=6),
+    "vit": lambda: ViTConfig(**SMALL, image_size=IMAGE_SIZE, patch_size=6),
+    "dinov2": lambda: Dinov2Config(**{**SMALL, "mlp_ratio": 2}, image_size=IMAGE_SIZE, patch_size=6),
+    "resnet": lambda: ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"),
+    "timm": lambda: TimmWrapperConfig(architecture="resnet10t", pretrained_cfg={"input_size": [3, 64, 64]}),
+}
+# number of patches of an image of the size that the encoder takes, without prefix tokens
+NUM_PATCHES = {"clip": 25, "siglip": 25, "vit": 25, "dinov2": 25, "resnet": 28 * 28, "timm": 4}
+
+TOKENS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+LANGUAGE = {
+    "llama": lambda: LlamaConfig(**SMALL, **TOKENS, num_key_value_heads=2, max_position_embeddings=512),
+    "llama_tied": lambda: LlamaConfig(**SMALL, **TOKENS, tie_word_embeddings=True, max_position_embeddings=512),
+    "mistral": lambda: MistralConfig(**SMALL, **TOKENS, num_key_value_heads=2, max_position_embeddings=512),
+    "qwen3": lambda: Qwen3Config(**SMALL, **TOKENS, num_key_value_heads=2, head_dim=8, max_position_embeddings=512),
+    "gpt2": lambda: GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=512, **TOKENS),
+    "gpt_neox": lambda: GPTNeoXConfig(**SMALL, **TOKENS, max_position_embeddings=512),
+    "opt": lambda: OPTConfig(
+        **{key: value for key, value in SMALL.items() if key != "intermediate_size"},
+        **TOKENS,
+        ffn_dim=48,
+        word_embed_proj_dim=24,
+        max_position_embeddings=512,
+        dropout=0.1,
+    ),
+    "t5": lambda: T5Config(
+        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=VOCAB, pad_token_id=0, eos_token_id=2,
+        decoder_start_token_id=0, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+
+QFORMER = {"num_query_tokens": 5, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+BRIDGE_OPTIONS = {
+    "mlp": {},
+    "qformer": {"qformer_config": QFORMER},
+    "perceiver": {"num_latents": 6, "resampler_depth": 2, "resampler_num_heads": 2, "resampler_head_dim": 8,
+                  "cross_attention_num_heads": 2, "cross_attention_head_dim": 8},
+}  # fmt: skip
+# every family with each kind of language model that it must work with
+COMBINATIONS = [("mlp", "llama"), ("mlp", "opt"), ("mlp", "t5"), ("qformer", "llama"), ("qformer", "opt"), ("qformer", "t5"),
+                ("perceiver", "llama"), ("perceiver", "opt")]  # fmt: skip
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per printable character."""
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    vocabulary = {token: index for index, token in enumerate([*special, *string.printable[:96]])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def tiny_model(bridge: str, language: str = "llama", vision: str = "clip", seed: int = 0, **options):
+    """A composed tiny model and its processor, with gates open and token rows drawn, so that everything matters."""
+    torch.manual_seed(seed)
+    model, processor = vlbridge.compose(
+        VISION[vision](), LANGUAGE[language](), bridge, tokenizer=tiny_tokenizer(), **{**BRIDGE_OPTIONS[bridge], **options}
+    )
+    spread_weights(model)
+    return model, processor
+
+
+def spread_weights(model) -> None:
+    """Make random weights large enough that a wrong mask or a lost image changes tokens, not the fifth decimal."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate"):
+                parameter.fill_(0.7)
+            elif parameter.ndim > 1:
+                parameter.normal_(0, 0.15, generator=generator)
+
+
+def tiny_image(seed: int = 0, size: tuple[int, int] = (40, 33)) -> Image.Image:
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randint(0, 256, (4, 4, 3), generator=generator, dtype=torch.uint8).numpy()
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)

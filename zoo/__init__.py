@@ -1,0 +1,38 @@
+"""vlbridge: compose, train, convert, share and run bridges between frozen vision encoders and frozen language models.
+
+`import vlbridge` registers the families with `AutoConfig`, `AutoModel`, `AutoModelForImageTextToText`,
+`AutoModelForMultimodalLM` and `AutoProcessor`.
+"""
+
+from .configuration import MLPLlavaConfig, PerceiverFlamingoConfig, QFormerBlip2Config
+from .assets import default_model
+from .compose import compose
+from .families import FAMILIES, register
+from .modeling import (
+    FrozenPartError,
+    MLPLlavaForConditionalGeneration,
+    PerceiverFlamingoForConditionalGeneration,
+    QFormerBlip2ForConditionalGeneration,
+)
+from .processing import MLPLlavaProcessor, PerceiverFlamingoProcessor, QFormerBlip2Processor
+from .version import __version__
+
+
+register()
+
+__all__ = [
+    "FAMILIES",
+    "FrozenPartError",
+    "MLPLlavaConfig",
+    "MLPLlavaForConditionalGeneration",
+    "MLPLlavaProcessor",
+    "PerceiverFlamingoConfig",
+    "PerceiverFlamingoForConditionalGeneration",
+    "PerceiverFlamingoProcessor",
+    "QFormerBlip2Config",
+    "QFormerBlip2ForConditionalGeneration",
+    "QFormerBlip2Processor",
+    "__version__",
+    "compose",
+    "default_model",
+]

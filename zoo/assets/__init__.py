@@ -1,0 +1,16 @@
+"""Files that come with the package: the embedded default's bridge and a picture to try it on."""
+
+from pathlib import Path
+
+
+FOLDER = Path(__file__).parent
+
+
+def default_model() -> str:
+    """Folder of the shipped bridge: EfficientNet-Lite0 to SmolLM2-135M-Instruct, trained on easy-VQA."""
+    return str(FOLDER / "easy_vqa_mlp")
+
+
+def example_picture() -> str:
+    """Path of a picture that the shipped bridge can say something about."""
+    return str(FOLDER / "example.png")
