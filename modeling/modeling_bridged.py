@@ -523,6 +523,8 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
             decoder_input_ids: For an encoder-decoder language model.
             decoder_attention_mask: For an encoder-decoder language model.
             encoder_outputs: For an encoder-decoder language model: its encoder need not run again.
+            kwargs: For the language model. `shift_labels` (beside `labels`): what each position predicts, instead of the
+                next position's label.
 
         Returns:
             A `BridgedOutput`.
@@ -545,7 +547,7 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
             kwargs["position_ids"] = position_ids
         if "logits_to_keep" in arguments:
             kwargs["logits_to_keep"] = logits_to_keep
-        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        num_items_in_batch, shift_labels = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
         outputs = self.language_model(
             inputs_embeds=hidden,
             attention_mask=attention_mask,
@@ -562,10 +564,14 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
             if logits.shape[1] != labels.shape[1]:
                 raise ValueError(
                     f"{labels.shape[1]} labels per row, but logits for {logits.shape[1]} positions: don't combine labels "
-                    "with logits_to_keep, unless both have the same length."
+                    "with logits_to_keep, unless shift_labels says what each kept position predicts."
                 )
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch
+                logits=logits,
+                labels=labels,
+                vocab_size=logits.shape[-1],
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=shift_labels,
             )
         return BridgedOutput(
             loss=loss,
@@ -647,6 +653,15 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
             output_attentions=generation_config.output_attentions,
             output_hidden_states=generation_config.output_hidden_states,
         )
+        return model_kwargs
+
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs):
+        """Encode the images once, before they become beams; patch features that exist already count as images."""
+        images = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "patch_features")}
+        if any(given is not None for given in images.values()):
+            if (model_kwargs.get("mm_encoder_outputs") or {}).get("image") is not None:
+                raise ValueError("Give pixel_values (or patch_features) or mm_encoder_outputs, not both.")
+            model_kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(**images, return_dict=True)}
         return model_kwargs
 
     def _get_logits_processor(self, *args, **kwargs):

@@ -55,7 +55,7 @@ def _resolve(part: str, given: Part, dtype, **hub_kwargs) -> tuple[PreTrainedMod
             "loaded model."
         )
     source = os.fspath(given)
-    place = where_to_load(source)
+    place = source if hub_kwargs.get("revision") else where_to_load(source)
     config = AutoConfig.from_pretrained(place, **hub_kwargs)
     if part == "vision_model":
         config = _vision_part(config)

@@ -1,0 +1,297 @@
+"""Train the shipped bridge on easy-VQA, and measure it.
+
+    python -m vlbridge.training.training_easy_vqa train --output FOLDER
+    python -m vlbridge.training.training_easy_vqa evaluate [--model FOLDER]
+
+Only the bridge learns, so two things need not be done over and over: the encoder runs once per image (its patch features
+are kept), and all questions of one image share that image's tokens (they are packed into one row, each seeing the image
+and itself only, so that every question is exactly what it would be alone).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import typer
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import AutoModel, AutoProcessor, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+import vlbridge
+from vlbridge import demo
+from vlbridge.modeling.modeling_checkpoint import weights_sha256
+from vlbridge.training.training_packing import PackedCollator, pack
+
+
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+SHAPES = ("circle", "rectangle", "triangle")
+
+app = typer.Typer(add_completion=False, help=__doc__.splitlines()[0])
+
+
+@dataclass
+class Example:
+    """One picture and all that is asked about it: `(question, answer)` pairs."""
+
+    image: Path
+    questions: list[tuple[str, str]]
+
+
+def load_split(folder: Path, split: str) -> list[Example]:
+    """Read a split of easy-VQA.
+
+    Args:
+        folder: The unpacked data set.
+        split: `"train"` or `"test"`.
+    """
+    questions = defaultdict(list)
+    for question, answer, image in json.loads((folder / split / "questions.json").read_text()):
+        questions[image].append((question, answer))
+    return [Example(folder / split / "images" / f"{image}.png", asked) for image, asked in sorted(questions.items())]
+
+
+def caption_of(example: Example) -> str | None:
+    """`"a blue circle"`, as far as questions and answers tell; `None` where they don't tell both."""
+    found: dict[str, str] = {}
+    for question, answer in example.questions:
+        # every property that is asked about and affirmed ("is there not a ...? no"), or given as an answer
+        affirmed = (answer == "yes") != bool(re.search(r"\b(not|no)\b", question))
+        words = [answer] if answer not in ("yes", "no") else re.findall(r"\w+", question) if affirmed else []
+        if answer not in ("yes", "no"):
+            words += re.findall(r"\w+", question)  # "what color is the triangle?"
+        for word in words:
+            if word in COLORS:
+                found["color"] = word
+            elif word in SHAPES:
+                found["shape"] = word
+    return f"a {found['color']} {found['shape']}" if len(found) == 2 else None
+
+
+def blind_baseline(train: list[Example], test: list[Example]) -> float:
+    """Accuracy of the most frequent training answer of the exact question."""
+    answers = defaultdict(Counter)
+    for example in train:
+        for question, answer in example.questions:
+            answers[question][answer] += 1
+    pairs = [pair for example in test for pair in example.questions]
+    right = sum(answers[question].most_common(1)[0][0] == answer for question, answer in pairs if question in answers)
+    return right / len(pairs)
+
+
+def conversation(question: str, image=None) -> list[dict]:
+    """A user's turn: the picture, then the question."""
+    picture = {"type": "image"} if image is None else {"type": "image", "image": image}
+    return [{"role": "user", "content": [picture, {"type": "text", "text": question}]}]
+
+
+class PackedConversations(Dataset):
+    """Per picture: its patch features and its packed questions.
+
+    Args:
+        examples: What to train on.
+        features: `(num_examples, num_patches, vision_dim)`.
+        processor: The model's processor.
+        max_questions: Most questions of one picture in one row; others come in other epochs.
+        seed: Of the choice.
+    """
+
+    def __init__(self, examples, features, processor, max_questions: int, seed: int = 0):
+        self.features, self.max_questions, self.generator = features, max_questions, torch.Generator().manual_seed(seed)
+        height, width = processor.output_size()
+        num_tokens = processor.num_image_tokens(height, width)
+
+        def tokenize(text: str) -> list[int]:
+            text = text.replace(processor.image_token, processor.image_token * num_tokens)
+            return processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        tokenized: dict[str, list[int]] = {}
+        end = [processor.tokenizer.eos_token_id]
+        self.rows = []
+        for example in tqdm(examples, desc="tokenizing", unit="image"):
+            pairs = list(example.questions)
+            caption = caption_of(example)
+            self.rows.append([])
+            for question, answer in [*pairs, *([(processor.caption_prompt, caption)] if caption else [])]:
+                if question not in tokenized:
+                    turn = conversation(question)
+                    tokenized[question] = tokenize(processor.apply_chat_template(turn, add_generation_prompt=True))
+                self.rows[-1].append((tokenized[question], tokenize(answer) + end))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        row = self.rows[index]
+        chosen = torch.randperm(len(row), generator=self.generator)[: self.max_questions].tolist()
+        return {"patch_features": self.features[index].float(), **pack([row[choice] for choice in chosen])}
+
+
+@torch.no_grad()
+def encode(model, processor, examples: list[Example], batch_size: int = 8) -> torch.Tensor:
+    """Patch features of every picture, `(num_examples, num_patches, vision_dim)`, in half precision; kept on disk."""
+    key = hashlib.sha256(json.dumps([example.image.as_posix() for example in examples]).encode())
+    key.update(json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str).encode())
+    key.update(weights_sha256(demo.resolve(demo.VISION)).encode())
+    path = demo.cache_dir() / f"features-{key.hexdigest()[:16]}.safetensors"
+    if path.exists():
+        return load_file(path)["patch_features"]
+    model.vision_model.to(memory_format=torch.channels_last)  # twice as fast for a CNN on a CPU
+    features = []
+    for start in tqdm(range(0, len(examples), batch_size), desc="encoding", unit="batch"):
+        images = [Image.open(example.image).convert("RGB") for example in examples[start : start + batch_size]]
+        pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"].to(model.device)
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        features.append(model.get_patch_features(pixel_values).half().cpu())
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file({"patch_features": torch.cat(features).contiguous()}, temporary)
+    os.replace(temporary, path)
+    return torch.cat(features)
+
+
+@torch.no_grad()
+def answer_all(
+    model, processor, examples: list[Example], features: torch.Tensor, batch_size: int, max_new_tokens: int = 6
+) -> list[str]:
+    """Greedy answers to all questions, one conversation each, through `generate()`; every picture is encoded once."""
+    pairs = [(index, question) for index, example in enumerate(examples) for question, _ in example.questions]
+    num_tokens = processor.num_image_tokens(*processor.output_size())
+    answers = []
+    for start in tqdm(range(0, len(pairs), batch_size), desc="answering", unit="batch"):
+        batch = pairs[start : start + batch_size]
+        turns = [conversation(question) for _, question in batch]
+        texts = processor.apply_chat_template(turns, add_generation_prompt=True)
+        texts = [text.replace(processor.image_token, processor.image_token * num_tokens) for text in texts]
+        inputs = processor.tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+        patch_features = features[[index for index, _ in batch]].float()
+        ids = model.generate(
+            **inputs.to(model.device),
+            patch_features=patch_features.to(model.device),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+        )[:, inputs["input_ids"].shape[1] :]
+        answers += [text.strip().lower() for text in processor.batch_decode(ids, skip_special_tokens=True)]
+    return answers
+
+
+def kind_of(answer: str) -> str:
+    return "color" if answer in COLORS else "shape" if answer in SHAPES else "yes/no"
+
+
+class AnswerSomeQuestions(TrainerCallback):
+    """Accuracy on a few held-out questions after every epoch, the way users will ask."""
+
+    def __init__(self, processor, examples, features):
+        self.processor, self.examples, self.features = processor, examples, features
+
+    def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        model.eval()
+        right = [answer for example in self.examples for _, answer in example.questions]
+        given = answer_all(model, self.processor, self.examples, self.features, batch_size=32)
+        hits = Counter(kind_of(answer) for answer, said in zip(right, given) if answer == said)
+        totals = Counter(map(kind_of, right))
+        shares = ", ".join(f"{kind} {hits[kind] / totals[kind]:.3f}" for kind in totals)
+        print(f"epoch {state.epoch:.2f}: accuracy {hits.total() / len(right):.4f} ({shares})", flush=True)
+        model.train()
+
+
+@app.command()
+def train(
+    output: Path = typer.Option(..., help="Folder to write the bridge to."),
+    epochs: float = 3.0,
+    learning_rate: float = 2e-3,
+    images_per_step: int = 16,
+    max_questions: int = 6,
+    seed: int = 0,
+    limit: int = typer.Option(0, help="Use this many pictures only (0: all)."),
+    resume_from: Path | None = typer.Option(None, help="Start from this bridge instead of a fresh one."),
+) -> None:
+    """Train an MLP bridge between EfficientNet-Lite0 and SmolLM2-135M-Instruct."""
+    set_seed(seed)
+    data = demo.easy_vqa_dir()
+    examples = load_split(data, "train")
+    # the last pictures of the training split watch over training; the test split is not touched
+    held_out = examples[-40:]
+    if resume_from is None:
+        model, processor = vlbridge.compose(demo.VISION, demo.LANGUAGE, "mlp")
+    else:
+        model = AutoModel.from_pretrained(resume_from)
+        processor = AutoProcessor.from_pretrained(resume_from)
+    model.language_model.to(torch.bfloat16)
+    features = encode(model, processor, examples)
+    chosen = slice(None, min(limit or len(examples), len(examples) - len(held_out)))
+    dataset = PackedConversations(examples[chosen], features[chosen], processor, max_questions, seed)
+    arguments = TrainingArguments(
+        output_dir=str(output.with_suffix(".training")),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=images_per_step,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=20,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        logging_steps=5,
+        save_strategy="no",
+        report_to="none",
+        seed=seed,
+        remove_unused_columns=False,
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=PackedCollator(),
+        callbacks=[AnswerSomeQuestions(processor, held_out, features[-len(held_out) :])],
+    )
+    started = time.time()
+    trainer.train()
+    model.eval().save_pretrained(output, bridge_only=True)
+    processor.save_pretrained(output)
+    print(f"trained in {(time.time() - started) / 60:.1f} minutes, saved to {output}")
+
+
+@app.command()
+def evaluate(
+    model: str = typer.Option("", help="Hub id or folder; the shipped bridge by default."),
+    dtype: str = "float32",
+    batch_size: int = 64,
+    limit: int = typer.Option(0, help="Ask about this many pictures only (0: all)."),
+    output: Path | None = typer.Option(None, help="Write the figures to this JSON file."),
+) -> None:
+    """Accuracy on the test split, beside the blind baseline."""
+    source = model or vlbridge.default_model()
+    bridged = AutoModel.from_pretrained(source, dtype=dtype).to("cuda" if torch.cuda.is_available() else "cpu")
+    processor = AutoProcessor.from_pretrained(source)
+    data = demo.easy_vqa_dir()
+    train_split, test_split = load_split(data, "train"), load_split(data, "test")[: limit or None]
+    started = time.time()
+    given = answer_all(bridged, processor, test_split, encode(bridged, processor, test_split), batch_size)
+    right = [answer for example in test_split for _, answer in example.questions]
+    hits = Counter(kind_of(answer) for answer, said in zip(right, given) if answer == said)
+    totals = Counter(map(kind_of, right))
+    figures = {
+        "questions": len(right),
+        "accuracy": round(hits.total() / len(right), 4),
+        "blind_baseline": round(blind_baseline(train_split, test_split), 4),
+        "by_kind": {kind: round(hits[kind] / totals[kind], 4) for kind in sorted(totals)},
+        "seconds": round(time.time() - started),
+        "dtype": dtype,
+        "device": str(bridged.device),
+    }
+    print(json.dumps(figures, indent=2))
+    if output is not None:
+        output.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    app()

