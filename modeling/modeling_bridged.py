@@ -346,6 +346,11 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
                 continue
             part.eval()
             for layer in part.modules() if mode else ():
+                if hasattr(layer, "base_layer"):  # a PEFT adapter around a frozen layer: the adapter is in training
+                    layer.training = True
+                    for name, child in layer.named_children():
+                        if name != "base_layer":
+                            child.train()
                 # A layer recomputes its activations in train mode only. Its children stay in eval mode, and dropout
                 # that the layer applies by itself (OPT) is switched off by value.
                 if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:

@@ -361,7 +361,7 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
             keys=visual_states.keys,
             values=visual_states.values,
             num_images=visual_states.num_images,
-            text_time=text_time[:, -1],
+            text_time=text_time[:, -1].contiguous(),
         )
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):

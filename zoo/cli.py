@@ -1,0 +1,583 @@
+"""The command line: `vlbridge caption`, `vlbridge ask`, `vlbridge info`.
+
+Exit codes: 0, all went well; 1, something failed (a model, a device, some of the images); 2, the command line is wrong;
+130, interrupted. Results go to stdout, everything else to stderr.
+"""
+
+# torch, transformers, PIL and tqdm are imported where they are used: --help and --version need none of them.
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from textwrap import shorten
+from typing import Annotated
+
+import typer
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+app = typer.Typer(
+    name="vlbridge",
+    help="Caption images, ask about them, and look into bridges between vision encoders and language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+ModelOption = Annotated[
+    str | None, typer.Option("--model", "-m", help="Folder, or id on the Hub.", show_default="the embedded bridge")
+]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps...", show_default="cuda, else mps, else cpu")
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option("--dtype", help=f"One of {', '.join(DTYPES)}.", show_default="float32 on cpu, else bfloat16"),
+]
+MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
+BatchSizeOption = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images at a time.")]
+RecursiveOption = Annotated[bool, typer.Option("--recursive", "-r", help="Look into subfolders too.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
+
+
+class CommandError(Exception):
+    """An error that ends the command with one line on stderr.
+
+    Args:
+        message: What is wrong; line breaks become spaces.
+        exit_code: 1, or 2 where the command line itself is wrong.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1):
+        super().__init__(" ".join(message.split()))
+        self.exit_code = exit_code
+
+
+@contextmanager
+def _exit_codes():
+    """Turn errors into exit codes, without tracebacks; bugs keep theirs."""
+    try:
+        yield
+    except CommandError as error:
+        _print(f"vlbridge: error: {error}", sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except BrokenPipeError:  # the reader (`| head`) has had enough
+        with suppress(OSError):  # or Python would complain when it flushes at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+
+
+def _print(line: str, file) -> None:
+    """Write a line at once, past any progress bar, whatever characters the terminal knows."""
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode(file=file) if sys.stderr.isatty() else nullcontext():
+        try:
+            file.write(f"{line}\n")
+        except UnicodeEncodeError:
+            encoding = file.encoding or "ascii"
+            file.write(line.encode(encoding, errors="backslashreplace").decode(encoding) + "\n")
+        file.flush()
+
+
+# ---------------------------------------------------------------------- model
+
+
+def _device_and_dtype(device: str | None, dtype: str | None):
+    """Check what the command line says, and fill in what it does not.
+
+    Returns:
+        The `torch.device`, and the name of the dtype.
+
+    Raises:
+        CommandError: There is no such device or dtype, or this machine lacks the device.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise CommandError(f"--dtype is {dtype!r}; expected one of {', '.join(DTYPES)}", exit_code=2)
+    import torch
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise CommandError(f"--device is {device!r}; expected cpu, cuda, cuda:<number>, mps...", 2) from error
+    try:
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CommandError(f"--device {device}: {_one_line(error)}") from error
+    return chosen, dtype or ("float32" if chosen.type == "cpu" else "bfloat16")
+
+
+def _one_line(error: BaseException) -> str:
+    return shorten(str(error), 1500, placeholder=" ...") or type(error).__name__
+
+
+@contextmanager
+def _loading(model: str):
+    """Name the model in whatever goes wrong while it is being loaded."""
+    path = Path(model)
+    try:
+        if path.is_file():
+            raise CommandError("it is a file; give the folder that holds config.json")
+        if not path.is_dir():
+            if model.startswith((".", "/")) or model.count("/") > 1:
+                raise CommandError("no such folder")
+            _look_up(model)
+        yield
+    except Exception as error:
+        raise CommandError(f"cannot load {model!r}: {_one_line(error)}") from error
+
+
+def _look_up(model: str) -> None:
+    """Refuse what is not on the Hub, with one question: from_pretrained asks for minutes when it gets no answer.
+
+    Raises:
+        CommandError: There is no such model on the Hub, or the Hub does not answer, and the model is not in the cache.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    neither = "it is not a folder here, and"
+    try:
+        if isinstance(try_to_load_from_cache(model, "config.json"), str):
+            return
+        HfApi().model_info(model, timeout=10)
+    except HFValidationError as error:
+        raise CommandError(f"{neither} not a name that the Hub allows") from error
+    except RepositoryNotFoundError as error:
+        raise CommandError(f"{neither} the Hub has no such model, or it is private") from error
+    except Exception as error:  # which ones depends on the HTTP client of this version of huggingface_hub
+        raise CommandError(f"{neither} the Hub cannot be asked: {_one_line(error)}") from error
+
+
+def _bridged_config(model: str):
+    """Configuration of a bridged model.
+
+    Raises:
+        CommandError: The model is none.
+    """
+    from transformers import AutoConfig  # importing this package has registered the families
+
+    from .configuration import BridgedConfig
+
+    config = AutoConfig.from_pretrained(model)
+    if not isinstance(config, BridgedConfig):
+        raise CommandError(f"it is a {config.model_type!r} model, not a bridged one")
+    return config
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' chatter off stderr; a terminal still gets their progress bars."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def load(model: str | None = None, device: str | None = None, dtype: str | None = None):
+    """Load a bridged model and its processor.
+
+    Args:
+        model: Folder, or id on the Hub; `None` takes the embedded bridge.
+        device: Where to put it; `None` takes cuda, else mps, else cpu.
+        dtype: One of `DTYPES`; `None` takes float32 on the cpu and bfloat16 elsewhere.
+
+    Returns:
+        The model, in eval mode, and the processor.
+
+    Raises:
+        CommandError: There is no such model, device or dtype.
+    """
+    device, dtype = _device_and_dtype(device, dtype)
+    from transformers import AutoModel, AutoProcessor
+
+    from . import default_model
+
+    model = default_model() if model is None else os.path.expanduser(model)
+    with _loading(model):
+        _bridged_config(model)
+        processor = AutoProcessor.from_pretrained(model)
+        loaded = AutoModel.from_pretrained(model, dtype=dtype)
+        return loaded.to(device).eval(), processor
+
+
+# ---------------------------------------------------------------------- answers
+
+
+def answer(
+    model, processor, images: Sequence, prompt: str, *, max_new_tokens: int = 40, batch_size: int = 8
+) -> list[str]:
+    """Ask the same thing about every image, greedily.
+
+    Args:
+        model: A bridged model.
+        processor: Its processor.
+        images: RGB images.
+        prompt: What to ask; `processor.caption_prompt` asks for a caption.
+        max_new_tokens: Longest answer, in tokens.
+        batch_size: Images that the model sees at a time.
+
+    Returns:
+        One text per image.
+    """
+    texts = []
+    for start in range(0, len(images), batch_size):
+        conversations = [
+            [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
+            for image in images[start : start + batch_size]
+        ]
+        inputs = processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        ).to(model.device)
+        generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        if not model.config.is_encoder_decoder:
+            generated = generated[:, inputs["input_ids"].shape[1] :]
+        texts += [text.strip() for text in processor.batch_decode(generated, skip_special_tokens=True)]
+    return texts
+
+
+def _answer_files(
+    files: Sequence[Path], load_model, prompt: str | None, max_new_tokens: int, batch_size: int
+) -> Iterator[tuple[Path, str | None, str | None]]:
+    """Answer about image files, batch by batch.
+
+    Args:
+        files: The image files.
+        load_model: Gives the model and the processor; called once, when the first image could be read.
+        prompt: What to ask; `None` takes the processor's `caption_prompt`.
+
+    Yields:
+        The file, and its text or what is wrong with it.
+    """
+    from .images import ImageError, load_image
+
+    model = processor = None
+    for start in range(0, len(files), batch_size):
+        images, errors = {}, {}
+        batch = files[start : start + batch_size]
+        for file in batch:
+            try:
+                images[file] = load_image(file)
+            except ImageError as error:
+                errors[file] = error.reason
+        texts = {}
+        if images:
+            if model is None:
+                model, processor = load_model()
+                prompt = processor.caption_prompt if prompt is None else prompt
+            texts, refused = _answer_batch(model, processor, images, prompt, max_new_tokens)
+            errors |= refused
+        for file in batch:
+            yield file, texts.get(file), errors.get(file)
+
+
+def _answer_batch(model, processor, images: dict, prompt: str, max_new_tokens: int) -> tuple[dict, dict]:
+    """Answer about the images of one batch; one by one if it is refused, so that one image does not lose the others.
+
+    Returns:
+        Texts, and reasons for having none, by file.
+    """
+    try:
+        texts = answer(
+            model, processor, list(images.values()), prompt, max_new_tokens=max_new_tokens, batch_size=len(images)
+        )
+        return dict(zip(images, texts, strict=True)), {}
+    except ValueError as error:
+        if len(images) == 1:
+            return {}, {next(iter(images)): _one_line(error)}
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        raise CommandError(f"out of memory with {len(images)} images at a time; try a smaller --batch-size") from error
+    texts, errors = {}, {}
+    for file, image in images.items():
+        text, reason = _answer_batch(model, processor, {file: image}, prompt, max_new_tokens)
+        texts |= text
+        errors |= reason
+    return texts, errors
+
+
+def _run(
+    patterns: list[str],
+    result_of,
+    prompt: str | None,
+    model: str | None,
+    device: str | None,
+    dtype: str | None,
+    max_new_tokens: int,
+    batch_size: int,
+    recursive: bool,
+    as_json: bool,
+) -> None:
+    """Answer about everything that `patterns` stand for, and print it.
+
+    Args:
+        result_of: Turns a text into the keys that a line of JSON has beside `image`.
+    """
+    from tqdm import tqdm
+
+    from .images import ImageError, expand_paths
+
+    _device_and_dtype(device, dtype)  # refused before anything is read
+    failed = 0
+
+    def report(path, reason: str) -> None:
+        nonlocal failed
+        failed += 1
+        if as_json:
+            _print(json.dumps({"image": str(path), "error": reason}), sys.stdout)
+        else:
+            _print(f"vlbridge: error: {path}: {reason}", sys.stderr)
+
+    files = {}
+    for pattern in patterns:
+        try:
+            for file in expand_paths([pattern], recursive=recursive):
+                files.setdefault(os.path.abspath(file), file)
+        except ImageError as error:
+            report(error.path, error.reason)
+    files = list(files.values())
+    only_one = len(files) + failed == 1
+
+    def load_model():
+        _quiet_libraries()
+        return load(model, device, dtype)
+
+    on_terminal = sys.stderr.isatty()
+    show_bar = len(files) > (1 if on_terminal else batch_size)
+    interval = 0.1 if on_terminal else 10.0  # seconds; a log file gets a line now and then
+    with tqdm(total=len(files), unit="image", file=sys.stderr, mininterval=interval, disable=not show_bar) as bar:
+        for file, text, reason in _answer_files(files, load_model, prompt, max_new_tokens, batch_size):
+            if text is None:
+                report(file, reason)
+            elif as_json:
+                _print(json.dumps({"image": str(file), **result_of(text)}), sys.stdout)
+            else:
+                text = " ".join(text.split())  # one line per image
+                _print(text if only_one else f"{file}\t{text}", sys.stdout)
+            bar.update()
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+@_exit_codes()
+def caption(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Files, folders or quoted globs.")],
+    model: ModelOption = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="What to ask for.", show_default="the model's own")
+    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    max_new_tokens: MaxNewTokensOption = 40,
+    batch_size: BatchSizeOption = 8,
+    recursive: RecursiveOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Describe images.
+
+    One image gives its caption; several give a line "path<TAB>caption" each.
+    """
+    _run(
+        images,
+        lambda text: {"caption": text},
+        prompt,
+        model,
+        device,
+        dtype,
+        max_new_tokens,
+        batch_size,
+        recursive,
+        as_json,
+    )
+
+
+@app.command()
+@_exit_codes()
+def ask(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Files, folders or quoted globs.")],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about each of them.")],
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    max_new_tokens: MaxNewTokensOption = 40,
+    batch_size: BatchSizeOption = 8,
+    recursive: RecursiveOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask a question about images.
+
+    One image gives its answer; several give a line "path<TAB>answer" each.
+    """
+    if os.path.exists(question):
+        raise CommandError(f"the last argument must be the question, but {question!r} is a file or folder", exit_code=2)
+    if not question.strip():
+        raise CommandError("the question is empty", exit_code=2)
+    _run(
+        images,
+        lambda text: {"question": question, "answer": text},
+        question,
+        model,
+        device,
+        dtype,
+        max_new_tokens,
+        batch_size,
+        recursive,
+        as_json,
+    )
+
+
+# ---------------------------------------------------------------------- info
+
+
+def describe(model: str | None = None) -> dict:
+    """What a bridged model is made of, from its configuration alone: no weights are read.
+
+    Args:
+        model: Folder, or id on the Hub; `None` takes the embedded bridge.
+
+    Returns:
+        `model`, `model_type`, `class`, `parts` (one dict each: `name`, `class`, `model_type`, `source`,
+        `trainable_parameters`, `parameters`), `trainable_parameters`, `parameters`, `image_size` (pixels),
+        `image_tokens` (visual tokens of one image), `prompt_tokens_per_image` (positions that they take in the language
+        model's input), `context_window` and `context_left` (tokens; `None` where positions have no limit).
+
+    Raises:
+        CommandError: There is no such model, or it is not a bridged one.
+    """
+    import torch
+    from transformers import AutoModel
+
+    from . import default_model
+
+    model = default_model() if model is None else os.path.expanduser(model)
+    with _loading(model):
+        config = _bridged_config(model)
+        with torch.device("meta"):
+            built = AutoModel.from_config(config)
+    config = built.config
+    parts = []
+    for name in ("vision_model", "bridge", "language_model"):
+        part = getattr(built, name)
+        frozen = (config.frozen_parts or {}).get(name) or {}
+        source = frozen.get("source")
+        if source and frozen.get("revision"):
+            source = f"{source}@{frozen['revision'][:12]}"
+        parts.append(
+            {
+                "name": name,
+                "class": type(part).__name__,
+                "model_type": config.model_type if name == "bridge" else part.config.model_type,
+                "source": model if name == "bridge" or source is None else source,
+                **_parameters(part),
+            }
+        )
+    image_tokens = config.num_image_tokens(config.image_size, config.image_size)
+    prompt_tokens = image_tokens if config.visual_tokens_in_prompt else 1  # the <image> that stands for them
+    window = getattr(config.text_config.get_text_config(), "max_position_embeddings", None)
+    return {
+        "model": model,
+        "model_type": config.model_type,
+        "class": type(built).__name__,
+        "parts": parts,
+        **_parameters(built),
+        "image_size": config.image_size,
+        "image_tokens": image_tokens,
+        "prompt_tokens_per_image": prompt_tokens,
+        "context_window": window,
+        "context_left": None if window is None else window - prompt_tokens,
+    }
+
+
+def _parameters(module) -> dict[str, int]:
+    parameters = list(module.parameters())
+    return {
+        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "parameters": sum(p.numel() for p in parameters),
+    }
+
+
+def _described(about: dict) -> Iterator[str]:
+    """Lines for people."""
+    yield f"{about['model']}: {about['model_type']}, {about['class']}"
+    yield ""
+    rows = [("part", "class", "model type", "trainable", "parameters", "source")]
+    for part in [*about["parts"], {**about, "name": "altogether", "class": "", "model_type": "", "source": ""}]:
+        counts = (f"{part[key]:,}" for key in ("trainable_parameters", "parameters"))
+        rows.append((part["name"], part["class"], part["model_type"], *counts, part["source"]))
+    widths = [max(len(row[column]) for row in rows) for column in range(6)]
+    for row in rows:
+        cells = (
+            cell.rjust(width) if column in (3, 4) else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  ".join(cells).rstrip()
+    yield ""
+    size, tokens, in_prompt = (about[key] for key in ("image_size", "image_tokens", "prompt_tokens_per_image"))
+    yield f"visual tokens per image: {tokens} ({size} x {size} pixels), {in_prompt} in the prompt"
+    window, left = about["context_window"], about["context_left"]
+    if window is None:
+        yield "context window: the language model's configuration sets no limit"
+    elif left < 0:
+        yield f"context window: {window:,} tokens; one image does not fit ({-left:,} too many)"
+    else:
+        yield f"context window: {window:,} tokens; one image leaves {left:,} ({left / window:.1%}) for text"
+
+
+@app.command()
+@_exit_codes()
+def info(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Folder, or id on the Hub.", show_default="the embedded bridge"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Show a model's parts, parameters and token budget, without its weights."""
+    _quiet_libraries()
+    about = describe(model)
+    for line in [json.dumps(about)] if as_json else _described(about):
+        _print(line, sys.stdout)
+
+
+# ---------------------------------------------------------------------- entry
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from .version import __version__
+
+        _print(f"vlbridge {__version__}", sys.stdout)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+__all__ = ["CommandError", "answer", "app", "describe", "load"]
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,202 @@
+"""Reading image files of any kind as 8-bit RGB, and finding them in folders and globs."""
+
+import glob
+import os
+import stat
+import threading
+import warnings
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+
+# Formats that Pillow recognises by their first bytes but cannot decode.
+_NOT_DECODABLE = {"BUFR", "GRIB", "HDF5", "MPEG"}
+_GRAYSCALE_16_BIT = {"PNG", "PPM"}  # formats whose mode "I" (32-bit integers) holds 16-bit values
+_ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_warning_filters = threading.Lock()  # `warnings.catch_warnings` changes the whole process's filters
+
+
+class ImageError(ValueError):
+    """A path that gives no image.
+
+    Args:
+        path: The file, folder or glob.
+        reason: What is wrong with it, in one line.
+    """
+
+    def __init__(self, path: str | os.PathLike, reason: str):
+        super().__init__(path, reason)
+        self.path = str(path)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+def load_image(path: str | os.PathLike) -> Image.Image:
+    """Read an image file as it is meant to be seen.
+
+    Its EXIF orientation is applied, transparency is laid on white, more than 8 bits per channel are scaled to 8, and of
+    an animation the first frame is taken.
+
+    Args:
+        path: The image file.
+
+    Returns:
+        The image in mode `"RGB"`.
+
+    Raises:
+        ImageError: There is no such file, it is not an image, it is damaged, or it is larger than
+            `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+    """
+    path = Path(path)
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ImageError(path, "no such file") from error
+    except (OSError, ValueError) as error:
+        raise ImageError(path, getattr(error, "strerror", None) or str(error)) from error
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError(path, "is a folder, not an image file")
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError(path, "is not a regular file")
+    if status.st_size == 0:
+        raise ImageError(path, "the file is empty (0 bytes)")
+    try:
+        with _open(path) as image:
+            image.load()
+            # Asked after loading: TIFF applies its orientation by itself, and drops the tag.
+            orientation = _orientation(image)
+            rgb = _to_rgb(image)
+    except UnidentifiedImageError as error:
+        raise ImageError(path, "not an image, or not in a format that Pillow can read") from error
+    except PermissionError as error:
+        raise ImageError(path, "permission denied") from error
+    except Exception as error:  # decoders of damaged files raise nearly anything: SyntaxError, struct.error, KeyError
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(path, f"cannot be read as an image: {reason}") from error
+    return rgb.transpose(_ORIENTATIONS[orientation]) if orientation in _ORIENTATIONS else rgb
+
+
+def _open(path: Path) -> Image.Image:
+    """Open, with Pillow's warning about decompression bombs as an error."""
+    with _warning_filters, warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(path)
+
+
+def _orientation(image: Image.Image) -> int | None:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged metadata say nothing about the pixels
+        return None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _grayscale_to_8_bit(image)
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _grayscale_to_8_bit(image: Image.Image) -> Image.Image:
+    """Scale 16-bit, 32-bit and floating point grayscale to 8 bits; Pillow's own conversion clips it to white.
+
+    16-bit files are scaled by their full range. The range of the others is not written in the file: the smallest of
+    0..1 (floats only), 0..255 and 0..65535 that holds all values is taken, or else the range of the values themselves.
+    """
+    values = np.asarray(image).astype(np.float32)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _GRAYSCALE_16_BIT):
+        low, high = 0.0, 65535.0
+    else:
+        finite = values[np.isfinite(values)]
+        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+        for full in (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0):
+            if low >= 0 and high <= full:
+                low, high = 0.0, full
+                break
+    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+    values = np.rint((values - low) * (255.0 / ((high - low) or 1.0)))
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+
+
+@cache
+def _image_extensions() -> frozenset[str]:
+    extensions = Image.registered_extensions()
+    return frozenset(
+        extension for extension, name in extensions.items() if name in Image.OPEN and name not in _NOT_DECODABLE
+    )
+
+
+def expand_paths(patterns: Iterable[str | os.PathLike], recursive: bool = False) -> list[Path]:
+    """Turn files, folders and globs into a list of files.
+
+    A file is taken whatever its extension, and so are the files that a glob matches, as if the shell had expanded it.
+    Of a folder, the files with an extension of an image format are taken, without hidden files and folders.
+
+    Args:
+        patterns: Files, folders and globs (`*`, `?`, `[...]`, and `**` for any depth).
+        recursive: Look into the folders of folders too.
+
+    Returns:
+        The files: in the order of `patterns`, sorted within a folder or glob, each file once.
+
+    Raises:
+        ImageError: A path does not exist, a folder holds no image, or a glob matches no file.
+    """
+    if isinstance(patterns, (str, os.PathLike)):
+        patterns = [patterns]
+    files = {}
+    for pattern in patterns:
+        for file in _expand(os.path.expanduser(pattern), recursive):
+            files.setdefault(os.path.abspath(file), Path(file))
+    return list(files.values())
+
+
+def _expand(pattern: str, recursive: bool) -> list[str]:
+    if os.path.isdir(pattern):
+        files = _images_in_folder(pattern, recursive)
+        if not files:
+            hint = "" if recursive else ", not counting its subfolders"
+            raise ImageError(pattern, f"no image files in this folder{hint}")
+        return sorted(files)
+    if os.path.exists(pattern):  # before globs: a file may be called "img[1].jpg"
+        return [pattern]
+    if not glob.has_magic(pattern):
+        raise ImageError(pattern, "no such file or folder")
+    files = [match for match in glob.glob(pattern, recursive=True) if os.path.isfile(match)]
+    if not files:
+        raise ImageError(pattern, "no file matches this pattern")
+    return sorted(files)
+
+
+def _images_in_folder(folder: str, recursive: bool) -> list[str]:
+    def refuse(error: OSError):
+        raise ImageError(error.filename or folder, f"cannot be listed: {error.strerror}") from error
+
+    files = []
+    for parent, subfolders, names in os.walk(folder, onerror=refuse):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")] if recursive else []
+        files += [
+            os.path.join(parent, name)
+            for name in names
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in _image_extensions()
+        ]
+    return files
+
+
+__all__ = ["ImageError", "expand_paths", "load_image"]
