@@ -330,9 +330,11 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
             The model itself.
         """
         self.config.freeze_vision_model, self.config.freeze_language_model = vision_model, language_model
-        self.vision_model.requires_grad_(not vision_model)
-        self.language_model.requires_grad_(not language_model)
-        self.bridge.requires_grad_(True)
+        parts = ((vision_model, self.vision_model), (language_model, self.language_model), (False, self.bridge))
+        for frozen, part in parts:
+            for parameter in part.parameters():
+                if parameter.is_floating_point():  # quantised weights are integers and never trained
+                    parameter.requires_grad_(not frozen)
         return self.train(self.training)
 
     def train(self, mode: bool = True) -> BridgedModel:
@@ -451,7 +453,9 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
         if image_features is None:
             # decoding steps have one token: no need to wait for the device there
             if input_ids.shape[1] > 1 and not torch.compiler.is_compiling() and bool(placeholders.any()):
-                raise ValueError(f"There are {int(placeholders.sum())} image tokens in input_ids, but no images were given.")
+                raise ValueError(
+                    f"There are {int(placeholders.sum())} image tokens in input_ids, but no images were given."
+                )
             return inputs_embeds
         num_features = image_features.shape[0] * image_features.shape[1]
         torch_compilable_check(
@@ -588,7 +592,9 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
             visual_states=visual_states,
         )
 
-    def _encode_prompt(self, input_ids, pixel_values, patch_features, mm_encoder_outputs, inputs_embeds, mask, **kwargs):
+    def _encode_prompt(
+        self, input_ids, pixel_values, patch_features, mm_encoder_outputs, inputs_embeds, mask, **kwargs
+    ):
         """Run the encoder of an encoder-decoder language model over text and visual tokens."""
         image_features = self._image_features(pixel_values, patch_features, mm_encoder_outputs)
         hidden = self._prompt_embeddings(input_ids, inputs_embeds, image_features)

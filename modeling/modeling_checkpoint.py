@@ -202,7 +202,9 @@ class BridgeCheckpointMixin:
             pins[part] = pin
         return pins
 
-    def save_pretrained(self, save_directory, *args, bridge_only: bool = False, state_dict: dict | None = None, **kwargs):
+    def save_pretrained(
+        self, save_directory, *args, bridge_only: bool = False, state_dict: dict | None = None, **kwargs
+    ):
         """Save the model, or its bridge alone.
 
         Args:
@@ -264,17 +266,30 @@ class BridgeCheckpointMixin:
                 bridge_only = False
         # weights handed over directly are not a bridge checkpoint's file
         if not bridge_only or kwargs.get("state_dict") is not None or pretrained_model_name_or_path is None:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            # loading puts new parameters in place, which know nothing of freezing
+            model.freeze(model.config.freeze_vision_model, model.config.freeze_language_model)
+            return loaded
         return cls._from_bridge_checkpoint(pretrained_model_name_or_path, config, hub_kwargs, **kwargs)
 
     @classmethod
     def _from_bridge_checkpoint(cls, path, config, hub_kwargs, **kwargs):
-        for name in (*HUB_KEYWORDS, "_from_auto", "_commit_hash", "trust_remote_code", "adapter_kwargs", "use_safetensors"):
+        for name in (
+            *HUB_KEYWORDS,
+            "_from_auto",
+            "_commit_hash",
+            "trust_remote_code",
+            "adapter_kwargs",
+            "use_safetensors",
+        ):
             kwargs.pop(name, None)
         given = {part: kwargs.pop(part, None) for part in FROZEN_PARTS}
         dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or "auto"
         device_map = kwargs.pop("device_map", None)
-        placement = {name: kwargs.pop(name) for name in ("max_memory", "offload_folder", "offload_buffers") if name in kwargs}
+        placement = {
+            name: kwargs.pop(name) for name in ("max_memory", "offload_folder", "offload_buffers") if name in kwargs
+        }
         attention = kwargs.pop("attn_implementation", None)
         quantization = kwargs.pop("quantization_config", None)
         generation_config = kwargs.pop("generation_config", None)
@@ -300,7 +315,9 @@ class BridgeCheckpointMixin:
                         f"{part_config.model_type}."
                     )
             elif not pin:
-                raise FrozenPartError(f"{path}/config.json is bridge_only but names no {part}; pass {part}=<a loaded model>.")
+                raise FrozenPartError(
+                    f"{path}/config.json is bridge_only but names no {part}; pass {part}=<a loaded model>."
+                )
             else:
                 extra = {"quantization_config": quantization} if quantization and part == "language_model" else {}
                 token = {"token": hub_kwargs["token"]} if "token" in hub_kwargs else {}

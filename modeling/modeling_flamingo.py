@@ -216,7 +216,9 @@ def decoder_layers(language_model: PreTrainedModel) -> nn.ModuleList:
     for module in language_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == wanted:
             return module
-    raise ValueError(f"{type(language_model).__name__} has no list of {wanted} decoder layers to put cross-attention in.")
+    raise ValueError(
+        f"{type(language_model).__name__} has no list of {wanted} decoder layers to put cross-attention in."
+    )
 
 
 class _Reached(Exception):

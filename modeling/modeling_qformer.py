@@ -116,7 +116,9 @@ class QFormer(nn.Module):
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.hidden_size))
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.layers = nn.ModuleList(QFormerLayer(config, index, vision_dim) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            QFormerLayer(config, index, vision_dim) for index in range(config.num_hidden_layers)
+        )
 
     def init_parameters(self, config: QFormerBlip2Config) -> None:
         # Zero in transformers' port; LAVIS draws them, which breaks the symmetry between queries.

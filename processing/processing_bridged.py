@@ -196,7 +196,9 @@ class BridgedProcessor(ProcessorMixin):
         if image_sizes is None:
             return MultiModalData()
         counts = [
-            self.num_image_tokens(*(self.output_size() or size)) if self.num_query_tokens is None else self.num_query_tokens
+            self.num_image_tokens(*(self.output_size() or size))
+            if self.num_query_tokens is None
+            else self.num_query_tokens
             for size in image_sizes
         ]
         return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))

@@ -64,7 +64,13 @@ LANGUAGE = {
     ),
 }  # fmt: skip
 
-QFORMER = {"num_query_tokens": 5, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+QFORMER = {
+    "num_query_tokens": 5,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
 BRIDGE_OPTIONS = {
     "mlp": {},
     "qformer": {"qformer_config": QFORMER},
@@ -92,7 +98,11 @@ def tiny_model(bridge: str, language: str = "llama", vision: str = "clip", seed:
     """A composed tiny model and its processor, with gates open and token rows drawn, so that everything matters."""
     torch.manual_seed(seed)
     model, processor = vlbridge.compose(
-        VISION[vision](), LANGUAGE[language](), bridge, tokenizer=tiny_tokenizer(), **{**BRIDGE_OPTIONS[bridge], **options}
+        VISION[vision](),
+        LANGUAGE[language](),
+        bridge,
+        tokenizer=tiny_tokenizer(),
+        **{**BRIDGE_OPTIONS[bridge], **options},
     )
     spread_weights(model)
     return model, processor

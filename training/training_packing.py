@@ -53,7 +53,9 @@ class PackedCollator:
 
     def __call__(self, rows: list[dict]) -> dict:
         if len(rows) != 1:
-            raise ValueError(f"A step takes one packed row, got {len(rows)}: use gradient accumulation for larger batches.")
+            raise ValueError(
+                f"A step takes one packed row, got {len(rows)}: use gradient accumulation for larger batches."
+            )
         row = rows[0]
         learned = (row["next_ids"] != -100).nonzero()[:, 0]
         return {

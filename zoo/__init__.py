@@ -4,9 +4,9 @@
 `AutoModelForMultimodalLM` and `AutoProcessor`.
 """
 
-from .configuration import MLPLlavaConfig, PerceiverFlamingoConfig, QFormerBlip2Config
 from .assets import default_model
 from .compose import compose
+from .configuration import MLPLlavaConfig, PerceiverFlamingoConfig, QFormerBlip2Config
 from .families import FAMILIES, register
 from .modeling import (
     FrozenPartError,

@@ -101,7 +101,9 @@ def native_image_processor(vision_config: PreTrainedConfig):
 
 def _image_processor(given, name: str | None, vision_config: PreTrainedConfig, **hub_kwargs):
     if given is not None:
-        return AutoImageProcessor.from_pretrained(given, **hub_kwargs) if isinstance(given, (str, os.PathLike)) else given
+        return (
+            AutoImageProcessor.from_pretrained(given, **hub_kwargs) if isinstance(given, (str, os.PathLike)) else given
+        )
     if name is None or vision_config.model_type == "timm_wrapper":
         return native_image_processor(vision_config)
     try:

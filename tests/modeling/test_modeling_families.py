@@ -132,7 +132,9 @@ def test_greedy_is_the_slow_obvious_loop(composed):
     assert found[0, -6:].tolist() == torch.cat(expected).tolist()
 
 
-@pytest.mark.parametrize("options", [{"cache_implementation": "static"}, {"use_cache": False}], ids=["static", "no cache"])
+@pytest.mark.parametrize(
+    "options", [{"cache_implementation": "static"}, {"use_cache": False}], ids=["static", "no cache"]
+)
 def test_every_cache_gives_the_same_tokens(composed, options):
     model, processor = composed
     inputs = batch_of(processor)
@@ -223,7 +225,7 @@ def test_any_encoder(bridge, vision):
     patches = model.get_patch_features(inputs["pixel_values"])
     prefix = model.config.num_prefix_tokens if model.config.vision_feature_select_strategy == "full" else 0
     size = inputs["pixel_values"].shape[-1]
-    expected = NUM_PATCHES[vision] if vision != "resnet" else -(-size // model.config.patch_size) ** 2
+    expected = NUM_PATCHES[vision] if vision != "resnet" else -((-size // model.config.patch_size) ** 2)
     if vision == "resnet":
         expected = (size // model.config.patch_size) ** 2
     assert patches.shape[1] == expected + prefix
@@ -412,9 +414,7 @@ def test_a_fresh_flamingo_is_its_language_model_bit_for_bit():
     with torch.no_grad():
         ours = model(**inputs).logits
         embeds = model.embed_tokens(text["input_ids"])
-        theirs = language(
-            inputs_embeds=embeds, attention_mask=text["attention_mask"], position_ids=positions
-        ).logits
+        theirs = language(inputs_embeds=embeds, attention_mask=text["attention_mask"], position_ids=positions).logits
     assert torch.equal(ours, theirs)
     assert ours.shape[-1] == 102  # two new tokens
 
