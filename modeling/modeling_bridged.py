@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessor
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
@@ -36,8 +36,10 @@ class BridgedOutput(ModelOutput):
         loss: Next-token loss, where labels were given.
         logits: `(batch, tokens, vocabulary)`.
         past_key_values: The language model's cache.
-        hidden_states: Of the language model (of its decoder, where it has an encoder too).
+        hidden_states: Of a decoder-only language model.
         attentions: Likewise.
+        decoder_hidden_states: Of an encoder-decoder language model: `generate` looks for them here.
+        decoder_attentions: Likewise.
         cross_attentions: Of an encoder-decoder language model.
         encoder_last_hidden_state: Of an encoder-decoder language model.
         encoder_hidden_states: Of an encoder-decoder language model.
@@ -51,6 +53,8 @@ class BridgedOutput(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+    decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
+    decoder_attentions: tuple[torch.Tensor, ...] | None = None
     cross_attentions: tuple[torch.Tensor, ...] | None = None
     encoder_last_hidden_state: torch.Tensor | None = None
     encoder_hidden_states: tuple[torch.Tensor, ...] | None = None
@@ -310,6 +314,10 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
         return logits.index_copy(-1, index, scores)
 
     @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # it is the two parts' to set; the bridges' own attention has one implementation
+
+    @classmethod
     def check_language_model(cls, language_model: PreTrainedModel) -> None:
         """Refuse language models that the family can't work with; `compose` asks.
 
@@ -368,6 +376,25 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
 
     # ------------------------------------------------------------------ images
 
+    def _run_vision_model(self, pixel_values: torch.Tensor, **kwargs) -> ModelOutput:
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}; expected (num_images, channels, height, width), "
+                "the images of all rows of the batch one after the other."
+            )
+        vision_dtype = next(self.vision_model.parameters()).dtype
+        if self.config.vision_feature_layer is not None:
+            kwargs["output_hidden_states"] = True
+        frozen = self.config.freeze_vision_model and not pixel_values.requires_grad
+        with torch.no_grad() if frozen else nullcontext():
+            return self.vision_model(pixel_values=pixel_values.to(vision_dtype), return_dict=True, **kwargs)
+
+    def _select_patch_features(self, vision_outputs: ModelOutput) -> torch.Tensor:
+        patch_features = patch_features_of(vision_outputs, self.config.vision_feature_layer)
+        if self.config.vision_feature_select_strategy == "patch":
+            patch_features = patch_features[:, self.config.num_prefix_tokens :]
+        return patch_features
+
     def get_patch_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Run the vision encoder.
 
@@ -380,42 +407,47 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: `pixel_values` has another shape.
         """
-        if pixel_values.ndim != 4:
-            raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}; expected (num_images, channels, height, width), "
-                "the images of all rows of the batch one after the other."
-            )
-        vision_dtype = next(self.vision_model.parameters()).dtype
-        layer = self.config.vision_feature_layer
-        frozen = self.config.freeze_vision_model and not pixel_values.requires_grad
-        with torch.no_grad() if frozen else nullcontext():
-            outputs = self.vision_model(
-                pixel_values=pixel_values.to(vision_dtype), output_hidden_states=layer is not None, return_dict=True
-            )
-        patch_features = patch_features_of(outputs, layer)
-        if self.config.vision_feature_select_strategy == "patch":
-            patch_features = patch_features[:, self.config.num_prefix_tokens :]
-        return patch_features
+        return self._select_patch_features(self._run_vision_model(pixel_values))
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor | None = None, patch_features: torch.Tensor | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor | None = None,
+        patch_features: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Turn images into visual tokens.
 
         Args:
             pixel_values: `(num_images, channels, height, width)`.
             patch_features: `(num_images, num_patches, vision_dim)`, instead of pixels: what `get_patch_features` gave.
+            output_hidden_states: Return the vision encoder's hidden states too; `None` asks its configuration.
+            output_attentions: Likewise its attention weights.
 
         Returns:
             An output whose `pooler_output` holds the visual tokens, `(num_images, num_image_tokens, text_dim)`, and
             whose `last_hidden_state` holds the patch features.
         """
+        hidden_states = attentions = None
         if patch_features is None:
-            patch_features = self.get_patch_features(pixel_values)
+            wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+            outputs = self._run_vision_model(
+                pixel_values, **{name: value for name, value in wanted.items() if value is not None}
+            )
+            patch_features = self._select_patch_features(outputs)
+            if output_hidden_states is None:
+                output_hidden_states = self.config.vision_config.output_hidden_states
+            hidden_states = outputs.get("hidden_states") if output_hidden_states else None
+            attentions = outputs.get("attentions")
         bridge = self.bridge
-        image_features = bridge(patch_features.to(bridge.dtype))
-        return BaseModelOutputWithPooling(last_hidden_state=patch_features, pooler_output=image_features)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=patch_features,
+            pooler_output=bridge(patch_features.to(bridge.dtype)),
+            hidden_states=hidden_states,
+            attentions=attentions,
+        )
 
     def embed_tokens(self, input_ids: torch.LongTensor) -> torch.Tensor:
         """Look tokens up; placeholders beyond the language model's table get some valid row.
@@ -599,7 +631,13 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
         image_features = self._image_features(pixel_values, patch_features, mm_encoder_outputs)
         hidden = self._prompt_embeddings(input_ids, inputs_embeds, image_features)
         encoder = self.language_model.get_encoder()
-        return encoder(inputs_embeds=hidden, attention_mask=mask, **{**kwargs, "return_dict": True}), image_features
+        outputs = encoder(inputs_embeds=hidden, attention_mask=mask, **{**kwargs, "return_dict": True})
+        # T5 takes any other class apart by position, and hidden states for attention weights
+        return BaseModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        ), image_features
 
     def _forward_encoder_decoder(
         self, input_ids, pixel_values, patch_features, mm_encoder_outputs, inputs_embeds, attention_mask,
@@ -632,8 +670,8 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
             loss=loss,
             logits=outputs.logits,
             past_key_values=outputs.get("past_key_values"),
-            hidden_states=outputs.get("decoder_hidden_states"),
-            attentions=outputs.get("decoder_attentions"),
+            decoder_hidden_states=outputs.get("decoder_hidden_states"),
+            decoder_attentions=outputs.get("decoder_attentions"),
             cross_attentions=outputs.get("cross_attentions"),
             encoder_last_hidden_state=outputs.get("encoder_last_hidden_state"),
             encoder_hidden_states=outputs.get("encoder_hidden_states"),

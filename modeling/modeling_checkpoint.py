@@ -168,6 +168,16 @@ def load_frozen_part(part: str, pin: dict, config: PreTrainedConfig, **kwargs) -
     return auto_class_for(part, config).from_pretrained(place, config=config, **{**kwargs, **hub_kwargs})
 
 
+def _name_sources(config_path: Path, pins: dict) -> None:
+    """In a saved configuration, call the frozen parts what their pins call them, not where they lay on this machine."""
+    saved = json.loads(config_path.read_text())
+    for name, part in (("vision_config", "vision_model"), ("text_config", "language_model")):
+        if "_name_or_path" in saved.get(name, {}):
+            saved[name]["_name_or_path"] = pins[part]["source"]
+    saved.pop("_name_or_path", None)
+    config_path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
+
+
 class BridgeCheckpointMixin:
     """`save_pretrained(bridge_only=True)`, and `from_pretrained` of what it wrote."""
 
@@ -233,6 +243,8 @@ class BridgeCheckpointMixin:
         try:
             self.config.frozen_parts, self.config.bridge_only = pins, True
             super().save_pretrained(temporary, *args, state_dict=bridge, **kwargs)
+            _name_sources(temporary / "config.json", pins)
+            shutil.copymode(temporary / "config.json", temporary / SAFE_WEIGHTS_NAME)  # or nobody else may read it
             target.mkdir(exist_ok=True)
             for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
                 os.replace(path, target / path.name)  # the configuration last: without it the folder is no model

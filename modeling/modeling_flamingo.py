@@ -161,14 +161,15 @@ class VisualStates(ModelOutput):
     """What is carried beside `past_key_values`: the images, seen once.
 
     Args:
-        keys: Per cross-attention layer `(batch, heads, max_images * num_latents, head_dim)`.
-        values: Likewise.
+        key_states: Per cross-attention layer `(batch, heads, max_images * num_latents, head_dim)`.
+        value_states: Likewise.
         num_images: Images of each sample, `(batch,)`.
         text_time: Images that came before the next token of each row, `(rows,)`.
     """
 
-    keys: tuple[torch.Tensor, ...] | None = None
-    values: tuple[torch.Tensor, ...] | None = None
+    # not `keys` and `values`: these are methods of every ModelOutput
+    key_states: tuple[torch.Tensor, ...] | None = None
+    value_states: tuple[torch.Tensor, ...] | None = None
     num_images: torch.Tensor | None = None
     text_time: torch.Tensor | None = None
 
@@ -178,8 +179,8 @@ class Conditioning:
     """What one forward pass hands to its hooks: nothing stays on the model between calls."""
 
     model: PreTrainedModel
-    keys: tuple[torch.Tensor, ...] | None
-    values: tuple[torch.Tensor, ...] | None
+    key_states: tuple[torch.Tensor, ...] | None
+    value_states: tuple[torch.Tensor, ...] | None
     mask: torch.Tensor | None
     sees_image: torch.Tensor | None
 
@@ -286,7 +287,7 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
         if number is not None:
             # looked up now: PEFT may have put a trained copy of the bridge here
             block = self.bridge.cross_attention_layers[number]
-            keys, values = conditioning.keys, conditioning.values
+            keys, values = conditioning.key_states, conditioning.value_states
             hidden_states = block(
                 args[0] if args else kwargs["hidden_states"],
                 None if keys is None else keys[number],
@@ -323,8 +324,8 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
         visual_tokens = padded.flatten(1, 2)
         projected = [layer.project(visual_tokens) for layer in self.bridge.cross_attention_layers]
         return VisualStates(
-            keys=tuple(key for key, _ in projected),
-            values=tuple(value for _, value in projected),
+            key_states=tuple(key for key, _ in projected),
+            value_states=tuple(value for _, value in projected),
             num_images=num_images,
             text_time=torch.zeros_like(num_images),
         )
@@ -336,7 +337,7 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
             if input_ids is None:
                 raise ValueError("Images need input_ids: <image> can't be found in inputs_embeds.")
             visual_states = self.make_visual_states(input_ids, image_features)
-        if visual_states is None or visual_states.keys is None:
+        if visual_states is None or visual_states.key_states is None:
             if input_ids is not None and not torch.compiler.is_compiling() and input_ids.shape[1] > 1:
                 if bool((input_ids == self.config.image_token_id).any()):
                     raise ValueError("There are <image> tokens in input_ids, but no images were given.")
@@ -350,7 +351,7 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
         before = before.repeat_interleave(input_ids.shape[0] // before.shape[0])[:, None]
         is_image = (input_ids == self.config.image_token_id).to(limit.device)
         text_time = torch.minimum(before + is_image.cumsum(dim=-1), limit)  # (rows, tokens)
-        max_images = visual_states.keys[0].shape[2] // self.config.num_latents
+        max_images = visual_states.key_states[0].shape[2] // self.config.num_latents
         media_time = torch.arange(1, max_images + 1, device=limit.device).repeat_interleave(self.config.num_latents)
         if self.config.only_attend_immediate_media:
             mask = text_time[..., None] == media_time
@@ -358,10 +359,10 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
             mask = text_time[..., None] >= media_time
         sees_image = text_time > 0
         mask = mask | ~sees_image[..., None]  # a row that sees nothing would be NaN; its result is dropped
-        conditioning = Conditioning(self, visual_states.keys, visual_states.values, mask, sees_image)
+        conditioning = Conditioning(self, visual_states.key_states, visual_states.value_states, mask, sees_image)
         return {CONDITIONING: conditioning}, VisualStates(
-            keys=visual_states.keys,
-            values=visual_states.values,
+            key_states=visual_states.key_states,
+            value_states=visual_states.value_states,
             num_images=visual_states.num_images,
             text_time=text_time[:, -1].contiguous(),
         )
@@ -375,8 +376,14 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        if model_kwargs.get("use_cache", True) and outputs.get("visual_states") is not None:
-            model_kwargs["visual_states"] = outputs.visual_states
+        before, after = model_kwargs.get("visual_states"), outputs.get("visual_states")
+        if model_kwargs.get("use_cache", True) and after is not None:
+            # A compiled step's outputs live in a CUDA graph's memory, which the next step overwrites: what does not change
+            # is taken from before, the rest is copied.
+            kept = after if before is None else before
+            model_kwargs["visual_states"] = VisualStates(
+                kept.key_states, kept.value_states, kept.num_images, after.text_time.clone()
+            )
         return model_kwargs
 
 

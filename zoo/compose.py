@@ -202,7 +202,8 @@ def compose(
     token_ids = _add_tokens(tokenizer, tokens)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokens[-1]
-    tokenizer.padding_side = "left"
+    # only what is in init_kwargs is saved with a tokenizer
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
 
     config = family.config_class(
         vision_config=vision_model.config,
