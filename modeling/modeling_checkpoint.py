@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from huggingface_hub import constants
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import (
@@ -75,9 +74,11 @@ def weights_sha256(source: str, **hub_kwargs) -> str:
     Returns:
         Hexadecimal SHA-256.
     """
+    from ..demo import cache_dir
+
     files = [path.resolve() for path in checkpoint_files(source, **hub_kwargs)]
     stamp = json.dumps([[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files])
-    known_path = Path(constants.HF_HOME) / "vlbridge" / "hashes.json"
+    known_path = cache_dir() / "hashes.json"
     try:
         known = json.loads(known_path.read_text())
     except (OSError, ValueError):

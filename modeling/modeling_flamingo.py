@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
@@ -222,6 +222,14 @@ def decoder_layers(language_model: PreTrainedModel) -> nn.ModuleList:
     )
 
 
+def _refuse_encoder_decoder(config: PreTrainedConfig) -> None:
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"The perceiver bridge conditions the layers of a decoder-only language model; {config.model_type} is an "
+            "encoder-decoder. Use bridge='qformer' or 'mlp'."
+        )
+
+
 class _Reached(Exception):
     """The conditioning arrived at a decoder layer."""
 
@@ -233,11 +241,7 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
     _no_split_modules = ["PerceiverLayer", "GatedCrossAttentionLayer"]
 
     def __init__(self, config: PerceiverFlamingoConfig, vision_model=None, language_model=None):
-        if config.is_encoder_decoder:
-            raise ValueError(
-                f"The perceiver bridge conditions the layers of a decoder-only language model; {config.text_config.model_type} "
-                "is an encoder-decoder. Use bridge='qformer' or 'mlp'."
-            )
+        _refuse_encoder_decoder(config.text_config)
         super().__init__(config, vision_model, language_model)
         every = config.cross_attention_every_n_layers
         for index, layer in enumerate(decoder_layers(self.language_model)):
@@ -253,6 +257,7 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
             ValueError: The conditioning would not reach the decoder layers.
         """
         name = type(language_model).__name__
+        _refuse_encoder_decoder(language_model.config)
 
         def reached(module, args, kwargs):
             if CONDITIONING in kwargs:

@@ -36,11 +36,13 @@ VISION = {
     "siglip": lambda: SiglipVisionConfig(**SMALL, image_size=IMAGE_SIZE, patch_size=6),
     "vit": lambda: ViTConfig(**SMALL, image_size=IMAGE_SIZE, patch_size=6),
     "dinov2": lambda: Dinov2Config(**{**SMALL, "mlp_ratio": 2}, image_size=IMAGE_SIZE, patch_size=6),
-    "resnet": lambda: ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"),
+    "resnet": lambda: ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", image_size=64
+    ),
     "timm": lambda: TimmWrapperConfig(architecture="resnet10t", pretrained_cfg={"input_size": [3, 64, 64]}),
 }
 # number of patches of an image of the size that the encoder takes, without prefix tokens
-NUM_PATCHES = {"clip": 25, "siglip": 25, "vit": 25, "dinov2": 25, "resnet": 28 * 28, "timm": 4}
+NUM_PATCHES = {"clip": 25, "siglip": 25, "vit": 25, "dinov2": 25, "resnet": 64, "timm": 4}
 
 TOKENS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 LANGUAGE = {

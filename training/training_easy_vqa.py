@@ -183,7 +183,9 @@ def answer_all(
     return answers
 
 
-def warm_up(model, processor, examples: list[Example], features: torch.Tensor, steps: int, learning_rate: float) -> None:
+def warm_up(
+    model, processor, examples: list[Example], features: torch.Tensor, steps: int, learning_rate: float
+) -> None:
     """Let every visual token begin as the words for what is in the picture.
 
     The language model is not run: the bridge learns to give the sum of the colour's and the shape's own embeddings. From
@@ -211,7 +213,9 @@ def warm_up(model, processor, examples: list[Example], features: torch.Tensor, s
     for _ in tqdm(range(steps), desc="warming up", unit="step"):
         drawn = torch.randint(len(known), (48,))
         visual_tokens = model.bridge(features[known[drawn]].float())  # (48, num_patches, text_dim)
-        torch.nn.functional.mse_loss(visual_tokens, targets[drawn][:, None].expand_as(visual_tokens)).mul(100).backward()
+        torch.nn.functional.mse_loss(visual_tokens, targets[drawn][:, None].expand_as(visual_tokens)).mul(
+            100
+        ).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()

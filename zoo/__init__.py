@@ -4,7 +4,7 @@
 `AutoModelForMultimodalLM` and `AutoProcessor`.
 """
 
-from .assets import default_model
+from .assets import default_model, example_picture
 from .compose import compose
 from .configuration import MLPLlavaConfig, PerceiverFlamingoConfig, QFormerBlip2Config
 from .families import FAMILIES, register
@@ -35,4 +35,5 @@ __all__ = [
     "__version__",
     "compose",
     "default_model",
+    "example_picture",
 ]

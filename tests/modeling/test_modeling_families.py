@@ -225,10 +225,7 @@ def test_any_encoder(bridge, vision):
     patches = model.get_patch_features(inputs["pixel_values"])
     prefix = model.config.num_prefix_tokens if model.config.vision_feature_select_strategy == "full" else 0
     size = inputs["pixel_values"].shape[-1]
-    expected = NUM_PATCHES[vision] if vision != "resnet" else -((-size // model.config.patch_size) ** 2)
-    if vision == "resnet":
-        expected = (size // model.config.patch_size) ** 2
-    assert patches.shape[1] == expected + prefix
+    assert patches.shape[1] == NUM_PATCHES[vision] + prefix
     visual_tokens = model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output.shape[1]
     assert visual_tokens == processor.num_image_tokens(size, size) == model.config.num_image_tokens(size, size)
     assert model(**inputs).logits.isfinite().all()

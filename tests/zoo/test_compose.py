@@ -165,8 +165,8 @@ def test_timm_preprocessing_becomes_a_native_processor():
         },
     )  # fmt: skip
     from PIL import Image
-    from tiny import tiny_image
     from timm.data import create_transform, resolve_data_config
+    from tiny import tiny_image
 
     image = tiny_image(size=(300, 260)).resize((500, 375), Image.Resampling.BICUBIC)
     theirs = create_transform(**resolve_data_config(config.pretrained_cfg), is_training=False)(image)
