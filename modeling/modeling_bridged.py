@@ -189,7 +189,7 @@ def fill_vision_geometry(config: BridgedConfig, vision_model: PreTrainedModel | 
                 if layer is None
                 else outputs.hidden_states[layer[0] if isinstance(layer, list) else layer]
             )
-    except (AttributeError, TypeError, IndexError, NotImplementedError) as error:
+    except (AttributeError, TypeError, IndexError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{kind} can't serve as vision encoder: it does not turn `pixel_values` of {size}x{size} pixels into patch "
             f"features ({error}). Encoders that do: CLIP, SigLIP, ViT, DINOv2, BLIP-2's ViT, ResNet, any timm model."

@@ -17,10 +17,13 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
+from transformers.utils import logging
 
 from ..configuration.configuration_flamingo import PerceiverFlamingoConfig
 from .modeling_bridged import Bridge, BridgedModel
 
+
+logger = logging.get_logger(__name__)
 
 CONDITIONING = "cross_attention_conditioning"  # the keyword argument that travels through the language model
 
@@ -263,22 +266,20 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
             if CONDITIONING in kwargs:
                 raise _Reached
 
-        try:
-            with torch.device("meta"):
-                probe = AutoModelForCausalLM.from_config(copy.deepcopy(language_model.config)).eval()
-                decoder_layers(probe)[0].register_forward_pre_hook(reached, with_kwargs=True)
-                inputs = {
-                    "input_ids": torch.zeros(1, 1, dtype=torch.long),
-                    "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),  # made already: nothing to compute
-                    "position_ids": torch.zeros(1, 1, dtype=torch.long),
-                }
-                known = inspect.signature(probe.forward).parameters
-                inputs = {name: tensor for name, tensor in inputs.items() if name in known}
-                probe(**inputs, use_cache=False, **{CONDITIONING: object()})
-        except _Reached:
-            return
-        except (TypeError, NotImplementedError, RuntimeError) as error:
-            raise ValueError(f"{name} can't be conditioned by a perceiver bridge: {error}") from error
+        with torch.device("meta"):
+            probe = AutoModelForCausalLM.from_config(copy.deepcopy(language_model.config)).eval()
+            decoder_layers(probe)[0].register_forward_pre_hook(reached, with_kwargs=True)
+            ids = torch.zeros(1, 1, dtype=torch.long)
+            # with a mask and positions that are made already there is nothing to compute; not every model takes them
+            prepared = {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "position_ids": ids}
+            known = inspect.signature(probe.forward).parameters
+            for extra in ({key: tensor for key, tensor in prepared.items() if key in known}, {}):
+                try:
+                    probe(input_ids=ids, use_cache=False, **extra, **{CONDITIONING: object()})
+                except _Reached:
+                    return
+                except (TypeError, ValueError, RuntimeError) as error:
+                    logger.debug(f"{name} with {sorted(extra)}: {error}")
         raise ValueError(
             f"{name} can't be conditioned by a perceiver bridge: it does not hand keyword arguments on to its decoder "
             "layers. Use bridge='mlp' or 'qformer', or another language model."

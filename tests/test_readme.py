@@ -144,6 +144,10 @@ def check_targets(place: str, arguments: list[str]) -> None:
 @pytest.mark.skipif(shutil.which("bash") is None, reason="the blocks are written for bash")
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_blocks_do_what_they_show(path, tmp_path, monkeypatch):
+    # a folder of its own, with the pictures where a checkout has them
+    shutil.copytree(
+        ROOT / "zoo" / "assets", tmp_path / "zoo" / "assets", ignore=shutil.ignore_patterns("*.py", "easy*")
+    )
     monkeypatch.chdir(tmp_path)
     blocks = blocks_of(path)
     assert any(block.language == "python" for block in blocks), f"{path.name} has no ```python block"

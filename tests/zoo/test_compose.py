@@ -149,7 +149,7 @@ def test_language_models_that_keep_keywords_from_their_layers(config):
     """They work as language models of token bridges, and are refused for the perceiver at once."""
     model, processor = compose(language=config, bridge="mlp")
     assert model(**processor(text=["ab"], return_tensors="pt")).logits.isfinite().all()
-    with pytest.raises(ValueError, match="does not hand keyword arguments on|can't be conditioned"):
+    with pytest.raises(ValueError, match="does not hand keyword arguments on"):
         compose(language=config, bridge="perceiver")
 
 
