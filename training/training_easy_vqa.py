@@ -60,21 +60,60 @@ def load_split(folder: Path, split: str) -> list[Example]:
     return [Example(folder / split / "images" / f"{image}.png", asked) for image, asked in sorted(questions.items())]
 
 
-def caption_of(example: Example) -> str | None:
-    """`"a blue circle"`, as far as questions and answers tell; `None` where they don't tell both."""
+NEGATED = re.compile(r"\b(not|no)\b")
+
+
+def properties_of(example: Example) -> dict[str, str]:
+    """Colour and shape of the picture, as far as questions and answers tell."""
     found: dict[str, str] = {}
     for question, answer in example.questions:
-        # every property that is asked about and affirmed ("is there not a ...? no"), or given as an answer
-        affirmed = (answer == "yes") != bool(re.search(r"\b(not|no)\b", question))
-        words = [answer] if answer not in ("yes", "no") else re.findall(r"\w+", question) if affirmed else []
-        if answer not in ("yes", "no"):
-            words += re.findall(r"\w+", question)  # "what color is the triangle?"
-        for word in words:
-            if word in COLORS:
-                found["color"] = word
-            elif word in SHAPES:
-                found["shape"] = word
+        words = re.findall(r"\w+", question)
+        if answer in ("yes", "no"):
+            # only what is affirmed tells: "is there a red shape? yes", "is there not a red shape? no"
+            words = words if (answer == "yes") != bool(NEGATED.search(question)) else []
+        else:
+            words.append(answer)
+        for kind, known in (("color", COLORS), ("shape", SHAPES)):
+            found.update((kind, word) for word in words if word in known)
+    return found
+
+
+def caption_of(example: Example) -> str | None:
+    """`"a blue circle"`; `None` where the questions don't tell both."""
+    found = properties_of(example)
     return f"a {found['color']} {found['shape']}" if len(found) == 2 else None
+
+
+def yes_no_templates(examples: list[Example]) -> list[str]:
+    """The forms of yes/no questions, such as `"is there not a {color} shape?"`."""
+    names = [(word, "{color}") for word in COLORS] + [(word, "{shape}") for word in SHAPES]
+    forms = set()
+    for example in examples:
+        for question, answer in example.questions:
+            if answer in ("yes", "no"):
+                for word, slot in names:
+                    question = re.sub(rf"\b{word}\b", slot, question)
+                forms.add(question)
+    return sorted(forms)
+
+
+def balanced_question(found: dict[str, str], templates: list[str], draw) -> tuple[str, str]:
+    """A yes/no question about a picture that is as likely about what it shows as about what it does not show.
+
+    easy-VQA asks about absent things seven times out of eight, so that "no" (or "yes", where the question is negated)
+    is nearly right already, and a bridge learns nothing else for long.
+
+    Args:
+        found: The picture's colour and shape.
+        templates: From `yes_no_templates`.
+        draw: `draw(n)` gives a random number below n.
+    """
+    template = templates[draw(len(templates))]
+    kind, choices = ("color", COLORS) if "{color}" in template else ("shape", SHAPES)
+    shown = draw(2) == 0
+    others = [word for word in choices if word != found[kind]]
+    question = template.format(**{kind: found[kind] if shown else others[draw(len(others))]})
+    return question, "yes" if shown != bool(NEGATED.search(template)) else "no"
 
 
 def blind_baseline(train: list[Example], test: list[Example]) -> float:
@@ -101,39 +140,48 @@ class PackedConversations(Dataset):
         examples: What to train on.
         features: `(num_examples, num_patches, vision_dim)`.
         processor: The model's processor.
-        max_questions: Most questions of one picture in one row; others come in other epochs.
-        seed: Of the choice.
+        num_questions: Questions of one picture in one row, drawn anew every time.
+        balanced: Share of them that are drawn yes/no questions, see `balanced_question`; the others are the picture's
+            own, or ask for its caption.
+        seed: Of the draw.
     """
 
-    def __init__(self, examples, features, processor, max_questions: int, seed: int = 0):
-        self.features, self.max_questions, self.generator = features, max_questions, torch.Generator().manual_seed(seed)
-        height, width = processor.output_size()
-        num_tokens = processor.num_image_tokens(height, width)
-
-        def tokenize(text: str) -> list[int]:
-            text = text.replace(processor.image_token, processor.image_token * num_tokens)
-            return processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-        tokenized: dict[str, list[int]] = {}
-        end = [processor.tokenizer.eos_token_id]
-        self.rows = []
-        for example in tqdm(examples, desc="tokenizing", unit="image"):
-            pairs = list(example.questions)
-            caption = caption_of(example)
-            self.rows.append([])
-            for question, answer in [*pairs, *([(processor.caption_prompt, caption)] if caption else [])]:
-                if question not in tokenized:
-                    turn = conversation(question)
-                    tokenized[question] = tokenize(processor.apply_chat_template(turn, add_generation_prompt=True))
-                self.rows[-1].append((tokenized[question], tokenize(answer) + end))
+    def __init__(self, examples, features, processor, num_questions: int, balanced: float, seed: int = 0):
+        self.examples, self.features, self.processor = examples, features, processor
+        self.num_questions, self.balanced = num_questions, balanced
+        self.templates = yes_no_templates(examples)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.num_tokens = processor.num_image_tokens(*processor.output_size())
+        self.prompts: dict[str, list[int]] = {}
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.examples)
+
+    def draw(self, below: int) -> int:
+        return int(torch.randint(below, (), generator=self.generator))
+
+    def tokenize(self, text: str) -> list[int]:
+        text = text.replace(self.processor.image_token, self.processor.image_token * self.num_tokens)
+        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def prompt(self, question: str) -> list[int]:
+        if question not in self.prompts:
+            text = self.processor.apply_chat_template(conversation(question), add_generation_prompt=True)
+            self.prompts[question] = self.tokenize(text)
+        return self.prompts[question]
 
     def __getitem__(self, index: int) -> dict:
-        row = self.rows[index]
-        chosen = torch.randperm(len(row), generator=self.generator)[: self.max_questions].tolist()
-        return {"patch_features": self.features[index].float(), **pack([row[choice] for choice in chosen])}
+        example = self.examples[index]
+        own, caption, found = list(example.questions), caption_of(example), properties_of(example)
+        if caption:
+            own.append((self.processor.caption_prompt, caption))
+        num_drawn = round(self.num_questions * self.balanced) if len(found) == 2 else 0
+        asked = [balanced_question(found, self.templates, self.draw) for _ in range(num_drawn)]
+        order = torch.randperm(len(own), generator=self.generator).tolist()
+        asked += [own[choice] for choice in order[: self.num_questions - num_drawn]]
+        end = [self.processor.tokenizer.eos_token_id]
+        pairs = [(self.prompt(question), self.tokenize(answer) + end) for question, answer in asked]
+        return {"patch_features": self.features[index].float(), **pack(pairs)}
 
 
 @torch.no_grad()
@@ -250,7 +298,8 @@ def train(
     epochs: float = 0.6,
     learning_rate: float = 1e-3,
     images_per_step: int = 4,
-    max_questions: int = 8,
+    num_questions: int = 8,
+    balanced: float = typer.Option(0.6, help="Share of questions that are drawn as likely true as false."),
     warm_up_steps: int = 300,
     seed: int = 0,
     limit: int = typer.Option(0, help="Use this many pictures only (0: all)."),
@@ -270,7 +319,7 @@ def train(
     model.language_model.to(torch.bfloat16)
     features = encode(model, processor, examples)
     chosen = slice(None, min(limit or len(examples), len(examples) - len(held_out)))
-    dataset = PackedConversations(examples[chosen], features[chosen], processor, max_questions, seed)
+    dataset = PackedConversations(examples[chosen], features[chosen], processor, num_questions, balanced, seed)
     if resume_from is None and warm_up_steps:
         warm_up(model, processor, examples[chosen], features[chosen], warm_up_steps, learning_rate=1e-3)
     arguments = TrainingArguments(

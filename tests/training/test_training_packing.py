@@ -6,7 +6,14 @@ import pytest
 import torch
 from tiny import tiny_image, tiny_model
 
-from vlbridge.training.training_easy_vqa import Example, blind_baseline, caption_of
+from vlbridge.training.training_easy_vqa import (
+    Example,
+    balanced_question,
+    blind_baseline,
+    caption_of,
+    properties_of,
+    yes_no_templates,
+)
 from vlbridge.training.training_packing import PackedCollator, branch_mask, common_prefix, pack
 
 
@@ -84,3 +91,24 @@ def test_captions_are_what_questions_and_answers_tell(questions, caption):
 def test_blind_baseline():
     train = [Example(None, [("q", "yes"), ("q", "yes"), ("q", "no"), ("p", "no")])]
     assert blind_baseline(train, [Example(None, [("q", "yes"), ("p", "yes"), ("new", "yes"), ("q", "no")])]) == 0.25
+
+
+def test_balanced_questions_are_true_half_of_the_time_and_answered_rightly():
+    examples = [
+        Example(None, [("is there a red shape?", "yes"), ("is no circle present?", "no"), ("what is it?", "red")])
+    ]
+    templates = yes_no_templates(examples)
+    assert templates == ["is no {shape} present?", "is there a {color} shape?"]
+    generator = torch.Generator().manual_seed(0)
+    found = {"color": "blue", "shape": "circle"}
+    drawn = [
+        balanced_question(found, templates, lambda below: int(torch.randint(below, (), generator=generator)))
+        for _ in range(400)
+    ]
+    for question, answer in drawn:
+        shown = "blue" in question or "circle" in question
+        assert answer == ("yes" if shown != ("no" in question.split()) else "no")
+        # what a question and its answer affirm is what was drawn from
+        assert properties_of(Example(None, [(question, answer)])).items() <= found.items()
+    assert 160 < sum("blue" in question or "circle" in question for question, _ in drawn) < 240
+    assert len({question for question, _ in drawn}) == 8 + 3
