@@ -24,6 +24,8 @@ class PerceiverFlamingoConfig(BridgedConfig):
         cross_attention_num_heads: Heads of the gated cross-attention.
         cross_attention_head_dim: Channels of one of its heads.
         feed_forward_multiplier: Width of the feed-forward layers, in multiples of their input's.
+        max_num_frames: Frames of a video that have an embedding for their place; `None`: no such embedding.
+        max_num_media: Images of a document that have an embedding for their place; `None`: no such embedding.
         only_attend_immediate_media: A text token sees the latest image before it, not all earlier ones.
 
     For the rest see `BridgedConfig`.
@@ -40,6 +42,8 @@ class PerceiverFlamingoConfig(BridgedConfig):
     cross_attention_num_heads: int = 8
     cross_attention_head_dim: int = 64
     feed_forward_multiplier: int = 4
+    max_num_frames: int | None = None
+    max_num_media: int | None = None
     only_attend_immediate_media: bool = True
 
     def num_image_tokens(self, height: int, width: int) -> int:

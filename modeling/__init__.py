@@ -4,6 +4,7 @@ from .modeling_bridged import Bridge, BridgedModel, BridgedOutput
 from .modeling_checkpoint import FrozenPartError
 from .modeling_flamingo import PerceiverFlamingoForConditionalGeneration
 from .modeling_llava import MLPLlavaForConditionalGeneration
+from .modeling_mpt import MosaicGPTForCausalLM, MptForCausalLM
 from .modeling_qformer import QFormerBlip2ForConditionalGeneration
 
 
@@ -13,6 +14,8 @@ __all__ = [
     "BridgedOutput",
     "FrozenPartError",
     "MLPLlavaForConditionalGeneration",
+    "MosaicGPTForCausalLM",
+    "MptForCausalLM",
     "PerceiverFlamingoForConditionalGeneration",
     "QFormerBlip2ForConditionalGeneration",
 ]

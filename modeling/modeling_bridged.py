@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessor
@@ -25,7 +25,7 @@ from transformers.utils import torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_bridged import BridgedConfig
-from .modeling_checkpoint import BridgeCheckpointMixin
+from .modeling_checkpoint import BridgeCheckpointMixin, build_part
 
 
 @dataclass
@@ -229,6 +229,9 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
 
     config_class = BridgedConfig
     bridge_class: ClassVar[type[Bridge]] = Bridge
+    # Arguments of `forward` and `generate` that say what the images are: all go to `get_image_features`, once per call
+    image_arguments: ClassVar[tuple[str, ...]] = ("pixel_values", "patch_features")
+    takes_frames: ClassVar[bool] = False  # pixel_values may be (num_images, num_frames, channels, height, width)
     base_model_prefix = "model"
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
@@ -254,8 +257,7 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
                 module._is_hf_initialized = True  # or post_init would draw fresh weights
         self.vision_model = AutoModel.from_config(config.vision_config) if vision_model is None else vision_model
         if language_model is None:
-            auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-            language_model = auto_class.from_config(config.text_config)
+            language_model = build_part("language_model", config.text_config)
         self.language_model = language_model
         self.bridge = self.bridge_class(config, language_model)
         self._can_compile_fullgraph = bool(getattr(language_model, "_can_compile_fullgraph", False))
@@ -377,10 +379,13 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
     # ------------------------------------------------------------------ images
 
     def _run_vision_model(self, pixel_values: torch.Tensor, **kwargs) -> ModelOutput:
+        if self.takes_frames and pixel_values.ndim == 5:
+            pixel_values = pixel_values.flatten(0, 1)
         if pixel_values.ndim != 4:
             raise ValueError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}; expected (num_images, channels, height, width), "
-                "the images of all rows of the batch one after the other."
+                "the images of all rows of the batch one after the other"
+                + (", or (num_images, num_frames, channels, height, width) for videos." if self.takes_frames else ".")
             )
         vision_dtype = next(self.vision_model.parameters()).dtype
         if self.config.vision_feature_layer is not None:
@@ -402,12 +407,16 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
             pixel_values: `(num_images, channels, height, width)`, normalised as the encoder expects.
 
         Returns:
-            `(num_images, num_patches, vision_dim)`.
+            `(num_images, num_patches, vision_dim)`; with a dimension of frames where `pixel_values` has one.
 
         Raises:
             ValueError: `pixel_values` has another shape.
         """
-        return self._select_patch_features(self._run_vision_model(pixel_values))
+        return self._patch_features_of(self._run_vision_model(pixel_values), pixel_values)
+
+    def _patch_features_of(self, vision_outputs: ModelOutput, pixel_values: torch.Tensor) -> torch.Tensor:
+        patch_features = self._select_patch_features(vision_outputs)
+        return patch_features if pixel_values.ndim == 4 else patch_features.unflatten(0, pixel_values.shape[:2])
 
     @can_return_tuple
     def get_image_features(
@@ -425,6 +434,7 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
             patch_features: `(num_images, num_patches, vision_dim)`, instead of pixels: what `get_patch_features` gave.
             output_hidden_states: Return the vision encoder's hidden states too; `None` asks its configuration.
             output_attentions: Likewise its attention weights.
+            kwargs: The family's other `image_arguments`, for the bridge.
 
         Returns:
             An output whose `pooler_output` holds the visual tokens, `(num_images, num_image_tokens, text_dim)`, and
@@ -436,15 +446,16 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
             outputs = self._run_vision_model(
                 pixel_values, **{name: value for name, value in wanted.items() if value is not None}
             )
-            patch_features = self._select_patch_features(outputs)
+            patch_features = self._patch_features_of(outputs, pixel_values)
             if output_hidden_states is None:
                 output_hidden_states = self.config.vision_config.output_hidden_states
             hidden_states = outputs.get("hidden_states") if output_hidden_states else None
             attentions = outputs.get("attentions")
         bridge = self.bridge
+        more = {name: kwargs[name] for name in self.image_arguments if kwargs.get(name) is not None}
         return BaseModelOutputWithPooling(
             last_hidden_state=patch_features,
-            pooler_output=bridge(patch_features.to(bridge.dtype)),
+            pooler_output=bridge(patch_features.to(bridge.dtype), **more),
             hidden_states=hidden_states,
             attentions=attentions,
         )
@@ -516,15 +527,13 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
             inputs_embeds = self.fill_placeholders(inputs_embeds, input_ids, image_features)
         return inputs_embeds
 
-    def _image_features(self, pixel_values, patch_features, mm_encoder_outputs):
+    def _image_features(self, images: dict, mm_encoder_outputs):
         encoded = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is None and patch_features is None:
+        if images.get("pixel_values") is None and images.get("patch_features") is None:
             return None if encoded is None else encoded.pooler_output
         if encoded is not None:
             raise ValueError("Give pixel_values (or patch_features) or mm_encoder_outputs, not both.")
-        return self.get_image_features(
-            pixel_values=pixel_values, patch_features=patch_features, return_dict=True
-        ).pooler_output
+        return self.get_image_features(**images, return_dict=True).pooler_output
 
     @can_return_tuple
     def forward(
@@ -549,7 +558,8 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: `(batch, tokens)`, with the `<image>` placeholders that the processor made.
-            pixel_values: `(num_images, channels, height, width)`: the images of all rows, one after the other.
+            pixel_values: `(num_images, channels, height, width)`: the images of all rows, one after the other. Families
+                that take videos: `(num_images, num_frames, channels, height, width)`.
             attention_mask: `(batch, tokens)`, 1 for tokens and 0 for padding; or a 4-d mask, passed on as it is.
             position_ids: `(batch, tokens)`; counted from the mask where they are not given.
             past_key_values: The language model's cache.
@@ -564,7 +574,7 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
             decoder_input_ids: For an encoder-decoder language model.
             decoder_attention_mask: For an encoder-decoder language model.
             encoder_outputs: For an encoder-decoder language model: its encoder need not run again.
-            kwargs: For the language model. `shift_labels` (beside `labels`): what each position predicts, instead of the
+            kwargs: The family's other `image_arguments`; the rest is for the language model. `shift_labels` (beside `labels`): what each position predicts, instead of the
                 next position's label.
 
         Returns:
@@ -573,12 +583,14 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: Placeholders and visual tokens differ in number, or inputs contradict each other.
         """
+        images = {"pixel_values": pixel_values, "patch_features": patch_features}
+        images.update((name, kwargs.pop(name)) for name in self.image_arguments if name in kwargs)
         if self.config.is_encoder_decoder:
             return self._forward_encoder_decoder(
-                input_ids, pixel_values, patch_features, mm_encoder_outputs, inputs_embeds, attention_mask,
+                input_ids, images, mm_encoder_outputs, inputs_embeds, attention_mask,
                 encoder_outputs, decoder_input_ids, decoder_attention_mask, labels, past_key_values, **kwargs,
             )  # fmt: skip
-        image_features = self._image_features(pixel_values, patch_features, mm_encoder_outputs)
+        image_features = self._image_features(images, mm_encoder_outputs)
         hidden = self._prompt_embeddings(input_ids, inputs_embeds, image_features)
         conditioning, visual_states = self._visual_conditioning(input_ids, image_features, visual_states)
         arguments = self._language_model_arguments
@@ -624,11 +636,9 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
             visual_states=visual_states,
         )
 
-    def _encode_prompt(
-        self, input_ids, pixel_values, patch_features, mm_encoder_outputs, inputs_embeds, mask, **kwargs
-    ):
+    def _encode_prompt(self, input_ids, images: dict, mm_encoder_outputs, inputs_embeds, mask, **kwargs):
         """Run the encoder of an encoder-decoder language model over text and visual tokens."""
-        image_features = self._image_features(pixel_values, patch_features, mm_encoder_outputs)
+        image_features = self._image_features(images, mm_encoder_outputs)
         hidden = self._prompt_embeddings(input_ids, inputs_embeds, image_features)
         encoder = self.language_model.get_encoder()
         outputs = encoder(inputs_embeds=hidden, attention_mask=mask, **{**kwargs, "return_dict": True})
@@ -640,14 +650,14 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
         ), image_features
 
     def _forward_encoder_decoder(
-        self, input_ids, pixel_values, patch_features, mm_encoder_outputs, inputs_embeds, attention_mask,
+        self, input_ids, images, mm_encoder_outputs, inputs_embeds, attention_mask,
         encoder_outputs, decoder_input_ids, decoder_attention_mask, labels, past_key_values, **kwargs,
     ) -> BridgedOutput:  # fmt: skip
         image_features = None
         wanted = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
         if encoder_outputs is None:
             encoder_outputs, image_features = self._encode_prompt(
-                input_ids, pixel_values, patch_features, mm_encoder_outputs, inputs_embeds, attention_mask, **wanted
+                input_ids, images, mm_encoder_outputs, inputs_embeds, attention_mask, **wanted
             )
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         if labels is not None and decoder_input_ids is None and "decoder_inputs_embeds" not in kwargs:
@@ -691,13 +701,12 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
     def _prepare_text_encoder_decoder_kwargs_for_generation(
         self, inputs_tensor, model_kwargs, model_input_name, generation_config
     ):
-        images = {
-            name: model_kwargs.pop(name, None) for name in ("pixel_values", "patch_features", "mm_encoder_outputs")
-        }
+        images = {name: model_kwargs.pop(name, None) for name in self.image_arguments}
         ids_or_embeds = {"input_ids": None, "inputs_embeds": None, model_input_name or "input_ids": inputs_tensor}
         model_kwargs["encoder_outputs"], _ = self._encode_prompt(
             **ids_or_embeds,
-            **images,
+            images=images,
+            mm_encoder_outputs=model_kwargs.pop("mm_encoder_outputs", None),
             mask=model_kwargs.get("attention_mask"),
             output_attentions=generation_config.output_attentions,
             output_hidden_states=generation_config.output_hidden_states,
@@ -706,8 +715,8 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs):
         """Encode the images once, before they become beams; patch features that exist already count as images."""
-        images = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "patch_features")}
-        if any(given is not None for given in images.values()):
+        images = {name: model_kwargs.pop(name, None) for name in self.image_arguments}
+        if images["pixel_values"] is not None or images["patch_features"] is not None:
             if (model_kwargs.get("mm_encoder_outputs") or {}).get("image") is not None:
                 raise ValueError("Give pixel_values (or patch_features) or mm_encoder_outputs, not both.")
             model_kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(**images, return_dict=True)}

@@ -17,10 +17,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     GenerationConfig,
+    MptConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
+
+from .modeling_mpt import MptForCausalLM
 
 
 logger = logging.get_logger(__name__)
@@ -118,10 +121,19 @@ def commit_of(source: str, **hub_kwargs) -> str | None:
 
 
 def auto_class_for(part: str, config: PreTrainedConfig):
-    """The Auto class that builds a frozen part."""
+    """The Auto class that loads a frozen part, or our own class where there is one for it."""
     if part == "vision_model":
         return AutoModel
+    if isinstance(config, MptConfig):
+        return MptForCausalLM
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def build_part(part: str, config: PreTrainedConfig) -> PreTrainedModel:
+    """A frozen part with random weights."""
+    built_by = auto_class_for(part, config)
+    # Auto classes have `from_config`, models `_from_config`
+    return (built_by._from_config if issubclass(built_by, PreTrainedModel) else built_by.from_config)(config)
 
 
 def where_to_load(source: str) -> str:

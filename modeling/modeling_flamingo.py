@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from ..configuration.configuration_flamingo import PerceiverFlamingoConfig
 from .modeling_bridged import Bridge, BridgedModel
+from .modeling_mpt import as_conditionable
 
 
 logger = logging.get_logger(__name__)
@@ -58,12 +59,15 @@ class PerceiverAttention(nn.Module):
         self.key_value = nn.Linear(dim, 2 * num_heads * head_dim, bias=False)
         self.out = nn.Linear(num_heads * head_dim, dim, bias=False)
 
-    def forward(self, patch_features: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """`(num_images, num_patches, dim)` and `(num_images, num_latents, dim)` to the latter's shape."""
+    def forward(
+        self, patch_features: torch.Tensor, latents: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`(num_images, num_patches, dim)` and `(num_images, num_latents, dim)` to the latter's shape; `mask` is
+        `(num_images, 1, 1, num_patches + num_latents)`, true where there is something to see."""
         latents = self.norm_latents(latents)
         key, value = self.key_value(torch.cat((self.norm_media(patch_features), latents), dim=1)).chunk(2, dim=-1)
         attended = nn.functional.scaled_dot_product_attention(
-            *(split_heads(states, self.num_heads) for states in (self.query(latents), key, value))
+            *(split_heads(states, self.num_heads) for states in (self.query(latents), key, value)), attn_mask=mask
         )
         return self.out(attended.transpose(1, 2).flatten(2))
 
@@ -74,28 +78,88 @@ class PerceiverLayer(GradientCheckpointingLayer):
         self.attention = PerceiverAttention(dim, config.resampler_num_heads, config.resampler_head_dim)
         self.feed_forward = FeedForward(dim, config.feed_forward_multiplier)
 
-    def forward(self, latents: torch.Tensor, patch_features: torch.Tensor) -> torch.Tensor:
-        latents = latents + self.attention(patch_features, latents)
+    def forward(
+        self, latents: torch.Tensor, patch_features: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        latents = latents + self.attention(patch_features, latents, mask)
         return latents + self.feed_forward(latents)
 
 
 class PerceiverResampler(nn.Module):
-    """Compress any number of patches to `num_latents` visual tokens per image. Source: Flamingo, section 2.2."""
+    """Compress any number of patches, of one frame or several, to `num_latents` visual tokens per image.
+
+    Source: Flamingo, section 2.2; the embedding of an image's place in its document is OpenFlamingo's.
+    """
 
     def __init__(self, dim: int, config: PerceiverFlamingoConfig):
         super().__init__()
         self.latents = nn.Parameter(torch.zeros(config.num_latents, dim))
+        frames, media = config.max_num_frames, config.max_num_media
+        self.frame_embeddings = None if frames is None else nn.Parameter(torch.zeros(frames, dim))
+        # (max_num_media, 1, dim): the official layout
+        self.media_time_embeddings = None if media is None else nn.Parameter(torch.zeros(media, 1, dim))
         self.layers = nn.ModuleList(PerceiverLayer(dim, config) for _ in range(config.resampler_depth))
         self.layer_norm = nn.LayerNorm(dim)
 
     def init_parameters(self, config: PerceiverFlamingoConfig) -> None:
-        init.normal_(self.latents)  # unit variance, as in the official code
+        for parameter in (self.latents, self.frame_embeddings, self.media_time_embeddings):
+            if parameter is not None:
+                init.normal_(parameter)  # unit variance, as in the official code
 
-    def forward(self, patch_features: torch.Tensor) -> torch.Tensor:
-        """`(num_images, num_patches, dim)` to `(num_images, num_latents, dim)`."""
-        latents = self.latents.expand(patch_features.shape[0], -1, -1)
+    def forward(
+        self,
+        patch_features: torch.Tensor,
+        patch_mask: torch.Tensor | None = None,
+        media_index: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Map patches to visual tokens.
+
+        Args:
+            patch_features: `(num_images, num_patches, dim)`, or `(num_images, num_frames, num_patches, dim)` where an
+                image is several frames of a video.
+            patch_mask: True (or 1) for patches, false for padding: shaped as `patch_features` without its last
+                dimension, or `(num_images, num_frames)` for whole frames.
+            media_index: Place of each image in its document, from 0: `(num_images,)`. Only read where the model has an
+                embedding for it.
+
+        Returns:
+            `(num_images, num_latents, dim)`.
+
+        Raises:
+            ValueError: More frames, or images in a document, than the model has embeddings for, or a mask of another
+                shape.
+        """
+        if patch_features.ndim == 3:
+            patch_features = patch_features[:, None]
+            patch_mask = patch_mask if patch_mask is None else patch_mask[:, None]
+        num_images, num_frames, num_patches, _ = patch_features.shape
+        if self.frame_embeddings is not None:
+            if num_frames > len(self.frame_embeddings):
+                raise ValueError(f"{num_frames} frames, but there are embeddings for {len(self.frame_embeddings)}.")
+            patch_features = patch_features + self.frame_embeddings[:num_frames, None]
+        patch_features = patch_features.flatten(1, 2)  # (num_images, num_frames * num_patches, dim)
+        if self.media_time_embeddings is not None:
+            if media_index is None:
+                media_index = torch.zeros(num_images, dtype=torch.long, device=patch_features.device)
+            if not torch.compiler.is_compiling() and int(media_index.max()) >= len(self.media_time_embeddings):
+                raise ValueError(
+                    f"A document has {int(media_index.max()) + 1} images, but there are embeddings for "
+                    f"{len(self.media_time_embeddings)}."
+                )
+            patch_features = patch_features + self.media_time_embeddings[media_index]
+        mask = None
+        if patch_mask is not None:
+            if patch_mask.ndim == 2:  # whole frames
+                patch_mask = patch_mask[..., None].expand(-1, -1, num_patches)
+            if patch_mask.shape != (num_images, num_frames, num_patches):
+                raise ValueError(
+                    f"patch_mask has shape {tuple(patch_mask.shape)}; expected {(num_images, num_frames, num_patches)}."
+                )
+            # latents always see themselves
+            mask = nn.functional.pad(patch_mask.flatten(1).bool(), (0, len(self.latents)), value=True)[:, None, None]
+        latents = self.latents.expand(num_images, -1, -1)
         for layer in self.layers:
-            latents = layer(latents, patch_features)
+            latents = layer(latents, patch_features, mask)
         return self.layer_norm(latents)
 
 
@@ -176,6 +240,27 @@ class VisualStates(ModelOutput):
     num_images: torch.Tensor | None = None
     text_time: torch.Tensor | None = None
 
+    def repeat_to(self, batch: int) -> VisualStates:
+        """The same state for more rows: those of one sample stand one after the other.
+
+        Args:
+            batch: Rows wanted, a multiple of those that there are.
+
+        Raises:
+            ValueError: It is none.
+        """
+        times, rest = divmod(batch, len(self.num_images))
+        if rest:
+            raise ValueError(f"visual_states of {len(self.num_images)} rows can't be continued by {batch} rows.")
+        if times == 1 and len(self.text_time) == batch:
+            return self
+        return VisualStates(
+            key_states=tuple(key.repeat_interleave(times, dim=0) for key in self.key_states),
+            value_states=tuple(value.repeat_interleave(times, dim=0) for value in self.value_states),
+            num_images=self.num_images.repeat_interleave(times),
+            text_time=self.text_time.repeat_interleave(batch // len(self.text_time)),
+        )
+
 
 @dataclass
 class Conditioning:
@@ -205,9 +290,9 @@ class PerceiverBridge(Bridge):
                 f"language model has {text_config.num_hidden_layers} layers."
             )
 
-    def forward(self, patch_features: torch.Tensor) -> torch.Tensor:
-        """Map `(num_images, num_patches, vision_dim)` to `(num_images, num_latents, vision_dim)`."""
-        return self.resampler(patch_features)
+    def forward(self, patch_features: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Map `(num_images, num_patches, vision_dim)` to `(num_images, num_latents, vision_dim)`; see the resampler."""
+        return self.resampler(patch_features, **kwargs)
 
 
 def decoder_layers(language_model: PreTrainedModel) -> nn.ModuleList:
@@ -241,10 +326,14 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
     config_class = PerceiverFlamingoConfig
     config: PerceiverFlamingoConfig
     bridge_class = PerceiverBridge
+    image_arguments = (*BridgedModel.image_arguments, "patch_mask", "media_index")
+    takes_frames = True
     _no_split_modules = ["PerceiverLayer", "GatedCrossAttentionLayer"]
 
     def __init__(self, config: PerceiverFlamingoConfig, vision_model=None, language_model=None):
         _refuse_encoder_decoder(config.text_config)
+        if language_model is not None:
+            language_model = as_conditionable(language_model)
         super().__init__(config, vision_model, language_model)
         every = config.cross_attention_every_n_layers
         for index, layer in enumerate(decoder_layers(self.language_model)):
@@ -267,7 +356,7 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
                 raise _Reached
 
         with torch.device("meta"):
-            probe = AutoModelForCausalLM.from_config(copy.deepcopy(language_model.config)).eval()
+            probe = type(language_model)._from_config(copy.deepcopy(language_model.config)).eval()
             decoder_layers(probe)[0].register_forward_pre_hook(reached, with_kwargs=True)
             ids = torch.zeros(1, 1, dtype=torch.long)
             # with a mask and positions that are made already there is nothing to compute; not every model takes them
@@ -307,12 +396,15 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
                 kwargs["hidden_states"] = hidden_states
         return args, kwargs
 
-    def make_visual_states(self, input_ids: torch.LongTensor, image_features: torch.Tensor) -> VisualStates:
+    def make_visual_states(
+        self, input_ids: torch.LongTensor, image_features: torch.Tensor, before: VisualStates | None = None
+    ) -> VisualStates:
         """Sort the images into their rows and compute every cross-attention layer's keys and values, once.
 
         Args:
             input_ids: `(batch, tokens)`, one `<image>` per image.
             image_features: `(num_images, num_latents, vision_dim)`, the images of all rows one after the other.
+            before: State of a prefix that `input_ids` continue: its images come first. A prefix of one row serves all.
 
         Raises:
             ValueError: There are not as many `<image>` tokens as images.
@@ -324,25 +416,40 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
                 "every image needs one <image> where it belongs in the text."
             )
         num_images = num_images.to(image_features.device)
-        slots = torch.arange(max(int(num_images.max()), 1), device=image_features.device) < num_images[:, None]
-        padded = image_features.new_zeros(*slots.shape, *image_features.shape[1:])
-        padded[slots] = image_features  # (batch, max_images, num_latents, vision_dim)
+        earlier = torch.zeros_like(num_images)
+        if before is not None and before.key_states is not None:
+            before = before.repeat_to(len(num_images))
+            earlier = before.num_images
+        else:
+            before = None
+        total = earlier + num_images
+        slot = torch.arange(max(int(total.max()), 1), device=image_features.device)
+        new = (slot >= earlier[:, None]) & (slot < total[:, None])  # (batch, max_images)
+        padded = image_features.new_zeros(*new.shape, *image_features.shape[1:])
+        padded[new] = image_features  # (batch, max_images, num_latents, vision_dim)
         visual_tokens = padded.flatten(1, 2)
-        projected = [layer.project(visual_tokens) for layer in self.bridge.cross_attention_layers]
+        keys, values = [], []
+        for number, layer in enumerate(self.bridge.cross_attention_layers):
+            key, value = layer.project(visual_tokens)
+            if before is not None:
+                is_new = new.repeat_interleave(self.config.num_latents, dim=1)[:, None, :, None]
+                missing = key.shape[2] - before.key_states[number].shape[2]
+                key = torch.where(is_new, key, nn.functional.pad(before.key_states[number], (0, 0, 0, missing)))
+                value = torch.where(is_new, value, nn.functional.pad(before.value_states[number], (0, 0, 0, missing)))
+            keys.append(key)
+            values.append(value)
         return VisualStates(
-            key_states=tuple(key for key, _ in projected),
-            value_states=tuple(value for _, value in projected),
-            num_images=num_images,
-            text_time=torch.zeros_like(num_images),
+            key_states=tuple(keys),
+            value_states=tuple(values),
+            num_images=total,
+            text_time=torch.zeros_like(total) if before is None else before.text_time,
         )
 
     def _visual_conditioning(self, input_ids, image_features, visual_states):
         if image_features is not None:
-            if visual_states is not None:
-                raise ValueError("Give images or visual_states, not both.")
             if input_ids is None:
                 raise ValueError("Images need input_ids: <image> can't be found in inputs_embeds.")
-            visual_states = self.make_visual_states(input_ids, image_features)
+            visual_states = self.make_visual_states(input_ids, image_features, before=visual_states)
         if visual_states is None or visual_states.key_states is None:
             if input_ids is not None and not torch.compiler.is_compiling() and input_ids.shape[1] > 1:
                 if bool((input_ids == self.config.image_token_id).any()):
@@ -351,10 +458,9 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
         if input_ids is None:
             raise ValueError("visual_states need input_ids: <image> can't be found in inputs_embeds.")
         # Rows are the samples' beams; a generated <image> shows nothing, so the count stops at the sample's images.
-        beams = input_ids.shape[0] // visual_states.num_images.shape[0]
-        limit = visual_states.num_images.repeat_interleave(beams)[:, None]
-        before = visual_states.text_time
-        before = before.repeat_interleave(input_ids.shape[0] // before.shape[0])[:, None]
+        rows = input_ids.shape[0]
+        limit = visual_states.num_images.repeat_interleave(rows // len(visual_states.num_images))[:, None]
+        before = visual_states.text_time.repeat_interleave(rows // len(visual_states.text_time))[:, None]
         is_image = (input_ids == self.config.image_token_id).to(limit.device)
         text_time = torch.minimum(before + is_image.cumsum(dim=-1), limit)  # (rows, tokens)
         max_images = visual_states.key_states[0].shape[2] // self.config.num_latents
@@ -377,7 +483,11 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
         """Make the visual states of the samples, before these become beams: beams share them."""
         encoded = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
         if encoded is not None:
-            model_kwargs["visual_states"] = self.make_visual_states(input_ids, encoded.pooler_output)
+            # a prefix that was run before has its own images
+            cache = model_kwargs.get("past_key_values")
+            known = 0 if cache is None else int(cache.get_seq_length())
+            before = model_kwargs.get("visual_states")
+            model_kwargs["visual_states"] = self.make_visual_states(input_ids[:, known:], encoded.pooler_output, before)
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):

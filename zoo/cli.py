@@ -1,4 +1,4 @@
-"""The command line: `vlbridge caption`, `vlbridge ask`, `vlbridge info`.
+"""The command line: `vlbridge caption`, `vlbridge ask`, `vlbridge info`, `vlbridge convert`.
 
 Exit codes: 0, all went well; 1, something failed (a model, a device, some of the images); 2, the command line is wrong;
 130, interrupted. Results go to stdout, everything else to stderr.
@@ -554,6 +554,62 @@ def info(
     about = describe(model)
     for line in [json.dumps(about)] if as_json else _described(about):
         _print(line, sys.stdout)
+
+
+# ---------------------------------------------------------------------- conversion
+
+
+converters = typer.Typer(
+    name="convert", help="Convert official checkpoints.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(converters)
+
+
+def _fields(path: Path | None) -> dict:
+    """A JSON object from a file.
+
+    Raises:
+        CommandError: There is none.
+    """
+    if path is None:
+        return {}
+    try:
+        fields = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--config {path}: {_one_line(error)}", exit_code=2) from error
+    if not isinstance(fields, dict):
+        raise CommandError(f"--config {path} holds a {type(fields).__name__}, expected an object", exit_code=2)
+    return fields
+
+
+@converters.command("openflamingo")
+@_exit_codes()
+def convert_openflamingo(
+    checkpoint: Annotated[Path, typer.Option(help="checkpoint.pt, as released or as written during training.")],
+    vision: Annotated[str, typer.Option(help="CLIP: a file in open_clip's layout, or a folder or Hub id.")],
+    language: Annotated[str, typer.Option(help="The language model: a folder or Hub id.")],
+    output: Annotated[Path, typer.Option(help="Folder to write to.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Where the tokenizer is, if not with the language model.")
+    ] = None,
+    cross_attn_every_n_layers: Annotated[
+        int | None, typer.Option(min=1, help="Checked against the checkpoint.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="JSON file: what shapes can't tell, such as head counts.")] = None,
+) -> None:
+    """OpenFlamingo: 3B, 4B, 9B, the first 9B, and checkpoints of its training code."""
+    fields = _fields(config)
+    _quiet_libraries()
+    if not checkpoint.is_file():
+        raise CommandError(f"--checkpoint {checkpoint}: no such file")
+    from .convert import convert_openflamingo
+
+    try:
+        done = convert_openflamingo(checkpoint, vision, language, output, tokenizer, cross_attn_every_n_layers, fields)
+    except (OSError, ValueError, TypeError) as error:
+        raise CommandError(f"cannot convert {checkpoint}: {_one_line(error)}") from error
+    parameters = sum(parameter.numel() for parameter in done.model.parameters())
+    _print(f"{output}: {done.config.model_type}, {parameters:,} parameters", sys.stdout)
 
 
 # ---------------------------------------------------------------------- entry

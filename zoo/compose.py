@@ -20,7 +20,8 @@ from transformers.utils import logging
 
 from .families import FAMILIES
 from .modeling.modeling_bridged import BridgedModel, fill_vision_geometry
-from .modeling.modeling_checkpoint import auto_class_for, commit_of, where_to_load
+from .modeling.modeling_checkpoint import auto_class_for, build_part, commit_of, where_to_load
+from .modeling.modeling_mpt import as_conditionable
 from .processing import BridgedProcessor
 
 
@@ -43,11 +44,13 @@ def _resolve(part: str, given: Part, dtype, **hub_kwargs) -> tuple[PreTrainedMod
     if isinstance(given, PreTrainedModel):
         if part == "vision_model" and getattr(given.config, "vision_config", None) is not None:
             given = given.vision_model  # CLIP and SigLIP with both towers
+        if part == "language_model":
+            given = as_conditionable(given)
         name = given.name_or_path or None
         return given, name, {"source": name, "revision": commit_of(name) if name else None}
     if isinstance(given, PreTrainedConfig):
         config = _vision_part(given) if part == "vision_model" else given
-        model = auto_class_for(part, config).from_config(copy.deepcopy(config))
+        model = build_part(part, copy.deepcopy(config))
         return model.to(dtype) if isinstance(dtype, torch.dtype) else model, None, {"source": None, "revision": None}
     if not isinstance(given, (str, os.PathLike)):
         raise TypeError(

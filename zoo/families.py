@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
 
-from .configuration import BridgedConfig, MLPLlavaConfig, PerceiverFlamingoConfig, QFormerBlip2Config
+from .configuration import BridgedConfig, MLPLlavaConfig, MosaicGPTConfig, PerceiverFlamingoConfig, QFormerBlip2Config
 from .modeling import (
     BridgedModel,
     MLPLlavaForConditionalGeneration,
+    MosaicGPTForCausalLM,
     PerceiverFlamingoForConditionalGeneration,
     QFormerBlip2ForConditionalGeneration,
 )
@@ -57,7 +65,9 @@ FAMILIES = {
 
 
 def register() -> None:
-    """Make every family known to transformers' Auto classes."""
+    """Make every family, and MPT-1B, which transformers does not have, known to transformers' Auto classes."""
+    AutoConfig.register(MosaicGPTConfig.model_type, MosaicGPTConfig, exist_ok=True)
+    AutoModelForCausalLM.register(MosaicGPTConfig, MosaicGPTForCausalLM, exist_ok=True)
     for family in FAMILIES.values():
         AutoConfig.register(family.config_class.model_type, family.config_class, exist_ok=True)
         for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):

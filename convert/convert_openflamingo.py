@@ -1,0 +1,553 @@
+"""OpenFlamingo's checkpoints: the released 3B, 4B and 9B, the first 9B, and what its training code writes.
+
+They hold what was trained (Perceiver Resampler, gated cross-attention and, unless they were frozen, the language model's
+embedding tables); CLIP and the language model come from elsewhere.
+
+Source: `open_flamingo/src/{factory,flamingo,flamingo_lm,helpers}.py` and `train/train_utils.py` of open-flamingo 2.0.1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+)
+from transformers.utils import cached_file
+
+from ..configuration.configuration_flamingo import PerceiverFlamingoConfig
+from ..modeling.modeling_bridged import fill_vision_geometry
+from ..modeling.modeling_flamingo import PerceiverFlamingoForConditionalGeneration
+from ..processing.processing_flamingo import PerceiverFlamingoProcessor
+from .convert_files import TensorFiles, write_tensors, written_whole
+from .convert_tables import ConversionError, Drop, Piece, Rename, Rule, Shapes, Split, check, plan
+
+
+# where each language model keeps its decoder layers, in the official code of the time
+DECODER_LAYERS = {
+    "gpt_neox": "gpt_neox.layers",
+    "llama": "model.layers",
+    "mosaic_gpt": "transformer.blocks",
+    "mpt": "transformer.blocks",
+    "opt": "model.decoder.layers",
+}
+BUFFER = "a buffer that the model computes by itself"
+FEED_FORWARD = (
+    ("0.weight", "layer_norm.weight"),
+    ("0.bias", "layer_norm.bias"),
+    ("1.weight", "linear_in.weight"),
+    ("3.weight", "linear_out.weight"),
+)
+ATTENTION = (("to_q.weight", "query.weight"), ("to_kv.weight", "key_value.weight"), ("to_out.weight", "out.weight"))
+RESAMPLER_TABLE: list[Rule] = [
+    Rename("perceiver.latents", "bridge.resampler.latents"),
+    Rename("perceiver.frame_embs", "bridge.resampler.frame_embeddings"),
+    Rename("perceiver.media_time_embs", "bridge.resampler.media_time_embeddings"),
+    Rename("perceiver.norm.weight", "bridge.resampler.layer_norm.weight"),
+    Rename("perceiver.norm.bias", "bridge.resampler.layer_norm.bias"),
+    *(
+        Rename(f"perceiver.layers.{{}}.0.{norm}.{kind}", f"bridge.resampler.layers.{{}}.attention.{norm}.{kind}")
+        for norm in ("norm_media", "norm_latents")
+        for kind in ("weight", "bias")
+    ),
+    *(
+        Rename(f"perceiver.layers.{{}}.0.{official}", f"bridge.resampler.layers.{{}}.attention.{ours}")
+        for official, ours in ATTENTION
+    ),
+    *(
+        Rename(f"perceiver.layers.{{}}.1.{official}", f"bridge.resampler.layers.{{}}.feed_forward.{ours}")
+        for official, ours in FEED_FORWARD
+    ),
+]
+# of one cross-attention block
+BLOCK = (
+    ("attn_gate", "attn_gate"),
+    ("ff_gate", "ff_gate"),
+    ("attn.norm.weight", "layer_norm.weight"),
+    ("attn.norm.bias", "layer_norm.bias"),
+    *((f"attn.{official}", ours) for official, ours in ATTENTION),
+    *((f"ff.{official}", f"feed_forward.{ours}") for official, ours in FEED_FORWARD),
+)
+# open_clip's vision tower, as transformers' CLIPVisionModel calls it
+_CLIP_LAYER = ("visual.transformer.resblocks.{}", "vision_model.encoder.layers.{}")
+OPEN_CLIP_TABLE: list[Rule] = [
+    Rename("visual.class_embedding", "vision_model.embeddings.class_embedding"),
+    Rename("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    Rename("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight"),
+    Drop("visual.proj", "the projection into CLIP's space shared with text is not used"),
+    *(
+        Rename(f"visual.{official}.{kind}", f"vision_model.{ours}.{kind}")
+        for official, ours in (("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm"))
+        for kind in ("weight", "bias")
+    ),
+    *(
+        Split(
+            f"{_CLIP_LAYER[0]}.attn.in_proj_{kind}",
+            tuple(f"{_CLIP_LAYER[1]}.self_attn.{name}_proj.{kind}" for name in "qkv"),
+        )
+        for kind in ("weight", "bias")
+    ),
+    *(
+        Rename(f"{_CLIP_LAYER[0]}.{official}.{kind}", f"{_CLIP_LAYER[1]}.{ours}.{kind}")
+        for official, ours in (
+            ("attn.out_proj", "self_attn.out_proj"),
+            ("ln_1", "layer_norm1"),
+            ("ln_2", "layer_norm2"),
+            ("mlp.c_fc", "mlp.fc1"),
+            ("mlp.c_proj", "mlp.fc2"),
+        )
+        for kind in ("weight", "bias")
+    ),
+]
+# of the other tower
+CLIP_TEXT = re.compile(r"(transformer|token_embedding|ln_final|text|text_model)\..*|positional_embedding|logit_scale|"
+                       r"logit_bias|(text|visual)_projection(\.weight)?|.*\.?position_ids")  # fmt: skip
+# where today's transformers calls things differently than the checkpoints do
+LANGUAGE_TABLES: dict[str, list[Rule]] = {
+    "gpt_neox": [
+        Rename("embed_out.weight", "lm_head.weight"),
+        Drop("gpt_neox.layers.{}.attention.bias", BUFFER),
+        Drop("gpt_neox.layers.{}.attention.masked_bias", BUFFER),
+        Drop("gpt_neox.layers.{}.attention.rotary_emb.inv_freq", BUFFER),
+    ],
+    "llama": [Drop("model.layers.{}.self_attn.rotary_emb.inv_freq", BUFFER)],
+}
+
+
+def _layers_of(config: PreTrainedConfig) -> str:
+    try:
+        return DECODER_LAYERS[config.model_type]
+    except KeyError:
+        raise ConversionError(
+            f"OpenFlamingo's checkpoints come with {', '.join(sorted(DECODER_LAYERS))}; the language model is a "
+            f"{config.model_type}."
+        ) from None
+
+
+def language_table(config: PreTrainedConfig, tensors: Iterable[str]) -> list[Rule]:
+    """What a language model's own checkpoint becomes.
+
+    Args:
+        config: The language model's configuration.
+        tensors: Names of its tensors in today's transformers, without `language_model.` in front.
+    """
+    changed = LANGUAGE_TABLES.get(config.model_type, [])
+    renamed = {rule.target for rule in changed if isinstance(rule, Rename)}
+    rules: list[Rule] = [Rename(name, name) for name in tensors]
+    return [
+        *rules,
+        *(rule for rule in changed if not (isinstance(rule, Rename) and rule.target not in set(tensors))),
+    ] + [
+        Drop(name, "tied to the input embeddings")
+        for name in ("lm_head.weight", "embed_out.weight")
+        if config.tie_word_embeddings and name not in set(tensors) | renamed
+    ]
+
+
+def checkpoint_table(config: PerceiverFlamingoConfig, language_tensors: Iterable[str]) -> list[Rule]:
+    """What an OpenFlamingo checkpoint becomes.
+
+    Args:
+        config: The whole model's configuration.
+        language_tensors: As for `language_table`.
+    """
+    layers, every = _layers_of(config.text_config), config.cross_attention_every_n_layers
+    table = list(RESAMPLER_TABLE)
+    for number in range(config.text_config.num_hidden_layers // every):
+        block = f"lang_encoder.{layers}.{every * (number + 1) - 1}.gated_cross_attn_layer"
+        table += [
+            Rename(f"{block}.{official}", f"bridge.cross_attention_layers.{number}.{ours}") for official, ours in BLOCK
+        ]
+    inside = re.compile(re.escape(layers) + r"\.(\d+|\{\})\.")
+    for rule in language_table(config.text_config, language_tensors):
+        # the official code wraps decoder layers: theirs is layers.N.decoder_layer.*
+        official = "lang_encoder." + inside.sub(lambda match: f"{match.group()}decoder_layer.", rule.source)
+        if isinstance(rule, Rename):
+            table.append(Rename(official, f"language_model.{rule.target}"))
+        else:
+            table.append(Drop(official, rule.why))
+    return table
+
+
+def usual_names(keys: Iterable[str], layers: str) -> dict[str, str]:
+    """From a checkpoint's keys to the names that open-flamingo 2.0.1 gives them.
+
+    Distributed training puts `module.` in front; the first release keeps the cross-attention blocks in a list of their own,
+    and the plain decoder layers too. Where a tensor is there under both names, the usual one is kept.
+    """
+    keys = list(keys)
+    names = {}
+    for key in keys:
+        name = key.removeprefix("module.")
+        name = re.sub(
+            r"^lang_encoder\.gated_cross_attn_layers\.(\d+)\.",
+            rf"lang_encoder.{layers}.\1.gated_cross_attn_layer.",
+            name,
+        )
+        name = re.sub(r"^lang_encoder\.old_decoder_blocks\.(\d+)\.", rf"lang_encoder.{layers}.\1.decoder_layer.", name)
+        names[key] = name
+    usual = {name for key, name in names.items() if key.removeprefix("module.") == name}
+    return {key: name for key, name in names.items() if key.removeprefix("module.") == name or name not in usual}
+
+
+# ---------------------------------------------------------------------- configuration
+
+
+def _number(keys: Iterable[str], pattern: str) -> list[int]:
+    return sorted({int(match.group(1)) for key in keys if (match := re.match(pattern, key))})
+
+
+def infer_config(
+    shapes: Shapes,
+    vision_config: PreTrainedConfig,
+    text_config: PreTrainedConfig,
+    cross_attn_every_n_layers: int | None = None,
+    **overrides,
+) -> PerceiverFlamingoConfig:
+    """Read the bridge's dimensions off a checkpoint's shapes.
+
+    Args:
+        shapes: Of the checkpoint, under their usual names, see `usual_names`.
+        vision_config: Of the vision encoder.
+        text_config: Of the language model, its vocabulary as in the checkpoint.
+        cross_attn_every_n_layers: As the checkpoint was trained with; `None` finds out.
+        overrides: Fields of the configuration that shapes can't tell: `resampler_head_dim`, `cross_attention_head_dim`
+            (64 in all of OpenFlamingo) and `only_attend_immediate_media`.
+
+    Raises:
+        ConversionError: The checkpoint is not OpenFlamingo's, or not for this language model.
+    """
+    layers = _layers_of(text_config)
+    if "perceiver.latents" not in shapes:
+        raise ConversionError("There is no perceiver.latents in the checkpoint: it is not one of OpenFlamingo's.")
+    conditioned = _number(shapes, rf"lang_encoder\.{re.escape(layers)}\.(\d+)\.gated_cross_attn_layer\.")
+    if not conditioned:
+        others = [
+            name for name in DECODER_LAYERS if any(f"lang_encoder.{DECODER_LAYERS[name]}." in key for key in shapes)
+        ]
+        raise ConversionError(
+            f"There is no cross-attention for the layers of a {text_config.model_type} in the checkpoint"
+            + (f"; it looks like one for {' or '.join(others)}." if others else ".")
+        )
+    every = conditioned[0] + 1
+    expected = list(range(every - 1, text_config.num_hidden_layers, every))
+    if conditioned != expected or cross_attn_every_n_layers not in (None, every):
+        raise ConversionError(
+            f"The checkpoint has cross-attention in front of layers {conditioned}; "
+            f"{'cross_attn_every_n_layers=' + str(cross_attn_every_n_layers or every)} and a language model of "
+            f"{text_config.num_hidden_layers} layers want it in front of "
+            f"{list(range((cross_attn_every_n_layers or every) - 1, text_config.num_hidden_layers, cross_attn_every_n_layers or every))}."
+        )
+    num_latents, vision_dim = shapes["perceiver.latents"]
+    block = f"lang_encoder.{layers}.{conditioned[0]}.gated_cross_attn_layer"
+    resampler_inner, cross_inner = shapes["perceiver.layers.0.0.to_q.weight"][0], shapes[f"{block}.attn.to_q.weight"][0]
+    found = {
+        "num_latents": num_latents,
+        "resampler_depth": len(_number(shapes, r"perceiver\.layers\.(\d+)\.")),
+        "resampler_head_dim": 64,
+        "cross_attention_head_dim": 64,
+        "cross_attention_every_n_layers": every,
+        "feed_forward_multiplier": shapes["perceiver.layers.0.1.1.weight"][0] // vision_dim,
+        "max_num_frames": shapes.get("perceiver.frame_embs", (None,))[0],
+        "max_num_media": shapes.get("perceiver.media_time_embs", (None,))[0],
+        **overrides,
+    }
+    found.setdefault("resampler_num_heads", resampler_inner // found["resampler_head_dim"])
+    found.setdefault("cross_attention_num_heads", cross_inner // found["cross_attention_head_dim"])
+    return PerceiverFlamingoConfig(vision_config=vision_config, text_config=text_config, **found)
+
+
+def open_clip_config(shapes: Shapes, **overrides) -> CLIPVisionConfig:
+    """Configuration of open_clip's vision tower.
+
+    Args:
+        shapes: Of its checkpoint.
+        overrides: What shapes can't tell: `num_attention_heads` (64 channels each in CLIP) and `hidden_act` (OpenAI's
+            models have `"quick_gelu"`, the default).
+
+    Raises:
+        ConversionError: There is no vision transformer in the checkpoint.
+    """
+    if "visual.conv1.weight" not in shapes or "visual.class_embedding" not in shapes:
+        raise ConversionError(
+            "There is no vision transformer of open_clip in the vision checkpoint (visual.conv1.weight)."
+        )
+    width, channels, patch_size, _ = shapes["visual.conv1.weight"]
+    patches = shapes["visual.positional_embedding"][0] - 1
+    if "num_attention_heads" not in overrides and width % 64:
+        raise ConversionError(
+            f"Shapes don't tell how many attention heads a vision encoder of width {width} has: give it in --config, as "
+            '{"vision_config": {"num_attention_heads": ...}}.'
+        )
+    found = {
+        "hidden_size": width,
+        "num_channels": channels,
+        "patch_size": patch_size,
+        "image_size": round(patches**0.5) * patch_size,
+        "num_hidden_layers": len(_number(shapes, r"visual\.transformer\.resblocks\.(\d+)\.")),
+        "num_attention_heads": width // 64,
+        "intermediate_size": shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"][0],
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    }
+    return CLIPVisionConfig(**{**found, **overrides})
+
+
+# ---------------------------------------------------------------------- the whole
+
+
+@dataclass
+class Conversion:
+    """A conversion that has been worked out, and can be written.
+
+    Args:
+        config: Of the converted model.
+        pieces: For each of its tensors: the files it comes from, how, and how many rows of it are taken (`None`: all).
+        model: The converted model on the meta device.
+    """
+
+    config: PerceiverFlamingoConfig
+    pieces: dict[str, tuple[TensorFiles, Piece, int | None]]
+    model: PerceiverFlamingoForConditionalGeneration = field(repr=False)
+
+    def load(self, name: str) -> torch.Tensor:
+        """One tensor of the converted model."""
+        files, piece, rows = self.pieces[name]
+        tensor = piece.load(files.read)
+        return tensor if rows is None or tensor.shape[0] == rows else _with_rows(tensor, rows)
+
+
+def _with_rows(table: torch.Tensor, rows: int) -> torch.Tensor:
+    """Cut an embedding table, or fill it up with its mean: what an unknown token is, on average."""
+    if rows <= table.shape[0]:
+        return table[:rows].clone()
+    mean = table.float().mean(dim=0).to(table.dtype)
+    return torch.cat([table, mean.expand(rows - table.shape[0], -1)])
+
+
+class _Renamed:
+    """A checkpoint under other names."""
+
+    def __init__(self, files, names: Mapping[str, str]):
+        self.path = getattr(files, "path", "the checkpoint")
+        self.files, self.keys = files, {name: key for key, name in names.items()}
+        self.shapes = {name: tuple(files.shapes[key]) for key, name in names.items()}
+        self.dtypes = {name: files.dtypes[key] for key, name in names.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.files.read(self.keys[name])
+
+
+def _vision_pieces(files, config: PreTrainedConfig, expected: Iterable[str]) -> dict[str, Piece]:
+    keys = [key for key in files.shapes if not CLIP_TEXT.fullmatch(key)]
+    if any(key.startswith("visual.") for key in keys):
+        return plan(OPEN_CLIP_TABLE, keys)
+    # transformers' layout; until version 5 the vision tower's names began with `vision_model.`
+    table: list[Rule] = []
+    for target in expected:
+        name = target.removeprefix("vision_model.")
+        table.append(Rename(name if name in files.shapes else f"vision_model.{name}", target))
+    return plan(table, keys)
+
+
+def resized_text_config(text_config: PreTrainedConfig, shapes: Shapes, num_tokens: int) -> PreTrainedConfig:
+    """The language model's configuration after the official code has resized its tables to the tokenizer.
+
+    Args:
+        text_config: Of the language model as it was; it is changed.
+        shapes: Of the checkpoint, under their usual names.
+        num_tokens: The tokenizer's length, special tokens included.
+
+    Raises:
+        ConversionError: The checkpoint's tables have another length.
+    """
+    tables = {
+        name: shape[0]
+        for name, shape in shapes.items()
+        if re.fullmatch(r"lang_encoder\..*(embed_in|embed_out|embed_tokens|wte|lm_head)\.weight", name)
+    }
+    for name, rows in tables.items():
+        if rows != num_tokens:
+            raise ConversionError(
+                f"{name} has {rows} rows, but the tokenizer has {num_tokens} tokens, the special ones included. Give the "
+                "tokenizer that the checkpoint was trained with."
+            )
+    text_config.vocab_size = num_tokens
+    return text_config
+
+
+def plan_conversion(checkpoint, vision, language, config: PerceiverFlamingoConfig) -> Conversion:
+    """Find for every tensor of the converted model where it comes from; nothing is read yet.
+
+    Args:
+        checkpoint: `TensorFiles` of OpenFlamingo's checkpoint.
+        vision: Of the vision encoder, in open_clip's layout or transformers'.
+        language: Of the language model; `None` where only the mapping of the checkpoint is wanted.
+        config: Of the converted model.
+
+    Raises:
+        ConversionError: A key is unknown, a tensor missing or left over, or a shape wrong.
+    """
+    fill_vision_geometry(config)
+    with torch.device("meta"):
+        model = PerceiverFlamingoForConditionalGeneration(config)
+    tied = model.all_tied_weights_keys.keys()
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    of_language = [name.removeprefix("language_model.") for name in expected if name.startswith("language_model.")]
+
+    trained = _Renamed(checkpoint, usual_names(checkpoint.shapes, _layers_of(config.text_config)))
+    pieces: dict[str, tuple] = {}
+    sources = [
+        (trained, plan(checkpoint_table(config, of_language), trained.shapes), {}),
+        (
+            vision,
+            _vision_pieces(vision, config.vision_config, [n for n in expected if n.startswith("vision_model.")]),
+            {},
+        ),
+    ]
+    vocabulary = config.text_config.vocab_size
+    resized = {
+        f"language_model.{name}": vocabulary
+        for name in of_language
+        if re.search(r"(embed_in|embed_tokens|wte|lm_head)\.weight$", name)
+    }
+    base = plan(language_table(config.text_config, of_language), language.shapes)
+    sources.append((language, {f"language_model.{name}": piece for name, piece in base.items()}, resized))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for files, found, rows in sources:
+        for target, piece in found.items():
+            if target in pieces:
+                continue  # what was trained counts, not what it began as
+            pieces[target] = (files, piece, rows.get(target))
+            shape = piece.shape(files.shapes)
+            shapes[target] = (rows[target], *shape[1:]) if target in rows else shape
+    check(shapes, expected, getattr(checkpoint, "path", "the checkpoint"))
+    return Conversion(config, {name: pieces[name] for name in expected}, model)
+
+
+def load_tokenizer(source: str | os.PathLike):
+    """The language model's tokenizer with OpenFlamingo's tokens, in its order: `<|endofchunk|>`, `<image>` and, where the
+    tokenizer's files name no token for padding, `<PAD>`."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    declared = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        declared.update(json.loads(Path(path).read_text()) if path is not None else {})
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|endofchunk|>", "<image>"]})
+    # asked of the files: some classes have a default of their own since transformers 5
+    if declared.get("pad_token") is None:
+        tokenizer.add_special_tokens({"pad_token": "<PAD>"})
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+    return tokenizer
+
+
+def _text_config(language: str | os.PathLike) -> PreTrainedConfig:
+    """The language model's configuration, as old as it may be."""
+    fields, _ = PreTrainedConfig.get_config_dict(language)
+    attention = fields.get("attn_config")
+    if isinstance(attention, dict):  # MPT's: transformers takes probabilities for integers there, and bounds for floats
+        for name, kind in (("attn_pdrop", int), ("clip_qkv", float), ("softmax_scale", float)):
+            if isinstance(attention.get(name), (int, float)) and kind(attention[name]) == attention[name]:
+                attention[name] = kind(attention[name])
+    model_type = fields.pop("model_type", None)
+    if model_type is None:
+        raise ConversionError(f"{language}/config.json does not say its model_type.")
+    fields.pop("auto_map", None)  # code beside the weights is not run: the class is transformers' or ours
+    config = AutoConfig.for_model(model_type, **fields)
+    config.use_cache = True  # the official files say false, for training
+    return config
+
+
+def _vision_config(files: TensorFiles, vision: str, overrides: dict, **hub_kwargs) -> PreTrainedConfig:
+    if os.path.isfile(vision):
+        return open_clip_config(files.shapes, **overrides)
+    config = AutoConfig.from_pretrained(vision, **hub_kwargs)
+    return getattr(config, "vision_config", None) or config
+
+
+def convert_openflamingo(
+    checkpoint: str | os.PathLike,
+    vision: str | os.PathLike,
+    language: str | os.PathLike,
+    output: str | os.PathLike,
+    tokenizer: str | os.PathLike | None = None,
+    cross_attn_every_n_layers: int | None = None,
+    config: Mapping | None = None,
+) -> Conversion:
+    """Convert a checkpoint of OpenFlamingo into a folder that `AutoModel.from_pretrained` loads.
+
+    Args:
+        checkpoint: `checkpoint.pt` as released, or as written during training.
+        vision: CLIP: a file in open_clip's layout, or a folder or Hub id in transformers'.
+        language: The language model: a folder or a Hub id.
+        output: Folder to write to.
+        tokenizer: Where the language model's tokenizer lies, if not beside it.
+        cross_attn_every_n_layers: As the checkpoint was trained with; only compared with what is found in it.
+        config: What shapes can't tell, as fields of `PerceiverFlamingoConfig`; `vision_config` is a dict of its own.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ConversionError: The parts don't fit together; nothing is written.
+    """
+    overrides = dict(config or {})
+    vision_overrides = overrides.pop("vision_config", {})
+    checkpoint, vision_files, language_files = TensorFiles(checkpoint), TensorFiles(vision), TensorFiles(language)
+    text_config = _text_config(language)
+    trained = usual_names(checkpoint.shapes, _layers_of(text_config))
+    shapes = {name: checkpoint.shapes[key] for key, name in trained.items()}
+
+    tokenizer = load_tokenizer(tokenizer or language)
+    text_config = resized_text_config(text_config, shapes, len(tokenizer))
+    model_config = infer_config(
+        shapes,
+        _vision_config(vision_files, os.fspath(vision), vision_overrides),
+        text_config,
+        cross_attn_every_n_layers,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        **overrides,
+    )
+    conversion = plan_conversion(checkpoint, vision_files, language_files, model_config)
+
+    side = model_config.image_size
+    image_processor = CLIPImageProcessor(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )  # CLIP's mean, standard deviation and bicubic resampling are its defaults
+    processor = PerceiverFlamingoProcessor.from_config(model_config, image_processor, tokenizer)
+    end_of_chunk = tokenizer.convert_tokens_to_ids("<|endofchunk|>")
+    generation = GenerationConfig(
+        bos_token_id=text_config.bos_token_id,
+        eos_token_id=end_of_chunk,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model_config.architectures = [type(conversion.model).__name__]
+    with written_whole(output) as folder:
+        write_tensors(
+            folder,
+            ((name, _bytes(conversion, name), lambda name=name: conversion.load(name)) for name in conversion.pieces),
+        )
+        model_config.save_pretrained(folder)
+        generation.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    return conversion
+
+
+def _bytes(conversion: Conversion, name: str) -> int:
+    files, piece, _ = conversion.pieces[name]
+    numel = conversion.model.get_parameter_or_buffer(name).numel()
+    return numel * files.dtypes[piece.sources[0]].itemsize
+
+
+__all__ = ["Conversion", "convert_openflamingo", "infer_config", "open_clip_config", "plan_conversion"]

@@ -1,0 +1,529 @@
+"""MPT-7B and MPT-1B (`mosaic_gpt`) with ALiBi, whose keyword arguments reach every decoder layer.
+
+One implementation under two sets of parameter names: transformers' and mosaicml's of MPT, and mosaicml's of MPT-1B.
+transformers' own MPT keeps keyword arguments to itself, so that no bridge can condition its layers, and can't be
+compiled with a static cache; MPT-1B it does not have.
+
+Source: mosaicml/llm-foundry / examples mosaic_gpt.py; ALiBi arXiv 2108.12409.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+import transformers
+from torch import nn
+from transformers import DynamicCache, MptConfig, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from ..configuration.configuration_mpt import MosaicGPTConfig, MptSettings
+
+
+# ---------------------------------------------------------------------- ALiBi
+
+
+def alibi_slopes(num_heads: int, alibi_bias_max: float = 8, device=None) -> torch.Tensor:
+    """How fast each head's attention fades with distance.
+
+    The slopes fall geometrically to `2 ** -alibi_bias_max`. Where the number of heads is no power of two, they are
+    taken from the next power's: every second one first, then those between.
+
+    Args:
+        num_heads: Attention heads.
+        alibi_bias_max: The flattest slope is `2 ** -alibi_bias_max`.
+        device: Where to make them.
+
+    Returns:
+        `(num_heads,)` in float32.
+
+    Source: ALiBi, section 3; llm-foundry's order for other numbers of heads.
+    """
+    power = 1 << (num_heads - 1).bit_length()
+    number = torch.arange(1, power + 1, dtype=torch.float32, device=device)
+    if power != num_heads:
+        number = torch.cat((number[1::2], number[::2]))[:num_heads]
+    return torch.exp2(number * (-alibi_bias_max / power))
+
+
+def alibi_mask(
+    allowed: torch.Tensor | None,
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    slopes: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """One additive mask that holds ALiBi and what may not be attended to.
+
+    Only differences between keys matter to softmax. Counted from the query they are small where they matter, so half
+    precision keeps them however long the context is.
+
+    Args:
+        allowed: True where attention is allowed, or a mask to add, broadcastable to `(batch, heads, queries, keys)`;
+            `None` for every key up to the query.
+        query_positions: `(queries,)` or `(batch, queries)`.
+        key_positions: `(keys,)` or `(batch, keys)`.
+        slopes: `(heads,)`.
+        dtype: Of the result.
+
+    Returns:
+        `(batch or 1, heads, queries, keys)`, finite everywhere: a row without any allowed key gives no NaN.
+
+    Raises:
+        ValueError: `allowed` has another number of keys, or holds integers.
+    """
+    distance = key_positions[..., None, :] - query_positions[..., :, None]  # ([batch,] queries, keys)
+    if allowed is None:
+        allowed = distance <= 0
+    elif allowed.shape[-1] != key_positions.shape[-1]:
+        raise ValueError(
+            f"The attention mask has {allowed.shape[-1]} keys, but there are {key_positions.shape[-1]}: the cached "
+            "ones (all slots of a static cache) and the new ones."
+        )
+    bias = slopes[:, None, None] * distance.unsqueeze(-3).to(torch.float32)  # ([batch,] heads, queries, keys)
+    lowest = torch.finfo(dtype).min
+    if allowed.dtype == torch.bool:
+        bias = torch.where(allowed, bias.to(dtype), lowest)
+    elif allowed.is_floating_point():
+        bias = (bias + allowed).clamp(min=lowest).to(dtype)
+    else:
+        raise ValueError(f"The 4-d attention mask is {allowed.dtype}; expected bool (True: attend) or float (added).")
+    return bias if bias.ndim == 4 else bias[None]
+
+
+# ---------------------------------------------------------------------- layers
+
+
+class MptAttention(nn.Module):
+    """Multi-head self-attention with one fused projection, and layer norms of queries and keys where configured."""
+
+    def __init__(self, config: PreTrainedConfig, settings: MptSettings, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = settings.num_heads
+        self.scale = settings.softmax_scale
+        self.clip_qkv = settings.clip_qkv
+        self.attention_dropout = settings.attention_dropout
+        size = settings.hidden_size
+        self.Wqkv = nn.Linear(size, 3 * size, bias=False)
+        self.q_ln = nn.LayerNorm(size, bias=False) if settings.qk_layer_norm else None
+        self.k_ln = nn.LayerNorm(size, bias=False) if settings.qk_layer_norm else None
+        self.out_proj = nn.Linear(size, size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor,
+        past_key_values: Cache | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend.
+
+        Args:
+            hidden_states: `(batch, queries, hidden_size)`.
+            attention_mask: `(batch or 1, heads, queries, keys)`, added to the scores.
+            past_key_values: Cache; this layer's keys and values are put in.
+            output_attentions: Give the weights too, as attention implementation `"eager"` always does.
+
+        Returns:
+            `(batch, queries, hidden_size)`, and the weights `(batch, heads, queries, keys)` or `None`.
+        """
+        projected = self.Wqkv(hidden_states)
+        if self.clip_qkv:
+            projected = projected.clamp(-self.clip_qkv, self.clip_qkv)
+        query, key, value = projected.chunk(3, dim=-1)  # each (batch, queries, hidden_size)
+        if self.q_ln is not None:
+            query, key = self.q_ln(query).to(value.dtype), self.k_ln(key).to(value.dtype)
+        query, key, value = (
+            states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for states in (query, key, value)
+        )  # each (batch, heads, queries, head_dim)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        dropout = self.attention_dropout if self.training else 0.0
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        weights = None
+        if output_attentions or self.config._attn_implementation == "eager":
+            # scaled first and added up in float32: float16 would overflow
+            scores = torch.matmul(query * self.scale, key.transpose(-1, -2)).float() + attention_mask.float()
+            weights = nn.functional.dropout(scores.softmax(dim=-1).to(value.dtype), dropout)
+            attended = torch.matmul(weights, value)
+        else:
+            attended = nn.functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=self.scale
+            )
+        return self.out_proj(attended.transpose(1, 2).flatten(2)), weights
+
+
+class DecoderBlock(GradientCheckpointingLayer):
+    """Attention and feed-forward, each behind a layer norm and added to the hidden states."""
+
+    def __init__(self, config: PreTrainedConfig, settings: MptSettings, layer_idx: int):
+        super().__init__()
+        self.attn = MptAttention(config, settings, layer_idx)
+        self.resid_dropout = nn.Dropout(settings.residual_dropout)
+
+    def sublayers(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """The layer norm in front of attention, that in front of the feed-forward layers, and these."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """`(batch, tokens, hidden_size)` to the same; arguments as `MptAttention` takes them, others are ignored."""
+        norm_1, norm_2, feed_forward = self.sublayers()
+        attended, _ = self.attn(norm_1(hidden_states), attention_mask, past_key_values, **kwargs)
+        hidden_states = hidden_states + self.resid_dropout(attended)
+        return hidden_states + self.resid_dropout(feed_forward(norm_2(hidden_states)))
+
+
+class MptMLP(nn.Module):
+    def __init__(self, settings: MptSettings):
+        super().__init__()
+        self.up_proj = nn.Linear(settings.hidden_size, settings.feed_forward_size, bias=False)
+        self.down_proj = nn.Linear(settings.feed_forward_size, settings.hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(nn.functional.gelu(self.up_proj(hidden_states)))
+
+
+class MosaicGPTMLP(nn.Module):
+    def __init__(self, settings: MptSettings):
+        super().__init__()
+        self.mlp_up = nn.Linear(settings.hidden_size, settings.feed_forward_size, bias=False)
+        self.mlp_down = nn.Linear(settings.feed_forward_size, settings.hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.mlp_down(nn.functional.gelu(self.mlp_up(hidden_states)))
+
+
+def _layer_norm(settings: MptSettings) -> nn.LayerNorm:
+    return nn.LayerNorm(settings.hidden_size, eps=settings.layer_norm_eps, bias=False)
+
+
+class MptBlock(DecoderBlock):
+    """A layer of MPT, under transformers' and llm-foundry's names."""
+
+    def __init__(self, config: MptConfig, settings: MptSettings, layer_idx: int):
+        super().__init__(config, settings, layer_idx)
+        self.norm_1 = _layer_norm(settings)
+        self.norm_2 = _layer_norm(settings)
+        self.ffn = MptMLP(settings)
+
+    def sublayers(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        return self.norm_1, self.norm_2, self.ffn
+
+
+class MosaicGPTBlock(DecoderBlock):
+    """A layer of MPT-1B, under its official names."""
+
+    def __init__(self, config: MosaicGPTConfig, settings: MptSettings, layer_idx: int):
+        super().__init__(config, settings, layer_idx)
+        self.ln_1 = _layer_norm(settings)
+        self.ln_2 = _layer_norm(settings)
+        self.mlp = MosaicGPTMLP(settings)
+
+    def sublayers(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        return self.ln_1, self.ln_2, self.mlp
+
+
+# ---------------------------------------------------------------------- models
+
+
+class AlibiPreTrainedModel(PreTrainedModel):
+    """What the two generations share, and the class attributes in which they differ."""
+
+    block_class: ClassVar[type[DecoderBlock]]
+    final_norm: ClassVar[str]
+    read_settings: ClassVar[Callable[[PreTrainedConfig], MptSettings]]
+
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _input_embed_layer = "wte"
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": DecoderBlock, "attentions": MptAttention}
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # "sdpa" or "eager": MptAttention looks when it runs
+
+
+class AlibiModel(AlibiPreTrainedModel):
+    """Embeddings, decoder layers and the last layer norm.
+
+    Args:
+        config: The configuration.
+
+    Raises:
+        ValueError: A setting that changes the computation and is not implemented.
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.settings = self.read_settings(config)
+        self.wte = nn.Embedding(config.vocab_size, self.settings.hidden_size)
+        self.emb_drop = nn.Dropout(self.settings.embedding_dropout)
+        self.blocks = nn.ModuleList(
+            self.block_class(config, self.settings, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        setattr(self, self.final_norm, _layer_norm(self.settings))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def make_attention_mask(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor:
+        """ALiBi, causality and padding in one additive mask, `(batch or 1, heads, queries, keys)`, for all layers.
+
+        A token's position is its slot among the keys. Only where a 4-d mask comes with `position_ids` and without a
+        cache, as packed sequences do, do these say how far apart two tokens are.
+        """
+        queries, device = inputs_embeds.shape[1], inputs_embeds.device
+        keys, first_key, first_query = queries, 0, 0
+        if past_key_values is not None:
+            keys, first_key = past_key_values.get_mask_sizes(queries, 0)
+            first_query = past_key_values.get_query_offset(0)  # of a static cache: a tensor
+            first_query = first_query.to(device) if isinstance(first_query, torch.Tensor) else first_query
+        allowed = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        packed = attention_mask is not None and attention_mask.ndim == 4 and past_key_values is None
+        if packed and position_ids is not None:
+            query_positions = key_positions = position_ids.to(device)
+        else:
+            query_positions = torch.arange(queries, device=device) + first_query
+            key_positions = torch.arange(keys, device=device) + first_key
+        dtype = inputs_embeds.dtype
+        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)  # float32's lowest number would be -inf in float16
+        slopes = alibi_slopes(self.settings.num_heads, self.settings.alibi_bias_max, device)
+        return alibi_mask(allowed, query_positions, key_positions, slopes, dtype)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Run the decoder.
+
+        Args:
+            input_ids: `(batch, tokens)`.
+            attention_mask: `(batch, keys)`, 1 for tokens and 0 for padding; or 4-d, true where attention is allowed,
+                or float and added.
+            position_ids: `(batch, tokens)`, read for packed sequences only: see `make_attention_mask`.
+            past_key_values: Cache of any kind.
+            inputs_embeds: `(batch, tokens, hidden_size)` instead of `input_ids`.
+            use_cache: Make a cache where none is given, and return it.
+            kwargs: Handed to every layer. `output_attentions` and `output_hidden_states` have their usual meaning.
+
+        Raises:
+            ValueError: Not exactly one of `input_ids` and `inputs_embeds`, or a mask that does not fit.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.wte(input_ids)
+        mask = self.make_attention_mask(inputs_embeds, attention_mask, position_ids, past_key_values)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        hidden_states = self.emb_drop(inputs_embeds)
+        for block in self.blocks:
+            hidden_states = block(hidden_states, attention_mask=mask, past_key_values=past_key_values, **kwargs)
+        hidden_states = getattr(self, self.final_norm)(hidden_states)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+
+class AlibiForCausalLM(AlibiPreTrainedModel, GenerationMixin):
+    """A decoder with a head that shares the table of the embeddings.
+
+    Args:
+        config: The configuration.
+
+    Raises:
+        ValueError: A setting that changes the computation and is not implemented.
+    """
+
+    model_class: ClassVar[type[AlibiModel]]
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.transformer = self.model_class(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Run the decoder and its head.
+
+        Args:
+            labels: `(batch, tokens)` as `input_ids`, -100 where no loss is wanted.
+            logits_to_keep: How many last positions (0: all), or which, to compute logits for.
+            kwargs: Handed to every decoder layer, and to the loss.
+
+        For the rest see `AlibiModel.forward`.
+
+        Returns:
+            Logits `(batch, tokens, vocab_size)`, the loss where labels were given, and the cache.
+        """
+        outputs = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        if self.transformer.settings.logit_scale is not None:
+            logits = logits * self.transformer.settings.logit_scale
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class _MptNames:
+    block_class = MptBlock
+    final_norm = "norm_f"
+    read_settings = MptSettings.of_mpt
+    _no_split_modules = ["MptBlock"]
+
+
+class _MosaicGPTNames:
+    block_class = MosaicGPTBlock
+    final_norm = "ln_f"
+    read_settings = MptSettings.of_mosaic_gpt
+    _no_split_modules = ["MosaicGPTBlock"]
+
+
+class MptModel(_MptNames, AlibiModel):
+    config_class = MptConfig
+    config: MptConfig
+
+
+class MptForCausalLM(_MptNames, AlibiForCausalLM):
+    """MPT. It loads and saves the checkpoints of transformers' class of this name, and mosaicml's."""
+
+    config_class = MptConfig
+    config: MptConfig
+    model_class = MptModel
+
+
+class MosaicGPTModel(_MosaicGPTNames, AlibiModel):
+    config_class = MosaicGPTConfig
+    config: MosaicGPTConfig
+
+
+class MosaicGPTForCausalLM(_MosaicGPTNames, AlibiForCausalLM):
+    """MPT-1B, in the layout of its official checkpoints."""
+
+    config_class = MosaicGPTConfig
+    config: MosaicGPTConfig
+    model_class = MosaicGPTModel
+
+
+# ---------------------------------------------------------------------- from transformers' class
+
+
+def as_conditionable(language_model: PreTrainedModel) -> PreTrainedModel:
+    """Our MPT in place of transformers' own, on the very same parameters; any other model comes back as it is.
+
+    Attention runs through SDPA: transformers' MPT knows `"eager"` only, so that this was nobody's choice.
+
+    Args:
+        language_model: Any language model.
+
+    Returns:
+        The same model, or a `MptForCausalLM` of this module that shares its parameters, `generation_config` and name.
+
+    Raises:
+        ValueError: The MPT is quantised, spread over several devices, altered (adapters), or configured for something
+            that transformers' class leaves out.
+    """
+    if not isinstance(language_model, transformers.MptForCausalLM):
+        return language_model
+    here = f"{MptForCausalLM.__module__}.{MptForCausalLM.__name__}"
+    if getattr(language_model, "hf_quantizer", None) is not None:
+        raise ValueError(f"transformers' MPT can't be taken over once quantised; load it with {here}.from_pretrained.")
+    device_map = getattr(language_model, "hf_device_map", None)
+    if device_map is not None and len(set(map(str, device_map.values()))) > 1:
+        raise ValueError(
+            f"transformers' MPT can't be taken over once it is spread over devices (hf_device_map={device_map}); load "
+            f"it with {here}.from_pretrained, or on one device, and spread it afterwards."
+        )
+    config = copy.deepcopy(language_model.config)
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        model = MptForCausalLM(config)
+    theirs = language_model.state_dict(keep_vars=True)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in theirs:  # loading would carry our flag over to their parameter
+            parameter.requires_grad_(theirs[name].requires_grad)
+    try:
+        model.load_state_dict(theirs, assign=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"This MPT's parameters are not those of its configuration: {error} If transformers left some out, load "
+            f"it with {here}.from_pretrained."
+        ) from error
+    model.generation_config = language_model.generation_config
+    model.name_or_path = language_model.name_or_path
+    if device_map is not None:
+        model.hf_device_map = device_map
+    return model.train(language_model.training)
+
+
+__all__ = [
+    "MosaicGPTForCausalLM",
+    "MosaicGPTModel",
+    "MptForCausalLM",
+    "MptModel",
+    "alibi_mask",
+    "alibi_slopes",
+    "as_conditionable",
+]
