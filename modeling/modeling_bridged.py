@@ -713,6 +713,12 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
         )
         return model_kwargs
 
+    def _validate_model_kwargs(self, model_kwargs):
+        # a family's own image arguments are not named in `forward`'s signature, where this check looks for them
+        super()._validate_model_kwargs(
+            {name: value for name, value in model_kwargs.items() if name not in self.image_arguments}
+        )
+
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs):
         """Encode the images once, before they become beams; patch features that exist already count as images."""
         images = {name: model_kwargs.pop(name, None) for name in self.image_arguments}

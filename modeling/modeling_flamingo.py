@@ -126,8 +126,8 @@ class PerceiverResampler(nn.Module):
             `(num_images, num_latents, dim)`.
 
         Raises:
-            ValueError: More frames, or images in a document, than the model has embeddings for, or a mask of another
-                shape.
+            ValueError: More frames, or images in a document, than the model has embeddings for, no `media_index` where
+                it is read, or a mask of another shape.
         """
         if patch_features.ndim == 3:
             patch_features = patch_features[:, None]
@@ -140,7 +140,7 @@ class PerceiverResampler(nn.Module):
         patch_features = patch_features.flatten(1, 2)  # (num_images, num_frames * num_patches, dim)
         if self.media_time_embeddings is not None:
             if media_index is None:
-                media_index = torch.zeros(num_images, dtype=torch.long, device=patch_features.device)
+                raise ValueError("This model has embeddings for images' places in their documents: give media_index.")
             if not torch.compiler.is_compiling() and int(media_index.max()) >= len(self.media_time_embeddings):
                 raise ValueError(
                     f"A document has {int(media_index.max()) + 1} images, but there are embeddings for "

@@ -33,6 +33,33 @@ FLATTEN_CONTENT = """\
 """
 
 
+TURN_KEYS = ("image", "caption", "question", "answer")
+
+
+def _checked_turn(turn: dict, name: str, answered: bool = True) -> dict:
+    """A demonstration or query in one form: `image`, `question` (captions have none) and `answer`.
+
+    Raises:
+        ValueError: It lacks something, or has something unknown.
+    """
+    if not isinstance(turn, dict) or (unknown := sorted(set(turn) - set(TURN_KEYS))):
+        found = f"has {', '.join(unknown)}" if isinstance(turn, dict) else f"is a {type(turn).__name__}"
+        raise ValueError(f"{name} {found}; expected a dict of {', '.join(TURN_KEYS)}.")
+    given = {key: value for key, value in turn.items() if value is not None}
+    said = [key for key in ("caption", "answer") if key in given]
+    if answered and len(said) != 1:
+        raise ValueError(f"{name} has {' and '.join(said) or 'neither caption nor answer'}; expected exactly one of them.")
+    if not answered and said:
+        raise ValueError(f"{name} has a {said[0]} already: that is for the model to say.")
+    if "answer" in given and "question" not in given:
+        raise ValueError(f"{name} has an answer but no question; what an image shows goes in 'caption'.")
+    if "caption" in given and "question" in given:
+        raise ValueError(f"{name} has a question and a caption; the reply to a question goes in 'answer'.")
+    if "caption" in given:
+        given["answer"] = given.pop("caption")
+    return given
+
+
 class BridgedProcessor(ProcessorMixin):
     """Images and text to model inputs.
 
@@ -140,6 +167,69 @@ class BridgedProcessor(ProcessorMixin):
             width: Width, in pixels.
         """
         return num_patches(self, height, width) if self.num_query_tokens is None else self.num_query_tokens
+
+    # ------------------------------------------------------------------ few-shot prompts
+
+    def few_shot_text(self, turns: list[dict]) -> str:
+        """The prompt of demonstrations and a query: a conversation, in the language model's own format.
+
+        Args:
+            turns: As for `few_shot`, the query last.
+        """
+        messages = []
+        for turn in turns:
+            content = [{"type": "image"}] if "image" in turn else []
+            asked = turn.get("question") or self.caption_prompt
+            messages.append({"role": "user", "content": [*content, {"type": "text", "text": asked}]})
+            if "answer" in turn:
+                messages.append({"role": "assistant", "content": [{"type": "text", "text": turn["answer"]}]})
+        return self.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+    def few_shot(
+        self,
+        demonstrations: list[dict] | list[list[dict]],
+        query: dict | list[dict],
+        tokenize: bool = True,
+        **kwargs,
+    ):
+        """Show some examples, then ask.
+
+        Args:
+            demonstrations: Examples in the order in which they are shown, each `{"image", "caption"}` or `{"image",
+                "question", "answer"}`; without `"image"` it is text only. For a batch, a list per query.
+            query: `{"image"}` or `{"image", "question"}`; or a list of them, a batch.
+            tokenize: Give model inputs; else the prompts and the images.
+            kwargs: For the processor's call.
+
+        Returns:
+            What `generate` takes, padded and as tensors. With `tokenize=False` the prompt and the list of its images; of
+            a batch, lists of both.
+
+        Raises:
+            ValueError: A demonstration or query lacks something or has something unknown.
+        """
+        batched = not isinstance(query, dict)
+        queries = list(query) if batched else [query]
+        shown = list(demonstrations) if batched else [demonstrations]
+        if len(shown) != len(queries):
+            raise ValueError(f"{len(queries)} queries, but demonstrations for {len(shown)}: give a list per query.")
+        texts, images = [], []
+        for examples, asked in zip(shown, queries):
+            turns = [_checked_turn(turn, f"demonstration {number}") for number, turn in enumerate(examples)]
+            turns.append(_checked_turn(asked, "the query", answered=False))
+            texts.append(self.few_shot_text(turns))
+            images.append([turn["image"] for turn in turns if "image" in turn])
+        if not tokenize:
+            return (texts, images) if batched else (texts[0], images[0])
+        flat = [image for sample in images for image in sample]
+        options = {"return_tensors": "pt", "padding": True, **kwargs}
+        # the prompts hold the special tokens of the conversation; where they hold none, the tokenizer's own are wanted
+        return self(text=texts, images=self.nest(images) if flat else None, **options)
+
+    @staticmethod
+    def nest(images: list[list]) -> list:
+        """The images of a batch of prompts, as the call takes them."""
+        return [image for sample in images for image in sample]
 
     def output_size(self) -> tuple[int, int] | None:
         """Height and width in pixels of what the image processor makes; `None` where it depends on the image."""

@@ -10,21 +10,27 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
     Dinov2Config,
+    Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MptConfig,
     OPTConfig,
+    Phi3Config,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen3Config,
     ResNetConfig,
     SiglipVisionConfig,
+    SmolLM3Config,
     T5Config,
     TimmWrapperConfig,
     ViTConfig,
 )
 
 import vlbridge
+from vlbridge.configuration import MosaicGPTConfig
 
 
 VOCAB = 96 + 4  # printable characters and the special tokens below
@@ -50,6 +56,14 @@ LANGUAGE = {
     "llama_tied": lambda: LlamaConfig(**SMALL, **TOKENS, tie_word_embeddings=True, max_position_embeddings=512),
     "mistral": lambda: MistralConfig(**SMALL, **TOKENS, num_key_value_heads=2, max_position_embeddings=512),
     "qwen3": lambda: Qwen3Config(**SMALL, **TOKENS, num_key_value_heads=2, head_dim=8, max_position_embeddings=512),
+    "qwen2": lambda: Qwen2Config(**SMALL, **TOKENS, num_key_value_heads=2, max_position_embeddings=512),
+    "gemma2": lambda: Gemma2Config(
+        **SMALL, **TOKENS, num_key_value_heads=2, head_dim=8, max_position_embeddings=512, sliding_window=16
+    ),
+    "phi3": lambda: Phi3Config(**SMALL, **TOKENS, num_key_value_heads=2, max_position_embeddings=512),
+    "smollm3": lambda: SmolLM3Config(**SMALL, **TOKENS, num_key_value_heads=2, max_position_embeddings=512),
+    "mpt": lambda: MptConfig(d_model=32, n_heads=4, n_layers=2, max_seq_len=512, **TOKENS),
+    "mosaic_gpt": lambda: MosaicGPTConfig(d_model=32, n_heads=4, n_layers=2, mlp_ratio=2, max_seq_len=512, **TOKENS),
     "gpt2": lambda: GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=512, **TOKENS),
     "gpt_neox": lambda: GPTNeoXConfig(**SMALL, **TOKENS, max_position_embeddings=512),
     "opt": lambda: OPTConfig(
