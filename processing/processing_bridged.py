@@ -48,7 +48,9 @@ def _checked_turn(turn: dict, name: str, answered: bool = True) -> dict:
     given = {key: value for key, value in turn.items() if value is not None}
     said = [key for key in ("caption", "answer") if key in given]
     if answered and len(said) != 1:
-        raise ValueError(f"{name} has {' and '.join(said) or 'neither caption nor answer'}; expected exactly one of them.")
+        raise ValueError(
+            f"{name} has {' and '.join(said) or 'neither caption nor answer'}; expected exactly one of them."
+        )
     if not answered and said:
         raise ValueError(f"{name} has a {said[0]} already: that is for the model to say.")
     if "answer" in given and "question" not in given:

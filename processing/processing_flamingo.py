@@ -66,7 +66,9 @@ class PerceiverFlamingoProcessor(BridgedProcessor):
             Model inputs; with videos `pixel_values` is `(num_images, num_frames, channels, height, width)` and
             `patch_mask`, `(num_images, num_frames)`, tells frames from padding.
         """
-        slots = [slot for sample in images for slot in sample] if _is_list(images) and all(map(_is_list, images)) else []
+        slots = (
+            [slot for sample in images for slot in sample] if _is_list(images) and all(map(_is_list, images)) else []
+        )
         if not any(map(_is_list, slots)):
             return super().__call__(images=images, text=text, **kwargs)
         slots = [list(slot) if _is_list(slot) else [slot] for slot in slots]

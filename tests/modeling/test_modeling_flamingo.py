@@ -102,7 +102,9 @@ def test_videos_through_processor_and_generate(composed):
     """A video among images: padding frames are not seen, and the cache carries what the video showed."""
     model, processor = composed
     video = [tiny_image(1), tiny_image(2), tiny_image(3)]
-    both = processor(images=[[video], [tiny_image(0)]], text=["<image>ab", "<image>c"], padding=True, return_tensors="pt")
+    both = processor(
+        images=[[video], [tiny_image(0)]], text=["<image>ab", "<image>c"], padding=True, return_tensors="pt"
+    )
     assert both["pixel_values"].shape[:2] == (2, 3)
     assert both["patch_mask"].tolist() == [[True] * 3, [True, False, False]]
     alone = processor(images=[tiny_image(0)], text=["<image>c"], return_tensors="pt")
@@ -188,7 +190,9 @@ def test_a_shared_prefix_continued_is_the_full_prompt(composed, suffixes):
 def test_a_prefix_of_one_row_serves_a_batch(composed):
     model, processor = composed
     prefix, suffixes = "<image>ab<image>c", ["<image>cd", "xyz", "e<image>"]
-    full = inputs_of(processor, [prefix + suffix for suffix in suffixes], [0, 1, 2, 0, 1, 0, 1, 3], padding_side="right")
+    full = inputs_of(
+        processor, [prefix + suffix for suffix in suffixes], [0, 1, 2, 0, 1, 0, 1, 3], padding_side="right"
+    )
     new = inputs_of(processor, ["<image>", "<image>"], [2, 3])
     with torch.no_grad():
         shown = model(**inputs_of(processor, [prefix], [0, 1]), use_cache=True)
@@ -227,7 +231,9 @@ def test_assisted_decoding_gives_the_same_tokens(composed):
 
 @pytest.mark.parametrize("config", [BloomConfig, FalconConfig])
 def test_a_language_model_that_hands_nothing_on_is_refused(config):
-    language = config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=100, bos_token_id=1, eos_token_id=2)
+    language = config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=100, bos_token_id=1, eos_token_id=2
+    )
     with pytest.raises(ValueError, match="does not hand keyword arguments on"):
         vlbridge.compose(VISION["clip"](), language, "perceiver", tokenizer=tiny_tokenizer())
 

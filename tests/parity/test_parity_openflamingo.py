@@ -126,7 +126,8 @@ def test_beams(case, converted, name, length_penalty):
             lengths = start + (ids != end).sum(dim=-1)
             best = (found.sequences_scores[3 * row : 3 * row + 3] / lengths**length_penalty).argmax()
             chosen, expected = (
-                [token for token in sequence.tolist() if token != end] for sequence in (ids[best], official[row, start:])
+                [token for token in sequence.tolist() if token != end]
+                for sequence in (ids[best], official[row, start:])
             )
             assert chosen == expected, (tag, row)
             # After an <image> that the model wrote by itself the official code attends to all images evenly, padding
