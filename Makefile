@@ -6,7 +6,7 @@ WORKERS ?= 2
 # one thread per test worker: the models are tiny, and two pools of threads on the same cores slow each other down
 TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q
 
-.PHONY: demo test conformance lint format train-demo evaluate-demo build clean
+.PHONY: demo test conformance parity lint format train-demo evaluate-demo build clean
 
 demo: $(VENV)/.demo
 	$(BIN)/vlbridge caption zoo/assets/example.png
@@ -17,6 +17,11 @@ test: $(VENV)/.dev
 
 conformance: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/conformance/run_conformance.py
+
+# official models and outputs in PARITY_ROOT/<family>/<case>
+PARITY_ROOT ?= tests/parity/cases
+parity: $(VENV)/.dev
+	$(TEST) tests/parity --parity-root $(PARITY_ROOT)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -225,7 +225,9 @@ class BridgedProcessor(ProcessorMixin):
             return (texts, images) if batched else (texts[0], images[0])
         flat = [image for sample in images for image in sample]
         options = {"return_tensors": "pt", "padding": True, **kwargs}
-        # the prompts hold the special tokens of the conversation; where they hold none, the tokenizer's own are wanted
+        begin = self.tokenizer.bos_token
+        if begin and all(text.startswith(begin) for text in texts):  # the conversation's format has put it there
+            options.setdefault("add_special_tokens", False)
         return self(text=texts, images=self.nest(images) if flat else None, **options)
 
     @staticmethod

@@ -147,3 +147,68 @@ def test_a_processor_of_another_model_is_refused():
     processor.image_token_id = 3
     with pytest.raises(ValueError, match="image_token_id"):
         processor.check(model.config)
+
+
+# ---------------------------------------------------------------------- few-shot prompts
+
+CAPTIONS = [{"image": 0, "caption": "a cat"}, {"image": 1, "caption": "two dogs"}]
+ANSWERS = [{"image": 0, "question": "what is it?", "answer": "a cat"}, {"question": "sure?", "answer": "yes"}]
+
+
+def with_pictures(turns):
+    return [{**turn, "image": tiny_image(turn["image"])} if "image" in turn else turn for turn in turns]
+
+
+@pytest.mark.parametrize(
+    "demonstrations, query, prompt",
+    [
+        (CAPTIONS, {"image": 2}, "<image>Output:a cat<|endofchunk|><image>Output:two dogs<|endofchunk|><image>Output:"),
+        (
+            ANSWERS,
+            {"image": 2, "question": "and this?"},
+            "<image>Question:what is it? Short answer:a cat<|endofchunk|>Question:sure? Short answer:yes<|endofchunk|>"
+            "<image>Question:and this? Short answer:",
+        ),
+        ([], {"image": 0}, "<image>Output:"),
+    ],
+)
+def test_flamingo_prompts_are_the_official_ones(demonstrations, query, prompt):
+    _, processor = tiny_model("perceiver")
+    text, images = processor.few_shot(demonstrations, query, tokenize=False)
+    assert text == prompt
+    assert images == [turn["image"] for turn in [*demonstrations, query] if "image" in turn]
+
+
+@families
+def test_few_shot_is_a_prompt_that_generates(bridge):
+    model, processor = tiny_model(bridge)
+    demonstrations, query = with_pictures(ANSWERS), {"image": tiny_image(2), "question": "and this?"}
+    inputs = processor.few_shot(demonstrations, query)
+    assert len(inputs["pixel_values"]) == 2
+    alone = model.generate(**inputs, do_sample=False, max_new_tokens=4, eos_token_id=None)[:, -4:]
+    batch = processor.few_shot([demonstrations, with_pictures(CAPTIONS), []], [query, {"image": tiny_image(3)}, query])
+    assert batch["input_ids"].shape[0] == 3 and len(batch["pixel_values"]) == 2 + 3 + 1
+    together = model.generate(**batch, do_sample=False, max_new_tokens=4, eos_token_id=None)[:, -4:]
+    assert torch.equal(together[:1], alone)
+    text, _ = processor.few_shot(demonstrations, query, tokenize=False)
+    positions = [text.index(part) for part in ("<image>", "what is it?", "a cat", "sure?", "yes", "and this?")]
+    assert text.count("<image>") == 2 and positions == sorted(positions)
+
+
+@families
+@pytest.mark.parametrize(
+    "demonstrations, query, message",
+    [
+        ([{"image": 0}], {"image": 1}, "demonstration 0 has neither caption nor answer"),
+        ([{"caption": "a", "answer": "b", "question": "c"}], {}, "caption and answer; expected exactly one"),
+        ([{"image": 0, "answer": "b"}], {}, "an answer but no question"),
+        ([{"image": 0, "text": "b"}], {}, "has text; expected a dict of image, caption"),
+        (["a cat"], {}, "is a str"),
+        ([], {"image": 0, "caption": "a"}, "the query has a caption already"),
+        ([], [{"image": 0}], "1 queries, but demonstrations for 0"),
+    ],
+)
+def test_wrong_demonstrations_are_refused(bridge, demonstrations, query, message):
+    _, processor = tiny_model(bridge)
+    with pytest.raises(ValueError, match=message):
+        processor.few_shot(demonstrations, query)
