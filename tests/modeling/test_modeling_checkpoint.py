@@ -26,6 +26,7 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoModelForSeq2SeqLM,
     AutoProcessor,
+    BitsAndBytesConfig,
     pipeline,
 )
 
@@ -192,6 +193,28 @@ def test_bridge_alone_in_half_precision(bridge, dtype, parts, tmp_path):
     loaded = AutoModel.from_pretrained(tmp_path, dtype=dtype, device_map="auto")
     assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
     assert torch.equal(logits_of(loaded, processor), logits_of(cast(model, dtype), processor))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bridge", vlbridge.FAMILIES)
+def test_bridge_in_bfloat16_on_a_quantised_language_model(bridge, bits, parts, tmp_path):
+    """The bridge's layers are neither quantised nor dropped, and still learn."""
+    model, processor = compose_from(parts, bridge, "llama")
+    model.save_pretrained(tmp_path, bridge_only=True)
+    quantisation = BitsAndBytesConfig(
+        **{f"load_in_{bits}bit": True}, bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_blocksize=32
+    )
+    loaded = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=quantisation)
+    quantised = {name for name, module in loaded.named_modules() if "bit" in type(module).__module__}
+    assert quantised and all(name.startswith("language_model.model.layers") for name in quantised)
+    assert {parameter.dtype for parameter in loaded.bridge.parameters()} == {torch.bfloat16}
+    found, expected = (logits_of(one, processor).float().flatten() for one in (loaded, model))
+    assert torch.nn.functional.cosine_similarity(found, expected, dim=0) > 0.95
+    inputs = processor(images=[tiny_image()], text=["<image>ab"], return_tensors="pt")
+    assert loaded.generate(**inputs, max_new_tokens=4, min_new_tokens=4).shape[1] == inputs["input_ids"].shape[1] + 4
+    loaded.train()
+    loaded(**inputs, labels=inputs["input_ids"].clamp(max=99)).loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in loaded.bridge.parameters())
 
 
 def test_loaded_parts_are_shared_not_copied(parts, tmp_path):
