@@ -29,8 +29,9 @@ from transformers import AutoModel, AutoProcessor, Trainer, TrainerCallback, Tra
 
 import vlbridge
 from vlbridge import demo
+from vlbridge.modeling import Bridge
 from vlbridge.modeling.modeling_checkpoint import weights_sha256
-from vlbridge.training.training_packing import PackedCollator, pack
+from vlbridge.training.training_packing import PackedCollator, common_prefix, pack
 
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -97,11 +98,12 @@ def yes_no_templates(examples: list[Example]) -> list[str]:
     return sorted(forms)
 
 
-def balanced_question(found: dict[str, str], templates: list[str], draw) -> tuple[str, str]:
-    """A yes/no question about a picture that is as likely about what it shows as about what it does not show.
+def matched_pair(found: dict[str, str], templates: list[str], draw) -> list[tuple[str, str]]:
+    """One yes/no question, asked about what a picture shows and about what it does not show.
 
     easy-VQA asks about absent things seven times out of eight, so that "no" (or "yes", where the question is negated)
-    is nearly right already, and a bridge learns nothing else for long.
+    is nearly right already, and a bridge learns nothing else for long. In a pair, an answer that follows the question's
+    form alone gains nothing, so that what is learned is to compare the question with the picture.
 
     Args:
         found: The picture's colour and shape.
@@ -110,10 +112,39 @@ def balanced_question(found: dict[str, str], templates: list[str], draw) -> tupl
     """
     template = templates[draw(len(templates))]
     kind, choices = ("color", COLORS) if "{color}" in template else ("shape", SHAPES)
-    shown = draw(2) == 0
     others = [word for word in choices if word != found[kind]]
-    question = template.format(**{kind: found[kind] if shown else others[draw(len(others))]})
-    return question, "yes" if shown != bool(NEGATED.search(template)) else "no"
+    affirmed, denied = ("no", "yes") if NEGATED.search(template) else ("yes", "no")
+    return [
+        (template.format(**{kind: found[kind]}), affirmed),
+        (template.format(**{kind: others[draw(len(others))]}), denied),
+    ]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the curriculum.
+
+    Args:
+        until: Share of training after which the next stage begins.
+        about: What yes/no questions are about, `"{shape}"`, `"{color}"` or both.
+        negated: Ask negated questions too.
+        num_pairs: Matched pairs per picture; the rest of its questions are its own.
+    """
+
+    until: float
+    about: tuple[str, ...]
+    negated: bool
+    num_pairs: int
+
+
+# Comparing a question with a picture is learned with three shapes and plain questions in a hundred steps, and then carries
+# over; with everything asked at once it is not learned in several times as many.
+CURRICULUM = (
+    Stage(0.2, ("{shape}",), False, 6),
+    Stage(0.46, ("{shape}", "{color}"), False, 6),
+    Stage(0.74, ("{shape}", "{color}"), True, 6),
+    Stage(1.0, ("{shape}", "{color}"), True, 4),
+)
 
 
 def blind_baseline(train: list[Example], test: list[Example]) -> float:
@@ -140,15 +171,18 @@ class PackedConversations(Dataset):
         examples: What to train on.
         features: `(num_examples, num_patches, vision_dim)`.
         processor: The model's processor.
-        num_questions: Questions of one picture in one row, drawn anew every time.
-        balanced: Share of them that are drawn yes/no questions, see `balanced_question`; the others are the picture's
-            own, or ask for its caption.
+        num_questions: Questions of one picture in one row, drawn anew every time: matched pairs, and the picture's own
+            or its caption.
+        num_draws: Pictures that training will take altogether: tells how far it is in the curriculum.
+        curriculum: Its stages.
         seed: Of the draw.
     """
 
-    def __init__(self, examples, features, processor, num_questions: int, balanced: float, seed: int = 0):
+    def __init__(
+        self, examples, features, processor, num_questions: int, num_draws: int, curriculum=CURRICULUM, seed: int = 0
+    ):
         self.examples, self.features, self.processor = examples, features, processor
-        self.num_questions, self.balanced = num_questions, balanced
+        self.num_questions, self.num_draws, self.drawn, self.curriculum = num_questions, num_draws, 0, curriculum
         self.templates = yes_no_templates(examples)
         self.generator = torch.Generator().manual_seed(seed)
         self.num_tokens = processor.num_image_tokens(*processor.output_size())
@@ -175,10 +209,18 @@ class PackedConversations(Dataset):
         own, caption, found = list(example.questions), caption_of(example), properties_of(example)
         if caption:
             own.append((self.processor.caption_prompt, caption))
-        num_drawn = round(self.num_questions * self.balanced) if len(found) == 2 else 0
-        asked = [balanced_question(found, self.templates, self.draw) for _ in range(num_drawn)]
+        stages = self.curriculum
+        stage = next((stage for stage in stages if self.drawn < stage.until * self.num_draws), stages[-1])
+        self.drawn += 1
+        asked = []
+        for _ in range(stage.num_pairs if len(found) == 2 else 0):
+            about = stage.about[self.draw(len(stage.about))]  # as often about shapes as about colours
+            templates = [
+                form for form in self.templates if about in form and (stage.negated or not NEGATED.search(form))
+            ]
+            asked += matched_pair(found, templates, self.draw)
         order = torch.randperm(len(own), generator=self.generator).tolist()
-        asked += [own[choice] for choice in order[: self.num_questions - num_drawn]]
+        asked += [own[choice] for choice in order[: self.num_questions - len(asked)]]
         end = [self.processor.tokenizer.eos_token_id]
         pairs = [(self.prompt(question), self.tokenize(answer) + end) for question, answer in asked]
         return {"patch_features": self.features[index].float(), **pack(pairs)}
@@ -207,70 +249,120 @@ def encode(model, processor, examples: list[Example], batch_size: int = 8) -> to
 
 
 @torch.no_grad()
-def answer_all(
-    model, processor, examples: list[Example], features: torch.Tensor, batch_size: int, max_new_tokens: int = 6
-) -> list[str]:
-    """Greedy answers to all questions, one conversation each, through `generate()`; every picture is encoded once."""
-    pairs = [(index, question) for index, example in enumerate(examples) for question, _ in example.questions]
-    num_tokens = processor.num_image_tokens(*processor.output_size())
+def answer_all(model, processor, examples: list[Example], features: torch.Tensor, max_new_tokens: int = 6) -> list[str]:
+    """Greedy answers to all questions, one conversation each, through `generate()`.
+
+    What the conversations about one picture have in common, the picture above all, runs through the language model once.
+    """
+    num_tokens, tokenizer = processor.num_image_tokens(*processor.output_size()), processor.tokenizer
     answers = []
-    for start in tqdm(range(0, len(pairs), batch_size), desc="answering", unit="batch"):
-        batch = pairs[start : start + batch_size]
-        turns = [conversation(question) for _, question in batch]
+    for index, example in enumerate(tqdm(examples, desc="answering", unit="picture")):
+        turns = [conversation(question) for question, _ in example.questions]
         texts = processor.apply_chat_template(turns, add_generation_prompt=True)
         texts = [text.replace(processor.image_token, processor.image_token * num_tokens) for text in texts]
-        inputs = processor.tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
-        patch_features = features[[index for index, _ in batch]].float()
-        ids = model.generate(
-            **inputs.to(model.device),
-            patch_features=patch_features.to(model.device),
+        prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        shared = min(common_prefix(prompts), min(map(len, prompts)) - 1)
+        prefix = torch.tensor([prompts[0][:shared]], device=model.device)
+        patch_features = features[index : index + 1].float().to(model.device)
+        cache = model(input_ids=prefix, patch_features=patch_features, use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(len(prompts))
+        rest = tokenizer.pad({"input_ids": [prompt[shared:] for prompt in prompts]}, return_tensors="pt").to(model.device)
+        prefix = prefix.expand(len(prompts), -1)
+        ids = torch.cat([prefix, rest["input_ids"]], dim=1)
+        generated = model.generate(
+            ids,
+            attention_mask=torch.cat([torch.ones_like(prefix), rest["attention_mask"]], dim=1),
+            past_key_values=cache,
             do_sample=False,
             max_new_tokens=max_new_tokens,
-        )[:, inputs["input_ids"].shape[1] :]
-        answers += [text.strip().lower() for text in processor.batch_decode(ids, skip_special_tokens=True)]
+        )[:, ids.shape[1] :]
+        answers += [text.strip().lower() for text in processor.batch_decode(generated, skip_special_tokens=True)]
     return answers
 
 
-def warm_up(
-    model, processor, examples: list[Example], features: torch.Tensor, steps: int, learning_rate: float
-) -> None:
-    """Let every visual token begin as the words for what is in the picture.
+def shown_in(examples: list[Example]) -> torch.Tensor:
+    """What the pictures show, `(num_examples, 1, colours + shapes)`: 1 where it is there, all 0 where it is not known."""
+    names = [*COLORS, *SHAPES]
+    shown = torch.zeros(len(examples), 1, len(names))
+    for index, example in enumerate(examples):
+        found = properties_of(example)
+        if len(found) == 2:
+            shown[index, 0, [names.index(word) for word in found.values()]] = 1
+    return shown
 
-    The language model is not run: the bridge learns to give the sum of the colour's and the shape's own embeddings. From
-    there the language model's loss has something to work with, where from random tokens it stays blind for long.
+
+class FreeTokens(Bridge):
+    """Visual tokens without an encoder: free vectors for each colour and each shape, which are added up.
+
+    A bridge that learns from pictures has to find out at once what to see and how to say it. Here the second is found
+    out alone; the bridge then imitates it, which takes no language model.
 
     Args:
-        examples: Pictures; those whose colour or shape nothing tells are left out.
-        features: Their patch features.
-        steps: Of 48 pictures each.
-        learning_rate: Falls to zero along a cosine.
+        config: See `Bridge`.
+        language_model: See `Bridge`.
+        words: What each colour and shape begins as, `(colours + shapes, text_dim)`.
+        num_tokens: Visual tokens of a picture.
     """
+
+    def __init__(self, config, language_model, words: torch.Tensor, num_tokens: int):
+        super().__init__(config, language_model)
+        self.common = torch.nn.Parameter(torch.zeros(num_tokens, words.shape[1]))
+        self.words = torch.nn.Parameter(words[:, None].repeat(1, num_tokens, 1))
+
+    def forward(self, shown: torch.Tensor) -> torch.Tensor:
+        """`(num_images, 1, colours + shapes)`, see `shown_in`, to `(num_images, num_tokens, text_dim)`."""
+        return self.common + torch.einsum("nw,wtd->ntd", shown[:, 0], self.words)
+
+
+def word_embeddings(model, processor) -> torch.Tensor:
+    """The language model's own embeddings of the colours and shapes, `(colours + shapes, text_dim)`."""
     embeddings = model.get_input_embeddings().weight.detach().float()
-    targets, known = [], []
-    for index, example in enumerate(examples):
-        caption = caption_of(example)
-        if caption:
-            words = [
-                processor.tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in caption.split()[1:]
-            ]
-            targets.append(torch.stack([embeddings[word].mean(dim=0) for word in words]).sum(dim=0))
-            known.append(index)
-    targets, known = torch.stack(targets), torch.tensor(known)
-    optimizer = torch.optim.AdamW(model.bridge.parameters(), lr=learning_rate, weight_decay=0.0)
+    tokens = [processor.tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in (*COLORS, *SHAPES)]
+    return torch.stack([embeddings[ids].mean(dim=0) for ids in tokens])
+
+
+def imitate(bridge, tokens: FreeTokens, features: torch.Tensor, shown: torch.Tensor, steps: int, seed: int = 0) -> None:
+    """Teach a bridge to give for a picture what free tokens give for what it shows; the language model is not run.
+
+    Args:
+        bridge: Learns.
+        tokens: Teaches.
+        features: Patch features of the pictures.
+        shown: What they show.
+        steps: Of 64 pictures each.
+        seed: Of the draw.
+    """
+    known = shown.flatten(1).any(dim=1).nonzero()[:, 0]
+    optimizer = torch.optim.AdamW(bridge.parameters(), lr=2e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in tqdm(range(steps), desc="warming up", unit="step"):
-        drawn = torch.randint(len(known), (48,))
-        visual_tokens = model.bridge(features[known[drawn]].float())  # (48, num_patches, text_dim)
-        torch.nn.functional.mse_loss(visual_tokens, targets[drawn][:, None].expand_as(visual_tokens)).mul(
-            100
-        ).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+    generator = torch.Generator().manual_seed(seed)
+    with tqdm(total=steps, desc="imitating", unit="step") as progress:
+        for _ in range(steps):
+            drawn = known[torch.randint(len(known), (64,), generator=generator)]
+            with torch.no_grad():
+                wanted = tokens(shown[drawn])
+            loss = torch.nn.functional.mse_loss(bridge(features[drawn].float()), wanted)
+            loss.mul(100).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            progress.set_postfix(unexplained=f"{loss.item() / wanted.var().item():.3f}", refresh=False)
+            progress.update()
 
 
-def kind_of(answer: str) -> str:
-    return "color" if answer in COLORS else "shape" if answer in SHAPES else "yes/no"
+def kind_of(question: str, answer: str) -> str:
+    """What a question is about; yes/no questions by whether the thing they name is in the picture."""
+    if answer in COLORS or answer in SHAPES:
+        return "color" if answer in COLORS else "shape"
+    return "yes/no, shown" if (answer == "yes") != bool(NEGATED.search(question)) else "yes/no, absent"
+
+
+def accuracies(examples: list[Example], given: list[str]) -> tuple[float, dict[str, float]]:
+    """Accuracy of the answers to all questions, and of each kind's."""
+    asked = [pair for example in examples for pair in example.questions]
+    totals = Counter(kind_of(*pair) for pair in asked)
+    hits = Counter(kind_of(*pair) for pair, said in zip(asked, given, strict=True) if pair[1] == said)
+    return hits.total() / len(asked), {kind: hits[kind] / totals[kind] for kind in sorted(totals)}
 
 
 class AnswerSomeQuestions(TrainerCallback):
@@ -283,70 +375,89 @@ class AnswerSomeQuestions(TrainerCallback):
         if state.global_step % self.every:
             return
         model.eval()
-        right = [answer for example in self.examples for _, answer in example.questions]
-        given = answer_all(model, self.processor, self.examples, self.features, batch_size=32)
-        hits = Counter(kind_of(answer) for answer, said in zip(right, given) if answer == said)
-        totals = Counter(map(kind_of, right))
-        shares = ", ".join(f"{kind} {hits[kind] / totals[kind]:.3f}" for kind in totals)
-        print(f"step {state.global_step}: accuracy {hits.total() / len(right):.4f} ({shares})", flush=True)
+        given = answer_all(model, self.processor, self.examples, self.features)
+        accuracy, by_kind = accuracies(self.examples, given)
+        shares = ", ".join(f"{kind} {share:.3f}" for kind, share in by_kind.items())
+        print(f"step {state.global_step}: accuracy {accuracy:.4f} ({shares})", flush=True)
         model.train()
+
+
+def fit(model, processor, dataset: PackedConversations, held_out, output: Path, learning_rate: float, seed: int) -> None:
+    """Train the bridge with the language model's loss on the answers, one picture per step.
+
+    Args:
+        model: Its bridge is trained, whatever it is.
+        processor: The model's.
+        dataset: Tells by `num_draws` how many steps there are.
+        held_out: Examples and their features, to watch over training.
+        output: Where checkpoints would go.
+        learning_rate: Falls to zero along a cosine.
+        seed: Of the trainer.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(output.with_suffix(".training")),
+        max_steps=dataset.num_draws,
+        per_device_train_batch_size=1,
+        learning_rate=learning_rate,
+        adam_beta2=0.95,
+        lr_scheduler_type="cosine",
+        warmup_steps=20,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        logging_steps=20,
+        save_strategy="no",
+        report_to="none",
+        seed=seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+    watch = AnswerSomeQuestions(processor, *held_out, every=dataset.num_draws // 3)
+    Trainer(
+        model=model, args=arguments, train_dataset=dataset, data_collator=PackedCollator(), callbacks=[watch]
+    ).train()
 
 
 @app.command()
 def train(
     output: Path = typer.Option(..., help="Folder to write the bridge to."),
-    epochs: float = 0.6,
-    learning_rate: float = 1e-3,
-    images_per_step: int = 4,
-    num_questions: int = 8,
-    balanced: float = typer.Option(0.6, help="Share of questions that are drawn as likely true as false."),
-    warm_up_steps: int = 300,
+    token_steps: int = typer.Option(460, help="Steps that free tokens learn for."),
+    imitation_steps: int = typer.Option(700, help="Steps that the bridge imitates them for."),
+    steps: int = typer.Option(300, help="Steps that the bridge then learns from answers for."),
+    num_questions: int = typer.Option(12, help="Asked about a picture, one picture per step."),
+    dtype: str = typer.Option("float32", help="Of the language model; on a CPU without bf16 instructions, bfloat16 is slow."),
     seed: int = 0,
     limit: int = typer.Option(0, help="Use this many pictures only (0: all)."),
-    resume_from: Path | None = typer.Option(None, help="Start from this bridge instead of a fresh one."),
+    resume_from: Path | None = typer.Option(None, help="Start from this bridge: only `steps` are taken."),
 ) -> None:
     """Train an MLP bridge between EfficientNet-Lite0 and SmolLM2-135M-Instruct."""
     set_seed(seed)
+    started = time.time()
     data = demo.easy_vqa_dir()
     examples = load_split(data, "train")
     # the last pictures of the training split watch over training; the test split is not touched
-    held_out = examples[-16:]
+    num_chosen = min(limit or len(examples), len(examples) - 16)
+    chosen, held_out = examples[:num_chosen], examples[-16:]
     if resume_from is None:
         model, processor = vlbridge.compose(demo.VISION, demo.LANGUAGE, "mlp")
     else:
         model = AutoModel.from_pretrained(resume_from)
         processor = AutoProcessor.from_pretrained(resume_from)
-    model.language_model.to(torch.bfloat16)
+    model.language_model.to(getattr(torch, dtype))
     features = encode(model, processor, examples)
-    chosen = slice(None, min(limit or len(examples), len(examples) - len(held_out)))
-    dataset = PackedConversations(examples[chosen], features[chosen], processor, num_questions, balanced, seed)
-    if resume_from is None and warm_up_steps:
-        warm_up(model, processor, examples[chosen], features[chosen], warm_up_steps, learning_rate=1e-3)
-    arguments = TrainingArguments(
-        output_dir=str(output.with_suffix(".training")),
-        num_train_epochs=epochs,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=images_per_step,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=20,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        logging_steps=5,
-        save_strategy="no",
-        report_to="none",
-        seed=seed,
-        remove_unused_columns=False,
-    )
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=dataset,
-        data_collator=PackedCollator(),
-        callbacks=[AnswerSomeQuestions(processor, held_out, features[-len(held_out) :], every=100)],
-    )
-    started = time.time()
-    trainer.train()
+    if resume_from is None:
+        shown, bridge = shown_in(examples), model.bridge
+        num_tokens = processor.num_image_tokens(*processor.output_size())
+        model.bridge = FreeTokens(model.config, model.language_model, word_embeddings(model, processor), num_tokens)
+        # free tokens know a picture by what it shows only
+        known = shown[:num_chosen].flatten(1).any(dim=1)
+        told = [example for example, is_known in zip(chosen, known) if is_known]
+        dataset = PackedConversations(told, shown[:num_chosen][known], processor, num_questions, token_steps, seed=seed)
+        fit(model, processor, dataset, (held_out, shown[-16:]), output, 5e-3, seed)
+        tokens, model.bridge = model.bridge, bridge
+        imitate(bridge, tokens, features[:num_chosen], shown[:num_chosen], imitation_steps, seed)
+    if steps:
+        dataset = PackedConversations(chosen, features, processor, num_questions, steps, CURRICULUM[-1:], seed)
+        fit(model, processor, dataset, (held_out, features[-16:]), output, 5e-4, seed)
     model.eval().save_pretrained(output, bridge_only=True)
     processor.save_pretrained(output)
     print(f"trained in {(time.time() - started) / 60:.1f} minutes, saved to {output}")
@@ -356,7 +467,6 @@ def train(
 def evaluate(
     model: str = typer.Option("", help="Hub id or folder; the shipped bridge by default."),
     dtype: str = "float32",
-    batch_size: int = 64,
     limit: int = typer.Option(0, help="Ask about this many pictures only (0: all)."),
     output: Path | None = typer.Option(None, help="Write the figures to this JSON file."),
 ) -> None:
@@ -367,15 +477,13 @@ def evaluate(
     data = demo.easy_vqa_dir()
     train_split, test_split = load_split(data, "train"), load_split(data, "test")[: limit or None]
     started = time.time()
-    given = answer_all(bridged, processor, test_split, encode(bridged, processor, test_split), batch_size)
-    right = [answer for example in test_split for _, answer in example.questions]
-    hits = Counter(kind_of(answer) for answer, said in zip(right, given) if answer == said)
-    totals = Counter(map(kind_of, right))
+    given = answer_all(bridged, processor, test_split, encode(bridged, processor, test_split))
+    accuracy, by_kind = accuracies(test_split, given)
     figures = {
-        "questions": len(right),
-        "accuracy": round(hits.total() / len(right), 4),
+        "questions": len(given),
+        "accuracy": round(accuracy, 4),
         "blind_baseline": round(blind_baseline(train_split, test_split), 4),
-        "by_kind": {kind: round(hits[kind] / totals[kind], 4) for kind in sorted(totals)},
+        "by_kind": {kind: round(share, 4) for kind, share in by_kind.items()},
         "seconds": round(time.time() - started),
         "dtype": dtype,
         "device": str(bridged.device),

@@ -7,11 +7,19 @@ import torch
 from tiny import tiny_image, tiny_model
 
 from vlbridge.training.training_easy_vqa import (
+    COLORS,
+    SHAPES,
     Example,
-    balanced_question,
+    FreeTokens,
+    answer_all,
     blind_baseline,
     caption_of,
+    conversation,
+    imitate,
+    kind_of,
+    matched_pair,
     properties_of,
+    shown_in,
     yes_no_templates,
 )
 from vlbridge.training.training_packing import PackedCollator, branch_mask, common_prefix, pack
@@ -88,12 +96,45 @@ def test_captions_are_what_questions_and_answers_tell(questions, caption):
     assert caption_of(Example(None, questions)) == caption
 
 
+@pytest.mark.parametrize("language", ["llama", "opt"])
+def test_answers_from_a_shared_prefix_are_those_of_each_question_alone(language):
+    model, processor = tiny_model("mlp", language)
+    examples = [
+        Example(None, [("what is it?", "a"), ("is there a red circle in the image?", "b"), ("why", "c")]),
+        Example(None, [("one question", "d")]),
+    ]
+    pictures = [tiny_image(0), tiny_image(1)]
+    features = model.get_patch_features(processor.image_processor(pictures, return_tensors="pt")["pixel_values"])
+    expected = []
+    for picture, example in zip(pictures, examples):
+        for question, _ in example.questions:
+            text = processor.apply_chat_template(conversation(question), add_generation_prompt=True)
+            inputs = processor(images=[picture], text=text, add_special_tokens=False, return_tensors="pt")
+            ids = model.generate(**inputs, do_sample=False, max_new_tokens=5)[:, inputs["input_ids"].shape[1] :]
+            expected.append(processor.batch_decode(ids, skip_special_tokens=True)[0].strip().lower())
+    assert answer_all(model, processor, examples, features, max_new_tokens=5) == expected
+
+
+def test_free_tokens_are_imitated():
+    """A linear bridge can say exactly what tokens per property say, where the features tell the properties."""
+    torch.manual_seed(0)
+    model, _ = tiny_model("mlp")
+    shown = shown_in([Example(None, [("what color is it?", color), ("is there a circle?", "yes")]) for color in COLORS])
+    assert shown.sum().item() == 2 * len(COLORS) and shown.shape == (len(COLORS), 1, len(COLORS) + len(SHAPES))
+    tokens = FreeTokens(model.config, model.language_model, torch.randn(len(COLORS) + len(SHAPES), 32), 3)
+    torch.testing.assert_close(tokens(shown)[0, 2], tokens.words[0, 2] + tokens.words[len(COLORS), 2])
+    features = shown.expand(-1, 3, -1)
+    bridge = torch.nn.Linear(features.shape[-1], 32)
+    imitate(bridge, tokens, features, shown, steps=3000)
+    torch.testing.assert_close(bridge(features), tokens(shown), atol=0.05, rtol=0)
+
+
 def test_blind_baseline():
     train = [Example(None, [("q", "yes"), ("q", "yes"), ("q", "no"), ("p", "no")])]
     assert blind_baseline(train, [Example(None, [("q", "yes"), ("p", "yes"), ("new", "yes"), ("q", "no")])]) == 0.25
 
 
-def test_balanced_questions_are_true_half_of_the_time_and_answered_rightly():
+def test_a_matched_pair_differs_in_what_is_shown_only_and_is_answered_rightly():
     examples = [
         Example(None, [("is there a red shape?", "yes"), ("is no circle present?", "no"), ("what is it?", "red")])
     ]
@@ -101,14 +142,29 @@ def test_balanced_questions_are_true_half_of_the_time_and_answered_rightly():
     assert templates == ["is no {shape} present?", "is there a {color} shape?"]
     generator = torch.Generator().manual_seed(0)
     found = {"color": "blue", "shape": "circle"}
-    drawn = [
-        balanced_question(found, templates, lambda below: int(torch.randint(below, (), generator=generator)))
-        for _ in range(400)
-    ]
-    for question, answer in drawn:
-        shown = "blue" in question or "circle" in question
-        assert answer == ("yes" if shown != ("no" in question.split()) else "no")
-        # what a question and its answer affirm is what was drawn from
-        assert properties_of(Example(None, [(question, answer)])).items() <= found.items()
-    assert 160 < sum("blue" in question or "circle" in question for question, _ in drawn) < 240
-    assert len({question for question, _ in drawn}) == 8 + 3
+    seen = set()
+    for _ in range(400):
+        pair = matched_pair(found, templates, lambda below: int(torch.randint(below, (), generator=generator)))
+        assert {answer for _, answer in pair} == {"yes", "no"}
+        assert [kind_of(*asked) for asked in pair] == ["yes/no, shown", "yes/no, absent"]
+        for question, answer in pair:
+            shown = "blue" in question or "circle" in question
+            assert answer == ("yes" if shown != ("no" in question.split()) else "no")
+            # what a question and its answer affirm is what was drawn from
+            assert properties_of(Example(None, [(question, answer)])).items() <= found.items()
+            seen.add(question)
+    assert len(seen) == 8 + 3
+
+
+@pytest.mark.parametrize(
+    "question, answer, kind",
+    [
+        ("what color is the shape?", "teal", "color"),
+        ("what shape is it?", "circle", "shape"),
+        ("is there a red shape?", "yes", "yes/no, shown"),
+        ("is there not a red shape?", "no", "yes/no, shown"),
+        ("is no circle present?", "yes", "yes/no, absent"),
+    ],
+)
+def test_kinds_of_questions(question, answer, kind):
+    assert kind_of(question, answer) == kind
