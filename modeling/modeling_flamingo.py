@@ -232,6 +232,7 @@ class VisualStates(ModelOutput):
         value_states: Likewise.
         num_images: Images of each sample, `(batch,)`.
         text_time: Images that came before the next token of each row, `(rows,)`.
+        num_forgotten: Images of each sample that no later token can see, and that were left out, `(batch,)`.
     """
 
     # not `keys` and `values`: these are methods of every ModelOutput
@@ -239,6 +240,29 @@ class VisualStates(ModelOutput):
     value_states: tuple[torch.Tensor, ...] | None = None
     num_images: torch.Tensor | None = None
     text_time: torch.Tensor | None = None
+    num_forgotten: torch.Tensor | None = None
+
+    def latest(self, num_latents: int) -> VisualStates:
+        """The state with each sample's last image alone.
+
+        Args:
+            num_latents: Visual tokens per image.
+        """
+        last = (self.num_images - 1).clamp(min=0)  # (batch,)
+        slot = (last - self.num_forgotten)[:, None, None, None, None]
+
+        def of_last(states: torch.Tensor) -> torch.Tensor:
+            images = states.unflatten(2, (-1, num_latents))  # (batch, heads, max_images, num_latents, head_dim)
+            index = slot.to(states.device).expand(-1, images.shape[1], -1, num_latents, images.shape[-1])
+            return images.gather(2, index)[:, :, 0]
+
+        return VisualStates(
+            key_states=tuple(map(of_last, self.key_states)),
+            value_states=tuple(map(of_last, self.value_states)),
+            num_images=self.num_images,
+            text_time=self.text_time,
+            num_forgotten=last,
+        )
 
     def repeat_to(self, batch: int) -> VisualStates:
         """The same state for more rows: those of one sample stand one after the other.
@@ -259,6 +283,7 @@ class VisualStates(ModelOutput):
             value_states=tuple(value.repeat_interleave(times, dim=0) for value in self.value_states),
             num_images=self.num_images.repeat_interleave(times),
             text_time=self.text_time.repeat_interleave(batch // len(self.text_time)),
+            num_forgotten=self.num_forgotten.repeat_interleave(times),
         )
 
 
@@ -416,15 +441,14 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
                 "every image needs one <image> where it belongs in the text."
             )
         num_images = num_images.to(image_features.device)
-        earlier = torch.zeros_like(num_images)
+        taken = torch.zeros_like(num_images)  # places that earlier images have
         if before is not None and before.key_states is not None:
             before = before.repeat_to(len(num_images))
-            earlier = before.num_images
+            taken = before.num_images - before.num_forgotten
         else:
             before = None
-        total = earlier + num_images
-        slot = torch.arange(max(int(total.max()), 1), device=image_features.device)
-        new = (slot >= earlier[:, None]) & (slot < total[:, None])  # (batch, max_images)
+        slot = torch.arange(max(int((taken + num_images).max()), 1), device=image_features.device)
+        new = (slot >= taken[:, None]) & (slot < (taken + num_images)[:, None])  # (batch, max_images)
         padded = image_features.new_zeros(*new.shape, *image_features.shape[1:])
         padded[new] = image_features  # (batch, max_images, num_latents, vision_dim)
         visual_tokens = padded.flatten(1, 2)
@@ -441,8 +465,9 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
         return VisualStates(
             key_states=tuple(keys),
             value_states=tuple(values),
-            num_images=total,
-            text_time=torch.zeros_like(total) if before is None else before.text_time,
+            num_images=num_images if before is None else before.num_images + num_images,
+            text_time=torch.zeros_like(num_images) if before is None else before.text_time,
+            num_forgotten=torch.zeros_like(num_images) if before is None else before.num_forgotten,
         )
 
     def _visual_conditioning(self, input_ids, image_features, visual_states):
@@ -459,12 +484,14 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
             raise ValueError("visual_states need input_ids: <image> can't be found in inputs_embeds.")
         # Rows are the samples' beams; a generated <image> shows nothing, so the count stops at the sample's images.
         rows = input_ids.shape[0]
-        limit = visual_states.num_images.repeat_interleave(rows // len(visual_states.num_images))[:, None]
+        beams = rows // len(visual_states.num_images)
+        limit = visual_states.num_images.repeat_interleave(beams)[:, None]
         before = visual_states.text_time.repeat_interleave(rows // len(visual_states.text_time))[:, None]
         is_image = (input_ids == self.config.image_token_id).to(limit.device)
         text_time = torch.minimum(before + is_image.cumsum(dim=-1), limit)  # (rows, tokens)
         max_images = visual_states.key_states[0].shape[2] // self.config.num_latents
         media_time = torch.arange(1, max_images + 1, device=limit.device).repeat_interleave(self.config.num_latents)
+        media_time = media_time + visual_states.num_forgotten.repeat_interleave(beams)[:, None, None]
         if self.config.only_attend_immediate_media:
             mask = text_time[..., None] == media_time
         else:
@@ -477,6 +504,7 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
             value_states=visual_states.value_states,
             num_images=visual_states.num_images,
             text_time=text_time[:, -1].contiguous(),
+            num_forgotten=visual_states.num_forgotten,
         )
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
@@ -497,9 +525,15 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
             # A compiled step's outputs live in a CUDA graph's memory, which the next step overwrites: what does not change
             # is taken from before, the rest is copied.
             kept = after if before is None else before
-            model_kwargs["visual_states"] = VisualStates(
-                kept.key_states, kept.value_states, kept.num_images, after.text_time.clone()
+            states = VisualStates(
+                kept.key_states, kept.value_states, kept.num_images, after.text_time.clone(), kept.num_forgotten
             )
+            several = states.key_states[0].shape[2] > self.config.num_latents
+            if several and self.config.only_attend_immediate_media:
+                beams = len(states.text_time) // len(states.num_images)
+                if bool((states.text_time == states.num_images.repeat_interleave(beams)).all()):
+                    states = states.latest(self.config.num_latents)  # the rest can't be seen any more
+            model_kwargs["visual_states"] = states
         return model_kwargs
 
 

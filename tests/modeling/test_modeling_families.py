@@ -393,7 +393,7 @@ def test_placeholders_without_images_are_refused(composed):
 def test_pixel_values_of_another_shape_are_refused(composed):
     model, processor = composed
     inputs = with_decoder_inputs(model, batch_of(processor))
-    inputs["pixel_values"] = inputs["pixel_values"][None]
+    inputs["pixel_values"] = inputs["pixel_values"][:, 0]
     with pytest.raises(ValueError, match="num_images, channels, height, width"):
         model(**inputs)
 

@@ -217,6 +217,22 @@ def test_a_state_does_not_fit_any_batch(composed):
             model(**inputs_of(processor, ["<image>"] * 3, [0, 1, 2]), visual_states=shown.visual_states)
 
 
+@pytest.mark.parametrize("immediate", [True, False])
+def test_decoding_steps_carry_what_can_still_be_seen(immediate):
+    """Where text sees the latest image only, the others' keys and values are dropped after the prompt."""
+    model, processor = tiny_model("perceiver", only_attend_immediate_media=immediate)
+    inputs = inputs_of(processor, ["<image>a<image>b<image>c", "<image>d", "text"], [0, 1, 2, 3])
+    images = []
+    handle = model.bridge.cross_attention_layers[0].register_forward_pre_hook(
+        lambda module, args: images.append(args[1].shape[2] // model.config.num_latents)
+    )
+    settings = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None}
+    tokens = model.generate(**inputs, num_beams=2, **settings)
+    handle.remove()
+    assert images == ([3, 1, 1, 1] if immediate else [3, 3, 3, 3])
+    assert torch.equal(tokens, model.generate(**inputs, num_beams=2, use_cache=False, **settings))
+
+
 def test_assisted_decoding_gives_the_same_tokens(composed):
     """Prompt lookup proposes tokens and takes some back: the visual state must not run ahead."""
     model, processor = composed
