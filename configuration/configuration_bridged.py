@@ -93,6 +93,8 @@ class BridgedConfig(PreTrainedConfig):
         for part, implementation in zip(given, attention):
             if implementation is not None:
                 part._attn_implementation = implementation
+        if self.text_config is None:  # a family without a language model
+            return
         self.is_encoder_decoder = bool(self.text_config.is_encoder_decoder)
         if self.is_encoder_decoder:
             for name in ("decoder_start_token_id", "pad_token_id", "eos_token_id", "bos_token_id"):

@@ -27,6 +27,11 @@ class QFormerConfig(PreTrainedConfig):
         layer_norm_eps: Epsilon of the layer norms.
         cross_attention_frequency: Every how many blocks one has cross-attention, counted from the first.
         num_query_tokens: Learned queries, and so visual tokens per image.
+        use_text: The Q-Former reads text too: word and position embeddings, and a second feed-forward per block. Stage 1
+            and instruction-aware models need it.
+        vocab_size: BERT's 30,522 tokens and `[DEC]`, which begins captions.
+        max_position_embeddings: Longest text, in tokens.
+        pad_token_id: Token that fills up shorter texts.
     """
 
     model_type = "vlbridge_qformer"
@@ -42,6 +47,10 @@ class QFormerConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-12
     cross_attention_frequency: int = 2
     num_query_tokens: int = 32
+    use_text: bool = False
+    vocab_size: int = 30523
+    max_position_embeddings: int = 512
+    pad_token_id: int | None = 0
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -78,4 +87,69 @@ class QFormerBlip2Config(BridgedConfig):
         return self.qformer_config.num_query_tokens
 
 
-__all__ = ["QFormerBlip2Config", "QFormerConfig"]
+@strict
+class QFormerBlip2PreTrainingConfig(BridgedConfig):
+    """Stage 1 of Q-Former BLIP-2, and retrieval: vision encoder and Q-Former with its text side, no language model.
+
+    Args:
+        qformer_config: Configuration of the Q-Former, or its dict; `use_text` is always true here.
+        vision_layer_norm_eps: Epsilon of the layer norm on the patch features (`ln_vision`).
+        embed_dim: Width of the space in which images and texts are compared.
+        itc_temperature: What the learned temperature begins with.
+        itc_weight: Weight of the image-text contrastive loss; 0 leaves a loss out, and what is only computed for it.
+        itm_weight: Weight of the image-text matching loss.
+        itg_weight: Weight of the image-grounded text generation loss.
+        label_smoothing: Of the contrastive and the generation loss.
+        negatives_floor: Added to every negative's probability of being drawn for matching (LAVIS 1.0.2: 1e-4; its main
+            branch: 0).
+        bos_token_id: `[DEC]`, with which captions begin.
+        eos_token_id: `[SEP]`, with which they end.
+        pad_token_id: Padding, the same as the Q-Former's.
+
+    For the rest see `BridgedConfig`; what concerns a language model has no meaning here.
+    """
+
+    model_type = "qformer_blip2_pretraining"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+        "qformer_config": SubConfigSpec(config_class=QFormerConfig),
+    }
+    visual_tokens_in_prompt: ClassVar[bool] = False
+
+    qformer_config: dict | PreTrainedConfig | None = None
+    vision_layer_norm_eps: float = 1e-5
+    vision_feature_select_strategy: str = "full"
+    embed_dim: int = 256
+    itc_temperature: float = 0.07
+    itc_weight: float = 1.0
+    itm_weight: float = 1.0
+    itg_weight: float = 1.0
+    label_smoothing: float = 0.1
+    negatives_floor: float = 0.0
+    bos_token_id: int | None = 30522
+    eos_token_id: int | None = 102
+    pad_token_id: int | None = 0
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.text_config is not None:
+            raise ValueError("Stage 1 has no language model: text_config must be None.")
+        self.qformer_config.use_text = True
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            token_id, size = getattr(self, name), self.qformer_config.vocab_size
+            if token_id is None or not 0 <= token_id < size:
+                raise ValueError(f"{name} is {token_id}; expected an id within the Q-Former's {size} tokens.")
+        if self.pad_token_id != self.qformer_config.pad_token_id:
+            raise ValueError(
+                f"pad_token_id is {self.pad_token_id}, but the Q-Former's is {self.qformer_config.pad_token_id}."
+            )
+        weights = {name: getattr(self, name) for name in ("itc_weight", "itm_weight", "itg_weight")}
+        if min(weights.values()) < 0:
+            raise ValueError(f"Weights of losses can't be negative: {weights}.")
+
+    def num_image_tokens(self, height: int, width: int) -> int:
+        return self.qformer_config.num_query_tokens
+
+
+__all__ = ["QFormerBlip2Config", "QFormerBlip2PreTrainingConfig", "QFormerConfig"]

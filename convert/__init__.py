@@ -1,7 +1,9 @@
 """Conversion of official checkpoints."""
 
+from .convert_blip import convert_blip
+from .convert_blip2 import convert_blip2
 from .convert_openflamingo import convert_openflamingo
 from .convert_tables import ConversionError
 
 
-__all__ = ["ConversionError", "convert_openflamingo"]
+__all__ = ["ConversionError", "convert_blip", "convert_blip2", "convert_openflamingo"]

@@ -12,26 +12,31 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    GenerationConfig,
-    PreTrainedConfig,
-)
+from transformers import AutoTokenizer, CLIPImageProcessor, GenerationConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
 from ..configuration.configuration_flamingo import PerceiverFlamingoConfig
 from ..modeling.modeling_bridged import fill_vision_geometry
 from ..modeling.modeling_flamingo import PerceiverFlamingoForConditionalGeneration
 from ..processing.processing_flamingo import PerceiverFlamingoProcessor
-from .convert_files import TensorFiles, write_tensors, written_whole
-from .convert_tables import ConversionError, Drop, Piece, Rename, Rule, Shapes, Split, check, plan
+from .convert_files import TensorFiles
+from .convert_parts import (
+    Conversion,
+    Renamed,
+    assemble,
+    expected_tensors,
+    language_table,
+    layer_numbers,
+    open_clip_config,
+    read_text_config,
+    read_vision_config,
+    resized,
+    vision_pieces,
+)
+from .convert_tables import ConversionError, Drop, Rename, Rule, Shapes, plan
 
 
 # where each language model keeps its decoder layers, in the official code of the time
@@ -42,7 +47,6 @@ DECODER_LAYERS = {
     "mpt": "transformer.blocks",
     "opt": "model.decoder.layers",
 }
-BUFFER = "a buffer that the model computes by itself"
 FEED_FORWARD = (
     ("0.weight", "layer_norm.weight"),
     ("0.bias", "layer_norm.bias"),
@@ -79,50 +83,6 @@ BLOCK = (
     *((f"attn.{official}", ours) for official, ours in ATTENTION),
     *((f"ff.{official}", f"feed_forward.{ours}") for official, ours in FEED_FORWARD),
 )
-# open_clip's vision tower, as transformers' CLIPVisionModel calls it
-_CLIP_LAYER = ("visual.transformer.resblocks.{}", "vision_model.encoder.layers.{}")
-OPEN_CLIP_TABLE: list[Rule] = [
-    Rename("visual.class_embedding", "vision_model.embeddings.class_embedding"),
-    Rename("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
-    Rename("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight"),
-    Drop("visual.proj", "the projection into CLIP's space shared with text is not used"),
-    *(
-        Rename(f"visual.{official}.{kind}", f"vision_model.{ours}.{kind}")
-        for official, ours in (("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm"))
-        for kind in ("weight", "bias")
-    ),
-    *(
-        Split(
-            f"{_CLIP_LAYER[0]}.attn.in_proj_{kind}",
-            tuple(f"{_CLIP_LAYER[1]}.self_attn.{name}_proj.{kind}" for name in "qkv"),
-        )
-        for kind in ("weight", "bias")
-    ),
-    *(
-        Rename(f"{_CLIP_LAYER[0]}.{official}.{kind}", f"{_CLIP_LAYER[1]}.{ours}.{kind}")
-        for official, ours in (
-            ("attn.out_proj", "self_attn.out_proj"),
-            ("ln_1", "layer_norm1"),
-            ("ln_2", "layer_norm2"),
-            ("mlp.c_fc", "mlp.fc1"),
-            ("mlp.c_proj", "mlp.fc2"),
-        )
-        for kind in ("weight", "bias")
-    ),
-]
-# of the other tower
-CLIP_TEXT = re.compile(r"(transformer|token_embedding|ln_final|text|text_model)\..*|positional_embedding|logit_scale|"
-                       r"logit_bias|(text|visual)_projection(\.weight)?|.*\.?position_ids")  # fmt: skip
-# where today's transformers calls things differently than the checkpoints do
-LANGUAGE_TABLES: dict[str, list[Rule]] = {
-    "gpt_neox": [
-        Rename("embed_out.weight", "lm_head.weight"),
-        Drop("gpt_neox.layers.{}.attention.bias", BUFFER),
-        Drop("gpt_neox.layers.{}.attention.masked_bias", BUFFER),
-        Drop("gpt_neox.layers.{}.attention.rotary_emb.inv_freq", BUFFER),
-    ],
-    "llama": [Drop("model.layers.{}.self_attn.rotary_emb.inv_freq", BUFFER)],
-}
 
 
 def _layers_of(config: PreTrainedConfig) -> str:
@@ -133,26 +93,6 @@ def _layers_of(config: PreTrainedConfig) -> str:
             f"OpenFlamingo's checkpoints come with {', '.join(sorted(DECODER_LAYERS))}; the language model is a "
             f"{config.model_type}."
         ) from None
-
-
-def language_table(config: PreTrainedConfig, tensors: Iterable[str]) -> list[Rule]:
-    """What a language model's own checkpoint becomes.
-
-    Args:
-        config: The language model's configuration.
-        tensors: Names of its tensors in today's transformers, without `language_model.` in front.
-    """
-    changed = LANGUAGE_TABLES.get(config.model_type, [])
-    renamed = {rule.target for rule in changed if isinstance(rule, Rename)}
-    rules: list[Rule] = [Rename(name, name) for name in tensors]
-    return [
-        *rules,
-        *(rule for rule in changed if not (isinstance(rule, Rename) and rule.target not in set(tensors))),
-    ] + [
-        Drop(name, "tied to the input embeddings")
-        for name in ("lm_head.weight", "embed_out.weight")
-        if config.tie_word_embeddings and name not in set(tensors) | renamed
-    ]
 
 
 def checkpoint_table(config: PerceiverFlamingoConfig, language_tensors: Iterable[str]) -> list[Rule]:
@@ -204,10 +144,6 @@ def usual_names(keys: Iterable[str], layers: str) -> dict[str, str]:
 # ---------------------------------------------------------------------- configuration
 
 
-def _number(keys: Iterable[str], pattern: str) -> list[int]:
-    return sorted({int(match.group(1)) for key in keys if (match := re.match(pattern, key))})
-
-
 def infer_config(
     shapes: Shapes,
     vision_config: PreTrainedConfig,
@@ -231,7 +167,7 @@ def infer_config(
     layers = _layers_of(text_config)
     if "perceiver.latents" not in shapes:
         raise ConversionError("There is no perceiver.latents in the checkpoint: it is not one of OpenFlamingo's.")
-    conditioned = _number(shapes, rf"lang_encoder\.{re.escape(layers)}\.(\d+)\.gated_cross_attn_layer\.")
+    conditioned = layer_numbers(shapes, rf"lang_encoder\.{re.escape(layers)}\.(\d+)\.gated_cross_attn_layer\.")
     if not conditioned:
         others = [
             name for name in DECODER_LAYERS if any(f"lang_encoder.{DECODER_LAYERS[name]}." in key for key in shapes)
@@ -254,7 +190,7 @@ def infer_config(
     resampler_inner, cross_inner = shapes["perceiver.layers.0.0.to_q.weight"][0], shapes[f"{block}.attn.to_q.weight"][0]
     found = {
         "num_latents": num_latents,
-        "resampler_depth": len(_number(shapes, r"perceiver\.layers\.(\d+)\.")),
+        "resampler_depth": len(layer_numbers(shapes, r"perceiver\.layers\.(\d+)\.")),
         "resampler_head_dim": 64,
         "cross_attention_head_dim": 64,
         "cross_attention_every_n_layers": every,
@@ -268,97 +204,7 @@ def infer_config(
     return PerceiverFlamingoConfig(vision_config=vision_config, text_config=text_config, **found)
 
 
-def open_clip_config(shapes: Shapes, **overrides) -> CLIPVisionConfig:
-    """Configuration of open_clip's vision tower.
-
-    Args:
-        shapes: Of its checkpoint.
-        overrides: What shapes can't tell: `num_attention_heads` (64 channels each in CLIP) and `hidden_act` (OpenAI's
-            models have `"quick_gelu"`, the default).
-
-    Raises:
-        ConversionError: There is no vision transformer in the checkpoint.
-    """
-    if "visual.conv1.weight" not in shapes or "visual.class_embedding" not in shapes:
-        raise ConversionError(
-            "There is no vision transformer of open_clip in the vision checkpoint (visual.conv1.weight)."
-        )
-    width, channels, patch_size, _ = shapes["visual.conv1.weight"]
-    patches = shapes["visual.positional_embedding"][0] - 1
-    if "num_attention_heads" not in overrides and width % 64:
-        raise ConversionError(
-            f"Shapes don't tell how many attention heads a vision encoder of width {width} has: give it in --config, as "
-            '{"vision_config": {"num_attention_heads": ...}}.'
-        )
-    found = {
-        "hidden_size": width,
-        "num_channels": channels,
-        "patch_size": patch_size,
-        "image_size": round(patches**0.5) * patch_size,
-        "num_hidden_layers": len(_number(shapes, r"visual\.transformer\.resblocks\.(\d+)\.")),
-        "num_attention_heads": width // 64,
-        "intermediate_size": shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"][0],
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5,
-    }
-    return CLIPVisionConfig(**{**found, **overrides})
-
-
 # ---------------------------------------------------------------------- the whole
-
-
-@dataclass
-class Conversion:
-    """A conversion that has been worked out, and can be written.
-
-    Args:
-        config: Of the converted model.
-        pieces: For each of its tensors: the files it comes from, how, and how many rows of it are taken (`None`: all).
-        model: The converted model on the meta device.
-    """
-
-    config: PerceiverFlamingoConfig
-    pieces: dict[str, tuple[TensorFiles, Piece, int | None]]
-    model: PerceiverFlamingoForConditionalGeneration = field(repr=False)
-
-    def load(self, name: str) -> torch.Tensor:
-        """One tensor of the converted model."""
-        files, piece, rows = self.pieces[name]
-        tensor = piece.load(files.read)
-        return tensor if rows is None or tensor.shape[0] == rows else _with_rows(tensor, rows)
-
-
-def _with_rows(table: torch.Tensor, rows: int) -> torch.Tensor:
-    """Cut an embedding table, or fill it up with its mean: what an unknown token is, on average."""
-    if rows <= table.shape[0]:
-        return table[:rows].clone()
-    mean = table.float().mean(dim=0).to(table.dtype)
-    return torch.cat([table, mean.expand(rows - table.shape[0], -1)])
-
-
-class _Renamed:
-    """A checkpoint under other names."""
-
-    def __init__(self, files, names: Mapping[str, str]):
-        self.path = getattr(files, "path", "the checkpoint")
-        self.files, self.keys = files, {name: key for key, name in names.items()}
-        self.shapes = {name: tuple(files.shapes[key]) for key, name in names.items()}
-        self.dtypes = {name: files.dtypes[key] for key, name in names.items()}
-
-    def read(self, name: str) -> torch.Tensor:
-        return self.files.read(self.keys[name])
-
-
-def _vision_pieces(files, config: PreTrainedConfig, expected: Iterable[str]) -> dict[str, Piece]:
-    keys = [key for key in files.shapes if not CLIP_TEXT.fullmatch(key)]
-    if any(key.startswith("visual.") for key in keys):
-        return plan(OPEN_CLIP_TABLE, keys)
-    # transformers' layout; until version 5 the vision tower's names began with `vision_model.`
-    table: list[Rule] = []
-    for target in expected:
-        name = target.removeprefix("vision_model.")
-        table.append(Rename(name if name in files.shapes else f"vision_model.{name}", target))
-    return plan(table, keys)
 
 
 def resized_text_config(text_config: PreTrainedConfig, shapes: Shapes, num_tokens: int) -> PreTrainedConfig:
@@ -402,38 +248,22 @@ def plan_conversion(checkpoint, vision, language, config: PerceiverFlamingoConfi
     fill_vision_geometry(config)
     with torch.device("meta"):
         model = PerceiverFlamingoForConditionalGeneration(config)
-    tied = model.all_tied_weights_keys.keys()
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    expected = expected_tensors(model)
     of_language = [name.removeprefix("language_model.") for name in expected if name.startswith("language_model.")]
-
-    trained = _Renamed(checkpoint, usual_names(checkpoint.shapes, _layers_of(config.text_config)))
-    pieces: dict[str, tuple] = {}
-    sources = [
-        (trained, plan(checkpoint_table(config, of_language), trained.shapes), {}),
-        (
-            vision,
-            _vision_pieces(vision, config.vision_config, [n for n in expected if n.startswith("vision_model.")]),
-            {},
-        ),
-    ]
-    vocabulary = config.text_config.vocab_size
-    resized = {
-        f"language_model.{name}": vocabulary
+    trained = Renamed(checkpoint, usual_names(checkpoint.shapes, _layers_of(config.text_config)))
+    rows = resized(config.text_config.vocab_size)
+    tables = {
+        f"language_model.{name}": rows
         for name in of_language
         if re.search(r"(embed_in|embed_tokens|wte|lm_head)\.weight$", name)
     }
     base = plan(language_table(config.text_config, of_language), language.shapes)
-    sources.append((language, {f"language_model.{name}": piece for name, piece in base.items()}, resized))
-    shapes: dict[str, tuple[int, ...]] = {}
-    for files, found, rows in sources:
-        for target, piece in found.items():
-            if target in pieces:
-                continue  # what was trained counts, not what it began as
-            pieces[target] = (files, piece, rows.get(target))
-            shape = piece.shape(files.shapes)
-            shapes[target] = (rows[target], *shape[1:]) if target in rows else shape
-    check(shapes, expected, getattr(checkpoint, "path", "the checkpoint"))
-    return Conversion(config, {name: pieces[name] for name in expected}, model)
+    sources = [  # what was trained counts, not what it began as
+        (trained, plan(checkpoint_table(config, of_language), trained.shapes), {}),
+        (vision, vision_pieces(vision, [name for name in expected if name.startswith("vision_model.")]), {}),
+        (language, {f"language_model.{name}": piece for name, piece in base.items()}, tables),
+    ]
+    return assemble(config, model, expected, sources, getattr(checkpoint, "path", "the checkpoint"))
 
 
 def load_tokenizer(source: str | os.PathLike):
@@ -450,30 +280,6 @@ def load_tokenizer(source: str | os.PathLike):
         tokenizer.add_special_tokens({"pad_token": "<PAD>"})
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     return tokenizer
-
-
-def _text_config(language: str | os.PathLike) -> PreTrainedConfig:
-    """The language model's configuration, as old as it may be."""
-    fields, _ = PreTrainedConfig.get_config_dict(language)
-    attention = fields.get("attn_config")
-    if isinstance(attention, dict):  # MPT's: transformers takes probabilities for integers there, and bounds for floats
-        for name, kind in (("attn_pdrop", int), ("clip_qkv", float), ("softmax_scale", float)):
-            if isinstance(attention.get(name), (int, float)) and kind(attention[name]) == attention[name]:
-                attention[name] = kind(attention[name])
-    model_type = fields.pop("model_type", None)
-    if model_type is None:
-        raise ConversionError(f"{language}/config.json does not say its model_type.")
-    fields.pop("auto_map", None)  # code beside the weights is not run: the class is transformers' or ours
-    config = AutoConfig.for_model(model_type, **fields)
-    config.use_cache = True  # the official files say false, for training
-    return config
-
-
-def _vision_config(files: TensorFiles, vision: str, overrides: dict, **hub_kwargs) -> PreTrainedConfig:
-    if os.path.isfile(vision):
-        return open_clip_config(files.shapes, **overrides)
-    config = AutoConfig.from_pretrained(vision, **hub_kwargs)
-    return getattr(config, "vision_config", None) or config
 
 
 def convert_openflamingo(
@@ -505,16 +311,16 @@ def convert_openflamingo(
     overrides = dict(config or {})
     vision_overrides = overrides.pop("vision_config", {})
     checkpoint, vision_files, language_files = TensorFiles(checkpoint), TensorFiles(vision), TensorFiles(language)
-    text_config = _text_config(language)
-    trained = usual_names(checkpoint.shapes, _layers_of(text_config))
+    language_config = read_text_config(language)
+    trained = usual_names(checkpoint.shapes, _layers_of(language_config))
     shapes = {name: checkpoint.shapes[key] for key, name in trained.items()}
 
     tokenizer = load_tokenizer(tokenizer or language)
-    text_config = resized_text_config(text_config, shapes, len(tokenizer))
+    language_config = resized_text_config(language_config, shapes, len(tokenizer))
     model_config = infer_config(
         shapes,
-        _vision_config(vision_files, os.fspath(vision), vision_overrides),
-        text_config,
+        read_vision_config(vision_files, vision, vision_overrides),
+        language_config,
         cross_attn_every_n_layers,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         **overrides,
@@ -528,26 +334,12 @@ def convert_openflamingo(
     processor = PerceiverFlamingoProcessor.from_config(model_config, image_processor, tokenizer)
     end_of_chunk = tokenizer.convert_tokens_to_ids("<|endofchunk|>")
     generation = GenerationConfig(
-        bos_token_id=text_config.bos_token_id,
+        bos_token_id=language_config.bos_token_id,
         eos_token_id=end_of_chunk,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model_config.architectures = [type(conversion.model).__name__]
-    with written_whole(output) as folder:
-        write_tensors(
-            folder,
-            ((name, _bytes(conversion, name), lambda name=name: conversion.load(name)) for name in conversion.pieces),
-        )
-        model_config.save_pretrained(folder)
-        generation.save_pretrained(folder)
-        processor.save_pretrained(folder)
+    conversion.write(output, generation, processor)
     return conversion
-
-
-def _bytes(conversion: Conversion, name: str) -> int:
-    files, piece, _ = conversion.pieces[name]
-    numel = conversion.model.get_parameter_or_buffer(name).numel()
-    return numel * files.dtypes[piece.sources[0]].itemsize
 
 
 __all__ = ["Conversion", "convert_openflamingo", "infer_config", "open_clip_config", "plan_conversion"]

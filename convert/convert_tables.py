@@ -46,7 +46,31 @@ class Drop:
     why: str
 
 
-Rule = Rename | Split | Fuse | Drop
+@dataclass(frozen=True)
+class Twin:
+    """A second copy of a target's tensor: it is compared with the first instead of being taken over."""
+
+    source: str
+    of: str
+
+
+@dataclass(frozen=True)
+class ZeroKeyBias:
+    """Biases of query and value as one bias of query, key and value: the key's is zero (EVA and BEiT have none)."""
+
+    sources: tuple[str, str]
+    target: str
+
+
+@dataclass(frozen=True)
+class SplitZeroKeyBias:
+    """`ZeroKeyBias`, the other way round: the key's bias must be zero."""
+
+    source: str
+    targets: tuple[str, str]
+
+
+Rule = Rename | Split | Fuse | Drop | Twin | ZeroKeyBias | SplitZeroKeyBias
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -62,11 +86,13 @@ class Piece:
         sources: Keys whose tensors are put together.
         part: Which of `parts` equal parts of the source it is.
         parts: 1 where the whole source is taken.
+        zero_part: Of several sources: where zeros are put between them. Of several parts: which must be zero.
     """
 
     sources: tuple[str, ...]
     part: int = 0
     parts: int = 1
+    zero_part: int | None = None
 
     def shape(self, shapes: Shapes) -> tuple[int, ...]:
         """Shape of the target.
@@ -78,20 +104,31 @@ class Piece:
         if not shape:
             return shape
         rows = sum(shapes[source][0] for source in self.sources)
+        if self.zero_part is not None and len(self.sources) > 1:
+            rows += shape[0]
         if rows % self.parts:
             raise ConversionError(f"{self.sources[0]} has {rows} rows, which can't be cut into {self.parts} parts.")
         return (rows // self.parts, *shape[1:])
 
     def load(self, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        """The target tensor; `read(key)` gives a source tensor."""
+        """The target tensor; `read(key)` gives a source tensor.
+
+        Raises:
+            ConversionError: A part that must be zero is not.
+        """
         if len(self.sources) > 1:
-            return torch.cat([read(source) for source in self.sources])
+            tensors = [read(source) for source in self.sources]
+            if self.zero_part is not None:
+                tensors.insert(self.zero_part, torch.zeros_like(tensors[0]))
+            return torch.cat(tensors)
         tensor = read(self.sources[0])
+        if self.zero_part is not None and tensor.chunk(self.parts)[self.zero_part].any():
+            raise ConversionError(f"{self.sources[0]} has a bias for keys that is not zero; this layout has none.")
         return tensor if self.parts == 1 else tensor.chunk(self.parts)[self.part].clone()
 
 
 def _sources(rule: Rule) -> tuple[str, ...]:
-    return rule.sources if isinstance(rule, Fuse) else (rule.source,)
+    return rule.sources if isinstance(rule, (Fuse, ZeroKeyBias)) else (rule.source,)
 
 
 def _pattern(name: str) -> re.Pattern:
@@ -104,7 +141,7 @@ def _fill(name: str, numbers: Iterable[str]) -> str:
 
 
 def invert(table: Iterable[Rule]) -> list[Rule]:
-    """The table for the way back. What was dropped stays away."""
+    """The table for the way back. What was dropped stays away, second copies too."""
     back: list[Rule] = []
     for rule in table:
         if isinstance(rule, Rename):
@@ -113,7 +150,17 @@ def invert(table: Iterable[Rule]) -> list[Rule]:
             back.append(Fuse(rule.targets, rule.source))
         elif isinstance(rule, Fuse):
             back.append(Split(rule.target, rule.sources))
+        elif isinstance(rule, ZeroKeyBias):
+            back.append(SplitZeroKeyBias(rule.target, rule.sources))
+        elif isinstance(rule, SplitZeroKeyBias):
+            back.append(ZeroKeyBias(rule.targets, rule.source))
     return back
+
+
+def twins(table: Iterable[Rule], keys: Iterable[str]) -> dict[str, str]:
+    """Which of the keys are second copies, and of which targets."""
+    known = {rule.source: rule.of for rule in table if isinstance(rule, Twin)}
+    return {key: known[key] for key in keys if key in known}
 
 
 def _shown(names: Iterable[str], limit: int = 5) -> str:
@@ -156,19 +203,26 @@ def plan(table: Iterable[Rule], keys: Iterable[str]) -> dict[str, Piece]:
         if len(found) > 1:
             raise ConversionError(f"{key} is matched by {len(found)} rules: {found[0][0]} and {found[1][0]}.")
         rule, index, numbers = found[0]
-        if isinstance(rule, Drop):
+        if isinstance(rule, (Drop, Twin)):
             continue
-        if isinstance(rule, Fuse):
+        if isinstance(rule, (Fuse, ZeroKeyBias)):
             parts = partial.setdefault(_fill(rule.target, numbers), {})
             parts[index] = key
             if len(parts) == len(rule.sources):
-                given = {_fill(rule.target, numbers): Piece(tuple(parts[number] for number in sorted(parts)))}
+                zero_part = 1 if isinstance(rule, ZeroKeyBias) else None
+                together = tuple(parts[number] for number in sorted(parts))
+                given = {_fill(rule.target, numbers): Piece(together, zero_part=zero_part)}
             else:
                 continue
         elif isinstance(rule, Split):
             given = {
                 _fill(target, numbers): Piece((key,), part, len(rule.targets))
                 for part, target in enumerate(rule.targets)
+            }
+        elif isinstance(rule, SplitZeroKeyBias):
+            given = {
+                _fill(target, numbers): Piece((key,), part, 3, zero_part=1)
+                for target, part in zip(rule.targets, (0, 2))
             }
         else:
             given = {_fill(rule.target, numbers): Piece((key,))}
@@ -213,4 +267,18 @@ def check(pieces: Mapping[str, tuple[int, ...]], expected: Shapes, what: str) ->
         raise ConversionError(f"{what}: {'. '.join(problems)}.")
 
 
-__all__ = ["ConversionError", "Drop", "Fuse", "Piece", "Rename", "Split", "check", "invert", "plan"]
+__all__ = [
+    "ConversionError",
+    "Drop",
+    "Fuse",
+    "Piece",
+    "Rename",
+    "Split",
+    "SplitZeroKeyBias",
+    "Twin",
+    "ZeroKeyBias",
+    "check",
+    "invert",
+    "plan",
+    "twins",
+]

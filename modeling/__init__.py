@@ -6,6 +6,7 @@ from .modeling_flamingo import PerceiverFlamingoForConditionalGeneration
 from .modeling_llava import MLPLlavaForConditionalGeneration
 from .modeling_mpt import MosaicGPTForCausalLM, MptForCausalLM
 from .modeling_qformer import QFormerBlip2ForConditionalGeneration
+from .modeling_qformer_pretraining import QFormerBlip2ForImageTextRetrieval, QFormerBlip2ForPreTraining
 
 
 __all__ = [
@@ -18,4 +19,6 @@ __all__ = [
     "MptForCausalLM",
     "PerceiverFlamingoForConditionalGeneration",
     "QFormerBlip2ForConditionalGeneration",
+    "QFormerBlip2ForImageTextRetrieval",
+    "QFormerBlip2ForPreTraining",
 ]

@@ -95,14 +95,16 @@ class Bridge(nn.Module):
 
     Args:
         config: The family's configuration.
-        language_model: Used to read widths only; no reference is kept.
+        language_model: Used to read widths only; no reference is kept. `None` for a family that has none.
     """
 
-    def __init__(self, config: BridgedConfig, language_model: PreTrainedModel):
+    def __init__(self, config: BridgedConfig, language_model: PreTrainedModel | None):
         super().__init__()
+        self.token_rows = None
+        if language_model is None:
+            return
         embedding = language_model.get_input_embeddings()
         self.text_dim = embedding.embedding_dim
-        self.token_rows = None
         if config.special_token_ids:
             head = language_model.get_output_embeddings()
             tied = bool(getattr(language_model.config, "tie_word_embeddings", False))
@@ -256,12 +258,14 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
             for module in part.modules() if part is not None else ():
                 module._is_hf_initialized = True  # or post_init would draw fresh weights
         self.vision_model = AutoModel.from_config(config.vision_config) if vision_model is None else vision_model
-        if language_model is None:
+        if language_model is None and config.text_config is not None:
             language_model = build_part("language_model", config.text_config)
-        self.language_model = language_model
+        self.language_model = language_model  # `None` in a family that has none
         self.bridge = self.bridge_class(config, language_model)
         self._can_compile_fullgraph = bool(getattr(language_model, "_can_compile_fullgraph", False))
-        self._language_model_arguments = set(inspect.signature(language_model.forward).parameters)
+        self._language_model_arguments = set(
+            inspect.signature(language_model.forward).parameters if language_model is not None else ()
+        )
         if config.special_token_ids and language_model.get_output_embeddings() is not None:
             language_model.get_output_embeddings().register_forward_hook(self._score_special_tokens)
         self.post_init()
@@ -342,7 +346,7 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
         self.config.freeze_vision_model, self.config.freeze_language_model = vision_model, language_model
         parts = ((vision_model, self.vision_model), (language_model, self.language_model), (False, self.bridge))
         for frozen, part in parts:
-            for parameter in part.parameters():
+            for parameter in part.parameters() if part is not None else ():
                 if parameter.is_floating_point():  # quantised weights are integers and never trained
                     parameter.requires_grad_(not frozen)
         return self.train(self.training)
@@ -354,7 +358,7 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
             (self.config.freeze_vision_model, self.vision_model),
             (self.config.freeze_language_model, self.language_model),
         ):
-            if not frozen:
+            if not frozen or part is None:
                 continue
             part.eval()
             for layer in part.modules() if mode else ():

@@ -143,6 +143,11 @@ def where_to_load(source: str) -> str:
     return resolve(source)
 
 
+def frozen_parts_of(config: PreTrainedConfig) -> list[str]:
+    """Names of the frozen parts that a model has: stage 1 of BLIP-2 has no language model."""
+    return [part for part in FROZEN_PARTS if part == "vision_model" or config.text_config is not None]
+
+
 def load_frozen_part(part: str, pin: dict, config: PreTrainedConfig, **kwargs) -> PreTrainedModel:
     """Load a frozen part from where its pin says, and make sure that it is the right one.
 
@@ -185,7 +190,7 @@ def _name_sources(config_path: Path, pins: dict) -> None:
     """In a saved configuration, call the frozen parts what their pins call them, not where they lay on this machine."""
     saved = json.loads(config_path.read_text())
     for name, part in (("vision_config", "vision_model"), ("text_config", "language_model")):
-        if "_name_or_path" in saved.get(name, {}):
+        if "_name_or_path" in (saved.get(name) or {}):
             saved[name]["_name_or_path"] = pins[part]["source"]
     saved.pop("_name_or_path", None)
     config_path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
@@ -201,7 +206,7 @@ class BridgeCheckpointMixin:
             ValueError: A part has no source to come back from, or has been trained.
         """
         pins = {}
-        for part in FROZEN_PARTS:
+        for part in frozen_parts_of(self.config):
             pin = (self.config.frozen_parts or {}).get(part) or {}
             if not getattr(self.config, f"freeze_{part}"):
                 raise ValueError(
@@ -329,7 +334,7 @@ class BridgeCheckpointMixin:
             config._attn_implementation = attention
 
         parts = {}
-        for part in FROZEN_PARTS:
+        for part in frozen_parts_of(config):
             part_config = config.vision_config if part == "vision_model" else config.text_config
             pin = (config.frozen_parts or {}).get(part)
             if given[part] is not None:
@@ -350,7 +355,10 @@ class BridgeCheckpointMixin:
 
         model = cls(config, **parts)
         weights = load_file(cached_file(path, SAFE_WEIGHTS_NAME, **hub_kwargs))
+        # tables that share their storage with another are in no file
+        tied = {name: source for name, source in model.all_tied_weights_keys.items() if name.startswith("bridge.")}
         expected = {f"bridge.{name}": tensor for name, tensor in model.bridge.state_dict().items()}
+        weights.update((name, weights[source]) for name, source in tied.items() if source in weights)
         problems = [f"missing {name}" for name in sorted(expected.keys() - weights.keys())]
         problems += [f"unexpected {name}" for name in sorted(weights.keys() - expected.keys())]
         problems += [

@@ -1,19 +1,62 @@
 """Q-Former BLIP-2: learned queries read the image and hand a fixed number of visual tokens to the language model.
 
-Source: BLIP-2 (arXiv 2301.12597, section 3.1); `lavis/models/blip2_models/{Qformer,blip2}.py` of the official code.
+Source: BLIP-2 (arXiv 2301.12597, section 3.1), InstructBLIP (arXiv 2305.06500, section 2.3);
+`lavis/models/blip2_models/{Qformer,blip2}.py` of the official code.
 """
 
 from __future__ import annotations
 
+import os
+import re
+from typing import ClassVar, Literal
+
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, BertForMaskedLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..configuration.configuration_qformer import QFormerBlip2Config, QFormerConfig
 from .modeling_bridged import Bridge, BridgedModel
+
+
+Objective = Literal["itc", "itm", "itg"]
+
+
+def joint_attention_mask(objective: Objective, num_queries: int, text_mask: torch.Tensor) -> torch.Tensor:
+    """Who sees whom in the self-attention over queries and text.
+
+    Args:
+        objective: `"itc"`: queries see queries, text sees text (the paper's unimodal mask). `"itm"`: all see all
+            (bidirectional). `"itg"`: queries see queries, text sees queries and the text so far (multimodal causal).
+        num_queries: Query tokens in front of the text.
+        text_mask: `(batch, text_tokens)`, 0 for padding, which nobody sees.
+
+    Returns:
+        Bool, `(batch, 1, num_queries + text_tokens, num_queries + text_tokens)`, true where attention is allowed.
+
+    Source: BLIP-2, figure 2.
+    """
+    length = num_queries + text_mask.shape[1]
+    is_text = torch.arange(length, device=text_mask.device) >= num_queries
+    allowed = torch.ones(length, length, dtype=torch.bool, device=text_mask.device)
+    if objective == "itc":
+        allowed = is_text[:, None] == is_text[None]
+    elif objective == "itg":
+        allowed = ~is_text[None] | allowed.tril() & is_text[:, None]
+    elif objective != "itm":
+        raise ValueError(f"objective is {objective!r}; expected 'itc', 'itm' or 'itg'.")
+    attended = nn.functional.pad(text_mask.bool(), (num_queries, 0), value=True)  # (batch, length)
+    allowed = allowed & attended[:, None, None]
+    # a row that may see nothing (text that is all padding) would come out as NaN: let it see everything
+    return allowed | ~allowed.any(dim=-1, keepdim=True)
+
+
+def summary(problems: list[str], limit: int = 5) -> str:
+    """The first problems, and how many more there are."""
+    more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
+    return "; ".join(problems[:limit]) + more
 
 
 class QFormerAttention(nn.Module):
@@ -41,13 +84,20 @@ class QFormerAttention(nn.Module):
         hidden_states: torch.Tensor,
         key_value_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        past_key: torch.Tensor | None = None,
+        past_value: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Attend.
 
         Args:
             hidden_states: `(batch, queries, hidden_size)`.
             key_value_states: `(batch, keys, key_value_size)`; `None` for self-attention.
             attention_mask: Bool, broadcastable to `(batch, heads, queries, keys)`, true where attention is allowed.
+            past_key: `(batch, heads, past_keys, head_dim)`: keys of tokens in front of these, computed earlier.
+            past_value: Their values, likewise.
+
+        Returns:
+            Hidden states, `(batch, queries, hidden_size)`, and the keys and values of these tokens alone.
         """
         key_value_states = hidden_states if key_value_states is None else key_value_states
         query, key, value = (
@@ -58,10 +108,12 @@ class QFormerAttention(nn.Module):
                 (self.value, key_value_states),
             )
         )
+        keys = key if past_key is None else torch.cat((past_key, key), dim=2)
+        values = value if past_value is None else torch.cat((past_value, value), dim=2)
         dropout = self.dropout_prob if self.training else 0.0
-        attended = nn.functional.scaled_dot_product_attention(query, key, value, attention_mask, dropout)
+        attended = nn.functional.scaled_dot_product_attention(query, keys, values, attention_mask, dropout)
         attended = attended.transpose(1, 2).flatten(2)  # (batch, queries, hidden_size)
-        return self.layer_norm(hidden_states + self.dropout(self.dense(attended)))
+        return self.layer_norm(hidden_states + self.dropout(self.dense(attended))), key, value
 
 
 class QFormerFeedForward(nn.Module):
@@ -83,6 +135,8 @@ class QFormerFeedForward(nn.Module):
 class QFormerLayer(GradientCheckpointingLayer):
     """Self-attention, in every `cross_attention_frequency`-th block cross-attention to the image, feed-forward.
 
+    Queries and text share the self-attention. Only queries read the image, and each kind has its own feed-forward.
+
     Args:
         config: The Q-Former's configuration.
         index: Which block this is.
@@ -95,12 +149,43 @@ class QFormerLayer(GradientCheckpointingLayer):
         reads_image = index % config.cross_attention_frequency == 0
         self.cross_attention = QFormerAttention(config, vision_dim) if reads_image else None
         self.feed_forward_query = QFormerFeedForward(config)
+        self.feed_forward_text = QFormerFeedForward(config) if config.use_text else None
 
-    def forward(self, hidden_states: torch.Tensor, patch_features: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.attention(hidden_states)
-        if self.cross_attention is not None:
-            hidden_states = self.cross_attention(hidden_states, patch_features)
-        return self.feed_forward_query(hidden_states)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        patch_features: torch.Tensor | None,
+        num_queries: int,
+        attention_mask: torch.Tensor | None = None,
+        past_key: torch.Tensor | None = None,
+        past_value: torch.Tensor | None = None,
+        return_key_values: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Run the block.
+
+        Args:
+            hidden_states: `(batch, num_queries + text_tokens, hidden_size)`.
+            patch_features: `(batch, num_patches, vision_dim)`; not needed without queries.
+            num_queries: How many tokens in front are queries; 0 for text alone.
+            attention_mask: See `QFormerAttention`, as the next two.
+            past_key: Of the self-attention.
+            past_value: Of the self-attention.
+            return_key_values: Return the self-attention's keys and values of these tokens too.
+        """
+        hidden_states, key, value = self.attention(hidden_states, None, attention_mask, past_key, past_value)
+        queries, text = hidden_states[:, :num_queries], hidden_states[:, num_queries:]
+        parts = []
+        if num_queries:
+            if self.cross_attention is not None:
+                queries, _, _ = self.cross_attention(queries, patch_features)
+            parts.append(self.feed_forward_query(queries))
+        if text.shape[1]:
+            parts.append(self.feed_forward_text(text))
+        hidden_states = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return (hidden_states, key, value) if return_key_values else hidden_states
+
+
+KeyValues = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class QFormer(nn.Module):
@@ -111,9 +196,37 @@ class QFormer(nn.Module):
         vision_dim: Channels of the patch features.
     """
 
+    # name in BERT's checkpoint -> names here; `{}` is a layer's number, a trailing dot stands for weight and bias
+    bert_names: ClassVar[dict[str, tuple[str, ...]]] = {
+        "bert.embeddings.word_embeddings.weight": ("word_embeddings.weight",),
+        "bert.embeddings.position_embeddings.weight": ("position_embeddings.weight",),
+        "bert.embeddings.LayerNorm.": ("layer_norm.",),
+        "bert.encoder.layer.{}.attention.self.query.": ("layers.{}.attention.query.",),
+        "bert.encoder.layer.{}.attention.self.key.": ("layers.{}.attention.key.",),
+        "bert.encoder.layer.{}.attention.self.value.": ("layers.{}.attention.value.",),
+        "bert.encoder.layer.{}.attention.output.dense.": ("layers.{}.attention.dense.",),
+        "bert.encoder.layer.{}.attention.output.LayerNorm.": ("layers.{}.attention.layer_norm.",),
+        "bert.encoder.layer.{}.intermediate.dense.": (
+            "layers.{}.feed_forward_text.intermediate.",
+            "layers.{}.feed_forward_query.intermediate.",
+        ),
+        "bert.encoder.layer.{}.output.dense.": (
+            "layers.{}.feed_forward_text.dense.",
+            "layers.{}.feed_forward_query.dense.",
+        ),
+        "bert.encoder.layer.{}.output.LayerNorm.": (
+            "layers.{}.feed_forward_text.layer_norm.",
+            "layers.{}.feed_forward_query.layer_norm.",
+        ),
+    }
+
     def __init__(self, config: QFormerConfig, vision_dim: int):
         super().__init__()
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.hidden_size))
+        self.word_embeddings = self.position_embeddings = None
+        if config.use_text:
+            self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+            self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList(
@@ -124,20 +237,128 @@ class QFormer(nn.Module):
         # Zero in transformers' port; LAVIS draws them, which breaks the symmetry between queries.
         init.normal_(self.query_tokens, mean=0.0, std=config.initializer_range)
 
-    def forward(self, patch_features: torch.Tensor) -> torch.Tensor:
-        """Read images.
+    def embed_text(self, input_ids: torch.LongTensor, first_position: int = 0) -> torch.Tensor:
+        """Word and position embeddings, before the layer norm: `(batch, text_tokens, hidden_size)`.
+
+        Raises:
+            ValueError: The Q-Former has no text side, or the text is too long for it.
+        """
+        if self.word_embeddings is None:
+            raise ValueError(
+                "This Q-Former reads images only: text needs one made with qformer_config={'use_text': True}."
+            )
+        end, longest = first_position + input_ids.shape[1], self.position_embeddings.num_embeddings
+        if end > longest:
+            raise ValueError(f"The text for the Q-Former has {end} tokens; it takes {longest} at most. Truncate it.")
+        positions = torch.arange(first_position, end, device=input_ids.device)
+        return self.word_embeddings(input_ids) + self.position_embeddings(positions)
+
+    def forward(
+        self,
+        patch_features: torch.Tensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        objective: Objective = "itm",
+        past_key_values: KeyValues | None = None,
+        return_key_values: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, KeyValues]:
+        """Read images, text, or both together.
 
         Args:
-            patch_features: `(num_images, num_patches, vision_dim)`.
+            patch_features: `(batch, num_patches, vision_dim)`, behind the layer norm; `None` for text without queries.
+            input_ids: `(batch, text_tokens)`; `None` for queries alone.
+            attention_mask: `(batch, text_tokens)`, 0 for padding. With `past_key_values` it covers the earlier text too.
+            objective: Which mask, where there are queries and text; see `joint_attention_mask`.
+            past_key_values: Keys and values per layer of the queries and the text before `input_ids` (`"itg"` only:
+                elsewhere queries look at text, and have to run with it).
+            return_key_values: Return those of this call's tokens too.
 
         Returns:
-            `(num_images, num_query_tokens, hidden_size)`.
+            `(batch, tokens, hidden_size)`, queries in front; then, if asked for, keys and values per layer.
+
+        Raises:
+            ValueError: Nothing to read, or text for a Q-Former without a text side.
+
+        Source: `lavis/models/blip2_models/Qformer.py`, `BertModel.forward`.
         """
-        queries = self.query_tokens.expand(patch_features.shape[0], -1, -1)
-        hidden_states = self.dropout(self.layer_norm(queries))
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, patch_features)
-        return hidden_states
+        if patch_features is None and input_ids is None:
+            raise ValueError("The Q-Former needs patch_features, input_ids or both.")
+        num_all_queries = self.query_tokens.shape[1]
+        past = 0 if past_key_values is None else past_key_values[0][0].shape[2]
+        num_queries = num_all_queries if patch_features is not None else 0
+        embedded = []
+        if num_queries:
+            embedded.append(self.query_tokens.expand(patch_features.shape[0], -1, -1))
+        mask = None
+        if input_ids is not None:
+            embedded.append(self.embed_text(input_ids, max(past - num_all_queries, 0)))
+            text_length = input_ids.shape[1] + max(past - num_all_queries, 0)
+            if attention_mask is None:
+                attention_mask = input_ids.new_ones(input_ids.shape[0], text_length)
+            elif attention_mask.shape[1] != text_length:
+                raise ValueError(f"The text has {text_length} tokens, but its mask {attention_mask.shape[1]}.")
+            mask = joint_attention_mask(objective, num_all_queries if past else num_queries, attention_mask)
+            mask = mask[:, :, past:]  # (batch, 1, tokens of this call, all tokens)
+        hidden_states = self.dropout(self.layer_norm(torch.cat(embedded, dim=1)))
+        key_values = []
+        for layer, (past_key, past_value) in zip(self.layers, past_key_values or [(None, None)] * len(self.layers)):
+            # by position: reentrant checkpointing sees gradients of positional arguments only
+            outputs = layer(hidden_states, patch_features, num_queries, mask, past_key, past_value, return_key_values)
+            hidden_states, *key_value = outputs if return_key_values else (outputs,)
+            key_values.append(tuple(key_value))
+        return (hidden_states, key_values) if return_key_values else hidden_states
+
+    @torch.no_grad()
+    def load_bert(self, source: str | os.PathLike | PreTrainedModel, **hub_kwargs) -> dict[str, torch.Tensor]:
+        """Take over everything that BERT has. Query tokens and cross-attention stay as they are.
+
+        Both feed-forwards begin as BERT's one. Rows of the word embeddings beyond BERT's vocabulary (`[DEC]`) stay fresh.
+
+        Args:
+            source: Hub id, folder, or a loaded `BertForMaskedLM`.
+            hub_kwargs: `revision`, `token` and the like.
+
+        Returns:
+            BERT's language modelling head, by its names there: the Q-Former itself has none.
+
+        Raises:
+            ValueError: It is not a BERT of this size, or its checkpoint lacks something.
+
+        Source: `lavis/models/blip2_models/blip2.py`, `init_Qformer`; `blip2_qformer.py`, `__init__`.
+        """
+        bert, missing = source, []
+        if isinstance(source, PreTrainedModel) and not isinstance(source, BertForMaskedLM):
+            raise ValueError(f"The Q-Former begins as a BertForMaskedLM, not as a {type(source).__name__}.")
+        if not isinstance(source, PreTrainedModel):
+            bert, info = BertForMaskedLM.from_pretrained(os.fspath(source), output_loading_info=True, **hub_kwargs)
+            missing = sorted(info["missing_keys"])
+        weights, own = bert.state_dict(), self.state_dict()
+        problems, copies = [f"{name} is not in the checkpoint" for name in missing], {}
+        for name, tensor in weights.items():
+            number = "".join(re.findall(r"\.layer\.(\d+)\.", name))
+            stem = name.replace(f".layer.{number}.", ".layer.{}.")
+            kind = "" if stem in self.bert_names else stem.rpartition(".")[2]
+            # not there: token types and the head
+            for target in self.bert_names.get(stem.removesuffix(kind), ()):
+                target = target.replace("{}", number) + kind
+                if target not in own:
+                    if not re.search("feed_forward_text|word_embeddings|position_embeddings", target):
+                        problems.append(f"there is no room for {name}")
+                    continue
+                room = own[target]
+                if target == "word_embeddings.weight" and len(tensor) < len(room):
+                    room = room[: len(tensor)]
+                if room.shape != tensor.shape:
+                    problems.append(f"{name} has shape {list(tensor.shape)}, expected {list(room.shape)}")
+                copies[target] = tensor
+        fresh = {name for name in own if "cross_attention" in name} | {"query_tokens"}
+        problems += [f"nothing for {name}" for name in sorted(own.keys() - copies.keys() - fresh)]
+        if problems:
+            name = type(source).__name__ if isinstance(source, PreTrainedModel) else source
+            raise ValueError(f"The Q-Former can't begin as the BERT in {name}: {summary(problems)}.")
+        for target, tensor in copies.items():
+            self.get_parameter(target)[: len(tensor)].copy_(tensor)
+        return {name.removeprefix("cls.predictions."): t for name, t in weights.items() if name.startswith("cls.")}
 
 
 class QFormerBridge(Bridge):
@@ -149,16 +370,139 @@ class QFormerBridge(Bridge):
         self.qformer = QFormer(config.qformer_config, config.vision_feature_size)
         self.language_projection = nn.Linear(config.qformer_config.hidden_size, self.text_dim)
 
-    def forward(self, patch_features: torch.Tensor) -> torch.Tensor:
-        """Map `(num_images, num_patches, vision_dim)` to `(num_images, num_query_tokens, text_dim)`."""
-        return self.language_projection(self.qformer(self.vision_layer_norm(patch_features)))
+    def forward(
+        self,
+        patch_features: torch.Tensor,
+        qformer_input_ids: torch.LongTensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Map patch features to visual tokens.
+
+        Args:
+            patch_features: `(num_images, num_patches, vision_dim)`.
+            qformer_input_ids: `(num_images, text_tokens)`: the instruction that goes with each image, for the Q-Former.
+            qformer_attention_mask: `(num_images, text_tokens)`, 0 for padding.
+
+        Returns:
+            `(num_images, num_query_tokens, text_dim)`.
+
+        Raises:
+            ValueError: There are not as many instructions as images.
+        """
+        if qformer_input_ids is not None and qformer_input_ids.shape[0] != patch_features.shape[0]:
+            raise ValueError(
+                f"{qformer_input_ids.shape[0]} instructions in qformer_input_ids, but {patch_features.shape[0]} images: "
+                "each image needs its own copy of the instruction. The processor makes them."
+            )
+        hidden_states = self.qformer(
+            self.vision_layer_norm(patch_features), qformer_input_ids, qformer_attention_mask, "itm"
+        )
+        queries = hidden_states[:, : self.qformer.query_tokens.shape[1]]  # the instruction itself is not handed on
+        return self.language_projection(queries)
 
 
 class QFormerBlip2ForConditionalGeneration(BridgedModel):
     config_class = QFormerBlip2Config
     config: QFormerBlip2Config
     bridge_class = QFormerBridge
+    image_arguments = (*BridgedModel.image_arguments, "qformer_input_ids", "qformer_attention_mask")
     _no_split_modules = ["QFormerLayer"]
 
+    @classmethod
+    def from_stage1(
+        cls,
+        stage1,
+        language,
+        *,
+        instruction_aware: bool = False,
+        image_processor=None,
+        qformer_tokenizer=None,
+        **options,
+    ):
+        """Stage 2 (or 3) from a stage-1 checkpoint: its vision encoder and Q-Former, a language model, a fresh projection.
 
-__all__ = ["QFormer", "QFormerBlip2ForConditionalGeneration", "QFormerBridge"]
+        Args:
+            stage1: A `QFormerBlip2ForPreTraining`, or the folder or Hub id of one.
+            language: As for `compose`.
+            instruction_aware: Keep the Q-Former's text side, to read instructions with.
+            image_processor: As for `compose`; by default stage 1's, where that is a folder or a Hub id.
+            qformer_tokenizer: The Q-Former's tokenizer, for `instruction_aware`; by default stage 1's, likewise.
+            options: For `compose`: `tokenizer`, `dtype`, `device_map` and the like.
+
+        Returns:
+            Model and processor, as of `compose`.
+
+        Raises:
+            ValueError: The Q-Formers differ, or something is missing.
+
+        Source: BLIP-2, section 3.3; `lavis/models/blip2_models/blip2_opt.py`.
+        """
+        from ..compose import compose
+        from .modeling_qformer_pretraining import QFormerBlip2Stage1Model
+
+        place = None
+        if not isinstance(stage1, PreTrainedModel):
+            place = os.fspath(stage1)
+            stage1 = AutoModel.from_pretrained(place)
+        if not isinstance(stage1, QFormerBlip2Stage1Model):
+            raise ValueError(f"stage1 is a {type(stage1).__name__}; expected a QFormerBlip2ForPreTraining.")
+        if image_processor is None and place is not None:
+            image_processor = AutoImageProcessor.from_pretrained(place)
+        if qformer_tokenizer is None and place is not None and instruction_aware:
+            qformer_tokenizer = AutoTokenizer.from_pretrained(place)
+        before = stage1.config
+        options = {
+            "qformer_config": {**before.qformer_config.to_dict(), "use_text": instruction_aware},
+            "vision_layer_norm_eps": before.vision_layer_norm_eps,
+            "vision_feature_layer": before.vision_feature_layer,
+            "vision_feature_select_strategy": before.vision_feature_select_strategy,
+            **options,
+        }
+        model, processor = compose(stage1.vision_model, language, "qformer", image_processor=image_processor, **options)
+        pin = (before.frozen_parts or {}).get("vision_model")
+        if pin and pin.get("source"):
+            model.config.frozen_parts["vision_model"] = pin
+        model.load_stage1(stage1)
+        if qformer_tokenizer is not None:
+            processor.qformer_tokenizer = qformer_tokenizer
+            processor.check(model.config)
+        return model, processor
+
+    def load_stage1(self, stage1: PreTrainedModel) -> None:
+        """Take over stage 1's Q-Former and layer norm. Its text side goes where there is one, else it is left out.
+
+        Args:
+            stage1: A `QFormerBlip2ForPreTraining`.
+
+        Raises:
+            ValueError: Something here has no counterpart of its shape there, or something but text the other way round.
+        """
+        parts = ("vision_layer_norm.", "qformer.")
+        ours, theirs = (
+            {name: tensor for name, tensor in model.bridge.state_dict().items() if name.startswith(parts)}
+            for model in (self, stage1)
+        )
+        text = re.compile(r"qformer\.((word|position)_embeddings|layers\.\d+\.feed_forward_text)\.")
+        problems = [f"stage 1 has no {name}" for name in sorted(ours.keys() - theirs.keys())]
+        left_out = theirs.keys() - ours.keys()
+        problems += [f"there is no room for {name}" for name in sorted(left_out) if not text.match(name)]
+        problems += [
+            f"{name} has shape {list(theirs[name].shape)}, expected {list(tensor.shape)}"
+            for name, tensor in ours.items()
+            if name in theirs and theirs[name].shape != tensor.shape
+        ]
+        mine, other = self.config, stage1.config
+        compared = [(name, mine, other) for name in ("vision_layer_norm_eps", "vision_feature_select_strategy")]
+        names = ("num_attention_heads", "hidden_act", "layer_norm_eps", "cross_attention_frequency")
+        compared += [(name, mine.qformer_config, other.qformer_config) for name in names]
+        problems += [
+            f"{name} is {getattr(here, name)!r}, but stage 1's {getattr(there, name)!r}"
+            for name, here, there in compared
+            if getattr(here, name) != getattr(there, name)
+        ]
+        if problems:
+            raise ValueError(f"Stage 1 does not fit this model: {summary(problems)}.")
+        self.bridge.load_state_dict({**self.bridge.state_dict(), **{name: theirs[name] for name in ours}})
+
+
+__all__ = ["QFormer", "QFormerBlip2ForConditionalGeneration", "QFormerBridge", "joint_attention_mask"]

@@ -1,11 +1,32 @@
-"""Processor of Q-Former BLIP-2."""
+"""Processors of Q-Former BLIP-2: with a language model (stages 2 and 3), and without one (stage 1 and retrieval)."""
 
-from ..configuration.configuration_qformer import QFormerBlip2Config
+from __future__ import annotations
+
+import os
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import cached_file
+
+from ..configuration.configuration_bridged import BridgedConfig
+from ..configuration.configuration_qformer import QFormerBlip2Config, QFormerBlip2PreTrainingConfig
 from .processing_bridged import BridgedProcessor
 
 
+QFORMER_TOKENIZER = "qformer_tokenizer"  # folder beside the processor's files, as InstructBLIP's in transformers
+
+
 class QFormerBlip2Processor(BridgedProcessor):
-    __doc__ = BridgedProcessor.__doc__
+    __doc__ = BridgedProcessor.__doc__.replace(
+        "\n    Raises:",
+        """        qformer_tokenizer: BERT's tokenizer, for Q-Formers that read the instruction (InstructBLIP).
+        qformer_max_length: Longest instruction for the Q-Former, in tokens; longer ones are cut off.
+        text_start: What stands behind an image's tokens: official models have the language model's beginning of sequence
+            there, not in front.
+
+    Raises:""",
+        1,
+    )
 
     # Source: BLIP-2, section 4.2 ("Question: {} Answer:") and section 4.1 ("a photo of").
     default_caption_prompt = "a photo of"
@@ -16,9 +37,255 @@ class QFormerBlip2Processor(BridgedProcessor):
         "{%- endfor -%}"
     )
 
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        chat_template=None,
+        image_token="<image>",
+        patch_size=None,
+        num_prefix_tokens=0,
+        vision_layout="sequence",
+        vision_feature_select_strategy="patch",
+        num_query_tokens=None,
+        image_size=None,
+        caption_prompt=None,
+        qformer_tokenizer=None,
+        qformer_max_length=128,
+        text_start="",
+        **kwargs,
+    ):
+        self.text_start = text_start
+        self.qformer_tokenizer = qformer_tokenizer
+        self.qformer_max_length = qformer_max_length
+        super().__init__(
+            image_processor=image_processor,
+            tokenizer=tokenizer,
+            chat_template=chat_template,
+            image_token=image_token,
+            patch_size=patch_size,
+            num_prefix_tokens=num_prefix_tokens,
+            vision_layout=vision_layout,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            num_query_tokens=num_query_tokens,
+            image_size=image_size,
+            caption_prompt=caption_prompt,
+            **kwargs,
+        )
+
     @staticmethod
     def query_tokens(config: QFormerBlip2Config) -> int:
         return config.qformer_config.num_query_tokens
 
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        # The parts that every processor of this class has: the Q-Former's tokenizer is optional.
+        return [name for name in super().get_attributes() if name != QFORMER_TOKENIZER]
 
-__all__ = ["QFormerBlip2Processor"]
+    @property
+    def model_input_names(self) -> list[str]:
+        more = [] if self.qformer_tokenizer is None else ["qformer_input_ids", "qformer_attention_mask"]
+        return super().model_input_names + more
+
+    def check(self, config: BridgedConfig) -> None:
+        super().check(config)
+        if self.qformer_tokenizer is None:
+            return
+        qformer = config.qformer_config
+        if not qformer.use_text:
+            raise ValueError(
+                "The processor has a qformer_tokenizer, but the model's Q-Former reads images only. Compose the model with "
+                "qformer_config={'use_text': True}, or leave the tokenizer out."
+            )
+        if len(self.qformer_tokenizer) > qformer.vocab_size:
+            raise ValueError(
+                f"The qformer_tokenizer has {len(self.qformer_tokenizer)} tokens, the Q-Former {qformer.vocab_size}."
+            )
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        return super().replace_image_token(image_inputs, image_idx, **kwargs) + self.text_start
+
+    def instructions(self, text: list[str]) -> list[str]:
+        """What the Q-Former reads with each image: the text that the image stands in, without image tokens.
+
+        Args:
+            text: Texts with one image token per image.
+
+        Returns:
+            As many as there are images, in their order.
+        """
+        counts = [sample.count(self.image_token) for sample in text]
+        plain = [" ".join(sample.replace(self.image_token, " ").split()) for sample in text]
+        return [instruction for instruction, count in zip(plain, counts) for _ in range(count)]
+
+    def __call__(self, images=None, text=None, qformer_text: str | list[str] | None = None, **kwargs):
+        """Images and text to model inputs.
+
+        Args:
+            images: An image, or a list of all texts' images, one after the other.
+            text: A text or a list of them, with one image token per image.
+            qformer_text: What the Q-Former reads instead of `text`, where it reads text: one per text.
+            kwargs: As for every processor of transformers.
+
+        Returns:
+            `input_ids`, `attention_mask` and `pixel_values`; with a `qformer_tokenizer` also `qformer_input_ids` and
+            `qformer_attention_mask`, `(num_images, instruction_tokens)`: each image has a copy of its text's.
+
+        Raises:
+            ValueError: Not as many of `qformer_text` as texts, or no Q-Former's tokenizer for it.
+        """
+        inputs = super().__call__(images=images, text=text, **kwargs)
+        if self.qformer_tokenizer is None:
+            if qformer_text is not None:
+                raise ValueError("qformer_text needs a qformer_tokenizer, which this processor has not.")
+            return inputs
+        if images is None or text is None:
+            return inputs
+        texts = [text] if isinstance(text, str) else list(text)
+        instructions = self.instructions(texts)
+        if qformer_text is not None:
+            given = [qformer_text] if isinstance(qformer_text, str) else list(qformer_text)
+            if len(given) != len(texts):
+                raise ValueError(f"{len(given)} of qformer_text, but {len(texts)} texts; expected one per text.")
+            counts = [sample.count(self.image_token) for sample in texts]
+            instructions = [instruction for instruction, count in zip(given, counts) for _ in range(count)]
+        if not instructions:
+            return inputs
+        encoded = self.qformer_tokenizer(
+            instructions,
+            padding=True,
+            padding_side="right",  # positions are counted from the left
+            truncation=True,
+            max_length=self.qformer_max_length,
+            return_tensors="pt" if isinstance(inputs.get("input_ids"), torch.Tensor) else None,
+        )
+        inputs["qformer_input_ids"] = encoded["input_ids"]
+        inputs["qformer_attention_mask"] = encoded["attention_mask"]
+        return inputs
+
+    def to_dict(self) -> dict:
+        tokenizer, self.qformer_tokenizer = self.qformer_tokenizer, None
+        try:  # the base class would write a tokenizer that it does not know of into its file
+            fields = super().to_dict()
+        finally:
+            self.qformer_tokenizer = tokenizer
+        fields.pop(QFORMER_TOKENIZER, None)
+        return fields
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        if self.qformer_tokenizer is not None:  # first, so that it is there when the folder is uploaded
+            self.qformer_tokenizer.save_pretrained(os.path.join(save_directory, QFORMER_TOKENIZER))
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if processor.qformer_tokenizer is None:
+            names = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+            hub_kwargs = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+            folder = os.path.join(kwargs.get("subfolder") or "", QFORMER_TOKENIZER)
+            found = cached_file(
+                pretrained_model_name_or_path,
+                "tokenizer_config.json",
+                subfolder=folder,
+                _raise_exceptions_for_missing_entries=False,
+                **hub_kwargs,
+            )
+            if found is not None:
+                processor.qformer_tokenizer = AutoTokenizer.from_pretrained(
+                    pretrained_model_name_or_path, subfolder=folder, **hub_kwargs
+                )
+        return processor
+
+
+class QFormerBlip2PreTrainingProcessor(ProcessorMixin):
+    """Image-text pairs for stage 1 and retrieval.
+
+    Args:
+        image_processor: The vision encoder's image processor.
+        tokenizer: BERT's tokenizer with `[DEC]` as its beginning of sequence.
+        max_length: Longest text, in tokens; longer ones are cut off.
+    """
+
+    text_kwargs = {"padding": True, "padding_side": "right", "truncation": True, "return_token_type_ids": False}
+
+    def __init__(self, image_processor=None, tokenizer=None, max_length=32, **kwargs):
+        self.max_length = max_length
+        super().__init__(image_processor, tokenizer)
+
+    @classmethod
+    def from_config(cls, config: QFormerBlip2PreTrainingConfig, image_processor, tokenizer, **kwargs):
+        """The processor that belongs to a model.
+
+        Args:
+            config: The model's configuration.
+            image_processor: See the class.
+            tokenizer: See the class.
+            kwargs: Further arguments of the class.
+
+        Raises:
+            ValueError: The tokenizer does not belong to the model, see `check`.
+        """
+        processor = cls(image_processor=image_processor, tokenizer=tokenizer, **kwargs)
+        processor.check(config)
+        return processor
+
+    def check(self, config: QFormerBlip2PreTrainingConfig) -> None:
+        """Refuse a model that this processor does not belong to.
+
+        Args:
+            config: The model's configuration.
+
+        Raises:
+            ValueError: Special tokens or the size of the vocabulary differ.
+        """
+        tokenizer = self.tokenizer
+        for what, ours, theirs in (
+            ("bos_token_id", tokenizer.bos_token_id, config.bos_token_id),
+            ("eos_token_id", end_of_text(tokenizer), config.eos_token_id),
+            ("pad_token_id", tokenizer.pad_token_id, config.pad_token_id),
+        ):
+            if ours != theirs:
+                raise ValueError(f"The tokenizer's {what} is {ours}, the model's is {theirs}.")
+        if len(tokenizer) > config.qformer_config.vocab_size:
+            raise ValueError(
+                f"The tokenizer has {len(tokenizer)} tokens, the Q-Former {config.qformer_config.vocab_size}."
+            )
+
+    def __call__(self, images=None, text=None, **kwargs):
+        """Images and texts to model inputs.
+
+        Args:
+            images: An image or a list of them.
+            text: A text or a list of them.
+            kwargs: As for every processor of transformers.
+
+        Returns:
+            `pixel_values` of the images; `input_ids` and `attention_mask` of the texts, padded on the right.
+        """
+        kwargs.setdefault("max_length", self.max_length)
+        return super().__call__(images=images, text=text, **kwargs)
+
+
+def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token behind every text: BERT's `[SEP]`."""
+    return tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+
+
+def bert_tokenizer(source, **hub_kwargs) -> PreTrainedTokenizerBase:
+    """BERT's tokenizer with `[DEC]`, which begins captions.
+
+    Args:
+        source: Hub id, folder, or a tokenizer, which is changed where it has no `[DEC]`.
+        hub_kwargs: `revision`, `token` and the like.
+
+    Source: `lavis/models/blip2_models/blip2.py`, `init_tokenizer`.
+    """
+    if not isinstance(source, PreTrainedTokenizerBase):
+        source = AutoTokenizer.from_pretrained(source, **hub_kwargs)
+    if source.bos_token is None:
+        source.add_special_tokens({"bos_token": "[DEC]"})
+    return source
+
+
+__all__ = ["QFormerBlip2PreTrainingProcessor", "QFormerBlip2Processor", "bert_tokenizer", "end_of_text"]

@@ -6,7 +6,7 @@ import string
 
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     CLIPVisionConfig,
     Dinov2Config,
@@ -108,6 +108,19 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+def bert_like_tokenizer() -> PreTrainedTokenizerFast:
+    """BERT's special tokens around words `w0` to `w43`."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {token: index for index, token in enumerate([*special, *(f"w{k}" for k in range(44))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {f"{token.strip('[]').lower()}_token": token for token in special}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
 def tiny_model(bridge: str, language: str = "llama", vision: str = "clip", seed: int = 0, **options):

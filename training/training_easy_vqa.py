@@ -268,7 +268,9 @@ def answer_all(model, processor, examples: list[Example], features: torch.Tensor
         patch_features = features[index : index + 1].float().to(model.device)
         cache = model(input_ids=prefix, patch_features=patch_features, use_cache=True, logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(len(prompts))
-        rest = tokenizer.pad({"input_ids": [prompt[shared:] for prompt in prompts]}, return_tensors="pt").to(model.device)
+        rest = tokenizer.pad({"input_ids": [prompt[shared:] for prompt in prompts]}, return_tensors="pt").to(
+            model.device
+        )
         prefix = prefix.expand(len(prompts), -1)
         ids = torch.cat([prefix, rest["input_ids"]], dim=1)
         generated = model.generate(
@@ -385,7 +387,14 @@ class AnswerSomeQuestions(TrainerCallback):
 
 
 def fit(
-    model, processor, dataset: PackedConversations, held_out, output: Path, learning_rate: float, schedule: str, seed: int
+    model,
+    processor,
+    dataset: PackedConversations,
+    held_out,
+    output: Path,
+    learning_rate: float,
+    schedule: str,
+    seed: int,
 ) -> None:
     """Train the bridge with the language model's loss on the answers, one picture per step.
 
@@ -429,7 +438,9 @@ def train(
     imitation_steps: int = typer.Option(700, help="Steps that the bridge imitates them for."),
     steps: int = typer.Option(400, help="Steps that the bridge then learns from answers for."),
     num_questions: int = typer.Option(12, help="Asked about a picture, one picture per step."),
-    dtype: str = typer.Option("float32", help="Of the language model; on a CPU without bf16 instructions, bfloat16 is slow."),
+    dtype: str = typer.Option(
+        "float32", help="Of the language model; on a CPU without bf16 instructions, bfloat16 is slow."
+    ),
     seed: int = 0,
     limit: int = typer.Option(0, help="Use this many pictures only (0: all)."),
     resume_from: Path | None = typer.Option(None, help="Start from this bridge: only `steps` are taken."),

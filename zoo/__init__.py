@@ -6,15 +6,27 @@
 
 from .assets import default_model, example_picture
 from .compose import compose
-from .configuration import MLPLlavaConfig, PerceiverFlamingoConfig, QFormerBlip2Config
+from .configuration import (
+    MLPLlavaConfig,
+    PerceiverFlamingoConfig,
+    QFormerBlip2Config,
+    QFormerBlip2PreTrainingConfig,
+)
 from .families import FAMILIES, register
 from .modeling import (
     FrozenPartError,
     MLPLlavaForConditionalGeneration,
     PerceiverFlamingoForConditionalGeneration,
     QFormerBlip2ForConditionalGeneration,
+    QFormerBlip2ForImageTextRetrieval,
+    QFormerBlip2ForPreTraining,
 )
-from .processing import MLPLlavaProcessor, PerceiverFlamingoProcessor, QFormerBlip2Processor
+from .processing import (
+    MLPLlavaProcessor,
+    PerceiverFlamingoProcessor,
+    QFormerBlip2PreTrainingProcessor,
+    QFormerBlip2Processor,
+)
 from .version import __version__
 
 
@@ -31,6 +43,10 @@ __all__ = [
     "PerceiverFlamingoProcessor",
     "QFormerBlip2Config",
     "QFormerBlip2ForConditionalGeneration",
+    "QFormerBlip2ForImageTextRetrieval",
+    "QFormerBlip2ForPreTraining",
+    "QFormerBlip2PreTrainingConfig",
+    "QFormerBlip2PreTrainingProcessor",
     "QFormerBlip2Processor",
     "__version__",
     "compose",

@@ -559,6 +559,7 @@ def info(
 # ---------------------------------------------------------------------- conversion
 
 
+BERT = "google-bert/bert-base-uncased"  # whose tokenizer all of BLIP uses
 converters = typer.Typer(
     name="convert", help="Convert official checkpoints.", no_args_is_help=True, rich_markup_mode=None
 )
@@ -582,6 +583,22 @@ def _fields(path: Path | None) -> dict:
     return fields
 
 
+def _convert(convert, checkpoint: Path, output: Path, **options) -> None:
+    """Convert, and say what came of it.
+
+    Raises:
+        CommandError: It can't be done.
+    """
+    if not checkpoint.is_file():
+        raise CommandError(f"--checkpoint {checkpoint}: no such file")
+    try:
+        done = convert(checkpoint, output=output, **options)
+    except (OSError, ValueError, TypeError) as error:
+        raise CommandError(f"cannot convert {checkpoint}: {_one_line(error)}") from error
+    parameters = sum(parameter.numel() for parameter in done.model.parameters())
+    _print(f"{output}: {done.config.model_type}, {parameters:,} parameters", sys.stdout)
+
+
 @converters.command("openflamingo")
 @_exit_codes()
 def convert_openflamingo(
@@ -600,16 +617,61 @@ def convert_openflamingo(
     """OpenFlamingo: 3B, 4B, 9B, the first 9B, and checkpoints of its training code."""
     fields = _fields(config)
     _quiet_libraries()
-    if not checkpoint.is_file():
-        raise CommandError(f"--checkpoint {checkpoint}: no such file")
     from .convert import convert_openflamingo
 
-    try:
-        done = convert_openflamingo(checkpoint, vision, language, output, tokenizer, cross_attn_every_n_layers, fields)
-    except (OSError, ValueError, TypeError) as error:
-        raise CommandError(f"cannot convert {checkpoint}: {_one_line(error)}") from error
-    parameters = sum(parameter.numel() for parameter in done.model.parameters())
-    _print(f"{output}: {done.config.model_type}, {parameters:,} parameters", sys.stdout)
+    _convert(
+        convert_openflamingo, checkpoint, output, vision=vision, language=language, tokenizer=tokenizer,
+        cross_attn_every_n_layers=cross_attn_every_n_layers, config=fields,
+    )  # fmt: skip
+
+
+@converters.command("blip2")
+@_exit_codes()
+def convert_blip2(
+    checkpoint: Annotated[Path, typer.Option(help="LAVIS's file.")],
+    output: Annotated[Path, typer.Option(help="Folder to write to.")],
+    vision: Annotated[
+        str | None,
+        typer.Option(
+            help="EVA ViT-g or CLIP ViT-L: LAVIS's file, or a folder or Hub id.", show_default="the checkpoint's own"
+        ),
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option(help="The language model: a folder or Hub id.", show_default="none: stage 1")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Where the tokenizer is, if not with the language model.")
+    ] = None,
+    qformer_tokenizer: Annotated[
+        str, typer.Option(help="BERT's tokenizer, for Q-Formers that read text: a folder or Hub id.")
+    ] = BERT,
+    config: Annotated[Path | None, typer.Option(help="JSON file: what shapes can't tell, such as head counts.")] = None,
+) -> None:
+    """BLIP-2 and InstructBLIP: stage 1, OPT, FlanT5, Vicuna, with EVA ViT-g or CLIP ViT-L."""
+    fields = _fields(config)
+    _quiet_libraries()
+    from .convert import convert_blip2
+
+    _convert(
+        convert_blip2, checkpoint, output, vision=vision, language=language, tokenizer=tokenizer,
+        qformer_tokenizer=qformer_tokenizer, config=fields,
+    )  # fmt: skip
+
+
+@converters.command("blip")
+@_exit_codes()
+def convert_blip(
+    checkpoint: Annotated[Path, typer.Option(help="LAVIS's file of a captioner or an image-text matcher.")],
+    output: Annotated[Path, typer.Option(help="Folder to write to.")],
+    tokenizer: Annotated[str, typer.Option(help="BERT's tokenizer: a folder or Hub id.")] = BERT,
+    config: Annotated[Path | None, typer.Option(help="JSON file: what shapes can't tell, such as head counts.")] = None,
+) -> None:
+    """BLIP (2022), for transformers' BlipForConditionalGeneration and BlipForImageTextRetrieval."""
+    fields = _fields(config)
+    _quiet_libraries()
+    from .convert import convert_blip
+
+    _convert(convert_blip, checkpoint, output, tokenizer=tokenizer, config=fields)
 
 
 # ---------------------------------------------------------------------- entry

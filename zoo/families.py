@@ -10,21 +10,33 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoModelForPreTraining,
     AutoProcessor,
+    Blip2VisionConfig,
+    Blip2VisionModel,
 )
 
-from .configuration import BridgedConfig, MLPLlavaConfig, MosaicGPTConfig, PerceiverFlamingoConfig, QFormerBlip2Config
+from .configuration import (
+    BridgedConfig,
+    MLPLlavaConfig,
+    MosaicGPTConfig,
+    PerceiverFlamingoConfig,
+    QFormerBlip2Config,
+    QFormerBlip2PreTrainingConfig,
+)
 from .modeling import (
     BridgedModel,
     MLPLlavaForConditionalGeneration,
     MosaicGPTForCausalLM,
     PerceiverFlamingoForConditionalGeneration,
     QFormerBlip2ForConditionalGeneration,
+    QFormerBlip2ForPreTraining,
 )
 from .processing import (
     BridgedProcessor,
     MLPLlavaProcessor,
     PerceiverFlamingoProcessor,
+    QFormerBlip2PreTrainingProcessor,
     QFormerBlip2Processor,
 )
 
@@ -65,7 +77,8 @@ FAMILIES = {
 
 
 def register() -> None:
-    """Make every family, and MPT-1B, which transformers does not have, known to transformers' Auto classes."""
+    """Make every family, MPT-1B, which transformers does not have, and BLIP-2's ViT known to transformers' Auto classes."""
+    AutoModel.register(Blip2VisionConfig, Blip2VisionModel, exist_ok=True)
     AutoConfig.register(MosaicGPTConfig.model_type, MosaicGPTConfig, exist_ok=True)
     AutoModelForCausalLM.register(MosaicGPTConfig, MosaicGPTForCausalLM, exist_ok=True)
     for family in FAMILIES.values():
@@ -73,3 +86,8 @@ def register() -> None:
         for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
             auto_class.register(family.config_class, family.model_class, exist_ok=True)
         AutoProcessor.register(family.config_class, family.processor_class, exist_ok=True)
+    stage1 = QFormerBlip2PreTrainingConfig
+    AutoConfig.register(stage1.model_type, stage1, exist_ok=True)
+    for auto_class in (AutoModel, AutoModelForPreTraining):
+        auto_class.register(stage1, QFormerBlip2ForPreTraining, exist_ok=True)
+    AutoProcessor.register(stage1, QFormerBlip2PreTrainingProcessor, exist_ok=True)

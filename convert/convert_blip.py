@@ -1,0 +1,247 @@
+"""BLIP's (2022) captioners and image-text matchers, as LAVIS and the original code write them, for transformers' classes.
+
+Source: `lavis/models/{vit,med}.py` and `lavis/models/blip_models/{blip_caption,blip_image_text_matching,blip_retrieval}.py`
+of salesforce-lavis 1.0.2.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+from transformers import (
+    BertTokenizer,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    BlipImageProcessor,
+    BlipProcessor,
+    PreTrainedModel,
+)
+
+from .convert_files import TensorFiles
+from .convert_parts import (
+    BUFFER,
+    EVA_TABLE,
+    Conversion,
+    assemble,
+    compare_twins,
+    expected_tensors,
+    for_grid,
+    layer_numbers,
+)
+from .convert_tables import ConversionError, Drop, Rename, Rule, Shapes, Twin, plan
+
+
+_KINDS = ("weight", "bias")
+VISION_TABLE: list[Rule] = [
+    # the same ViT as BLIP-2's, but with one bias for query, key and value, and a norm at the end
+    *(
+        Rename(f"visual_encoder.{rule.source}", rule.target)
+        for rule in EVA_TABLE
+        if isinstance(rule, Rename) and "norm.weight" not in rule.source
+    ),
+    Rename("visual_encoder.blocks.{}.attn.qkv.bias", "vision_model.encoder.layers.{}.self_attn.qkv.bias"),
+    *(Rename(f"visual_encoder.norm.{kind}", f"vision_model.post_layernorm.{kind}") for kind in _KINDS),
+]
+
+
+def _bert_table(prefix: str) -> list[Rule]:
+    """BLIP's BERT keeps its names in transformers."""
+    block = (
+        *(
+            f"{attention}.{part}"
+            for attention in ("attention", "crossattention")
+            for part in ("self.query", "self.key", "self.value", "output.dense", "output.LayerNorm")
+        ),
+        "intermediate.dense",
+        "output.dense",
+        "output.LayerNorm",
+    )
+    names = [
+        "embeddings.word_embeddings.weight",
+        "embeddings.position_embeddings.weight",
+        *(f"embeddings.LayerNorm.{kind}" for kind in _KINDS),
+        *(f"encoder.layer.{{}}.{name}.{kind}" for name in block for kind in _KINDS),
+    ]
+    return [
+        Drop(f"{prefix}.embeddings.position_ids", BUFFER),
+        *(Rename(f"{prefix}.{name}", f"{prefix}.{name}") for name in names),
+    ]
+
+
+_HEAD = "text_decoder.cls.predictions"
+CAPTION_TABLE: list[Rule] = [
+    *VISION_TABLE,
+    *_bert_table("text_decoder.bert"),
+    Rename(f"{_HEAD}.bias", f"{_HEAD}.bias"),
+    *(
+        Rename(f"{_HEAD}.transform.{name}.{kind}", f"{_HEAD}.transform.{name}.{kind}")
+        for name in ("dense", "LayerNorm")
+        for kind in _KINDS
+    ),
+    Twin(f"{_HEAD}.decoder.weight", "text_decoder.bert.embeddings.word_embeddings.weight"),
+    Twin(f"{_HEAD}.decoder.bias", f"{_HEAD}.bias"),
+]
+_MATCHING: list[Rule] = [
+    *VISION_TABLE,
+    *_bert_table("text_encoder"),
+    *(Rename(f"{name}.{kind}", f"{name}.{kind}") for name in ("vision_proj", "text_proj") for kind in _KINDS),
+]
+MATCHING_TABLE: list[Rule] = [
+    *_MATCHING,
+    *(Rename(f"itm_head.{kind}", f"itm_head.{kind}") for kind in _KINDS),
+    # retrieval checkpoints hold what contrastive training needs beside the model
+    *(
+        Drop(rule.source.replace(".", "_m.", 1), "the momentum copy, used in training only")
+        for rule in _MATCHING
+        if isinstance(rule, (Rename, Drop))
+    ),
+    *(Drop(name, "used in training only") for name in ("temp", "image_queue", "text_queue", "idx_queue")),
+    *(Drop(name, "used in training only") for name in ("queue_ptr", "ptr_queue")),
+]
+# heads by width, which shapes don't tell: ViT-B, ViT-L and BERT-base
+HEADS = {768: 12, 1024: 16}
+
+
+def infer_config(shapes: Shapes, overrides: Mapping | None = None) -> BlipConfig:
+    """Read the model's dimensions off a checkpoint's shapes.
+
+    Args:
+        shapes: Of the checkpoint.
+        overrides: Fields of the configuration; `vision_config` and `text_config` are dicts of their own. Shapes can't tell
+            their `num_attention_heads` beyond ViT-B, ViT-L and BERT-base.
+
+    Raises:
+        ConversionError: The checkpoint is neither a captioner nor a matcher, or head counts are not known.
+    """
+    overrides = dict(overrides or {})
+    text = next(
+        (
+            prefix
+            for prefix in ("text_decoder.bert", "text_encoder")
+            if f"{prefix}.embeddings.word_embeddings.weight" in shapes
+        ),
+        None,
+    )
+    if text is None or "visual_encoder.patch_embed.proj.weight" not in shapes:
+        raise ConversionError(
+            "The checkpoint has no visual_encoder, or neither text_decoder (captioners) nor text_encoder (matchers): it is "
+            "not one of BLIP's."
+        )
+    width, _, patch_size, _ = shapes["visual_encoder.patch_embed.proj.weight"]
+    vocab_size, text_width = shapes[f"{text}.embeddings.word_embeddings.weight"]
+    block = f"{text}.encoder.layer.0"
+    found = {
+        "vision_config": {
+            "hidden_size": width,
+            "patch_size": patch_size,
+            "image_size": round((shapes["visual_encoder.pos_embed"][1] - 1) ** 0.5) * patch_size,
+            "num_hidden_layers": len(layer_numbers(shapes, r"visual_encoder\.blocks\.(\d+)\.")),
+            "intermediate_size": shapes["visual_encoder.blocks.0.mlp.fc1.weight"][0],
+            "layer_norm_eps": 1e-6,  # transformers' default is another
+            "initializer_range": 0.02,
+            **({"num_attention_heads": HEADS[width]} if width in HEADS else {}),
+            **overrides.pop("vision_config", {}),
+        },
+        "text_config": {
+            "vocab_size": vocab_size,
+            "hidden_size": text_width,
+            "encoder_hidden_size": shapes[f"{block}.crossattention.self.key.weight"][1],
+            "intermediate_size": shapes[f"{block}.intermediate.dense.weight"][0],
+            "num_hidden_layers": len(layer_numbers(shapes, text.replace(".", r"\.") + r"\.encoder\.layer\.(\d+)\.")),
+            "max_position_embeddings": shapes[f"{text}.embeddings.position_embeddings.weight"][0],
+            "label_smoothing": 0.1,
+            **({"num_attention_heads": HEADS[text_width]} if text_width in HEADS else {}),
+            **overrides.pop("text_config", {}),
+        },
+    }
+    for part, fields in found.items():
+        if "num_attention_heads" not in fields:
+            raise ConversionError(
+                f"Shapes don't tell how many attention heads a {part.removesuffix('_config')} model of width "
+                f"{fields['hidden_size']} has: give it in --config, as "
+                f'{{"{part}": {{"num_attention_heads": ...}}}}.'
+            )
+    if "vision_proj.weight" in shapes:
+        found["image_text_hidden_size"] = shapes["vision_proj.weight"][0]
+    return BlipConfig(**{**found, **overrides})
+
+
+def plan_conversion(checkpoint, config: BlipConfig) -> Conversion:
+    """Find for every tensor of the converted model where it comes from; nothing is read yet.
+
+    Args:
+        checkpoint: `TensorFiles` of BLIP's checkpoint.
+        config: Of the converted model.
+
+    Raises:
+        ConversionError: A key is unknown, a tensor missing or left over, or a shape wrong.
+    """
+    matching = "text_encoder.embeddings.word_embeddings.weight" in checkpoint.shapes
+    model_class: type[PreTrainedModel] = BlipForImageTextRetrieval if matching else BlipForConditionalGeneration
+    with torch.device("meta"):
+        model = model_class(config)
+    found = plan(MATCHING_TABLE if matching else CAPTION_TABLE, checkpoint.shapes)
+    positions, expected = "vision_model.embeddings.position_embedding", expected_tensors(model)
+    changes = {}
+    if positions in found and found[positions].shape(checkpoint.shapes) != expected[positions]:
+        changes[positions] = for_grid(config.vision_config.image_size // config.vision_config.patch_size)
+    what = getattr(checkpoint, "path", "the checkpoint")
+    return assemble(config, model, expected, [(checkpoint, found, changes)], what)
+
+
+def convert_blip(
+    checkpoint: str | os.PathLike,
+    output: str | os.PathLike,
+    tokenizer: str | os.PathLike = "google-bert/bert-base-uncased",
+    config: Mapping | None = None,
+) -> Conversion:
+    """Convert a captioner or an image-text matcher of BLIP into a folder that transformers' own classes load.
+
+    The official captioner begins with "a picture of " and generates with `num_beams=3, min_length=10, max_length=30`;
+    transformers' class takes such settings as arguments of `generate` only. The official matcher puts `[ENC]` in the place
+    of `[CLS]`, the first token, for its matching head: transformers' class does not, so that callers have to.
+
+    Args:
+        checkpoint: LAVIS's file, or the original code's.
+        output: Folder to write to.
+        tokenizer: BERT's tokenizer: a folder or a Hub id.
+        config: What shapes can't tell, see `infer_config`.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ConversionError: The checkpoint is not BLIP's, or the tokenizer is not its; nothing is written.
+    """
+    files = TensorFiles(checkpoint)
+    bert = BertTokenizer.from_pretrained(tokenizer)
+    bert.add_special_tokens({"bos_token": "[DEC]"})
+    bert.add_special_tokens({"extra_special_tokens": ["[ENC]"]})
+    overrides = dict(config or {})
+    overrides["text_config"] = {
+        "bos_token_id": bert.bos_token_id,
+        "eos_token_id": bert.sep_token_id,
+        "sep_token_id": bert.sep_token_id,
+        "pad_token_id": bert.pad_token_id,
+        **overrides.get("text_config", {}),
+    }
+    model_config = infer_config(files.shapes, overrides)
+    if len(bert) != model_config.text_config.vocab_size:
+        raise ConversionError(
+            f"The checkpoint knows {model_config.text_config.vocab_size} tokens, but the tokenizer in {tokenizer} has "
+            f"{len(bert)}, [DEC] and [ENC] included."
+        )
+    conversion = plan_conversion(files, model_config)
+    table = MATCHING_TABLE if isinstance(conversion.model, BlipForImageTextRetrieval) else CAPTION_TABLE
+    compare_twins(files, table, conversion)
+    side = model_config.vision_config.image_size
+    # CLIP's mean and standard deviation and bicubic resampling are its defaults
+    processor = BlipProcessor(BlipImageProcessor(size={"height": side, "width": side}), bert)
+    conversion.write(output, None, processor)
+    return conversion
+
+
+__all__ = ["CAPTION_TABLE", "MATCHING_TABLE", "convert_blip", "infer_config", "plan_conversion"]

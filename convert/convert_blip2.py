@@ -1,0 +1,512 @@
+"""BLIP-2's and InstructBLIP's checkpoints, as LAVIS writes them: stage 1, stage 2 (OPT, FlanT5), stage 3 (Vicuna, FlanT5).
+
+They hold what was trained: query tokens, Q-Former, projections, the layer norm on the patch features, and the ViT where it
+was trained too (`caption_coco_*`). The frozen ViT and the language model come from elsewhere.
+
+Source: `lavis/models/blip2_models/*.py`, `eva_vit.py`, `clip_vit.py` and `runners/runner_base.py` of salesforce-lavis 1.0.2
+and of its main branch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoTokenizer,
+    BertTokenizer,
+    CLIPImageProcessor,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..configuration.configuration_bridged import BridgedConfig
+from ..configuration.configuration_qformer import QFormerBlip2Config, QFormerBlip2PreTrainingConfig, QFormerConfig
+from ..modeling.modeling_bridged import fill_vision_geometry
+from ..modeling.modeling_qformer import QFormerBlip2ForConditionalGeneration
+from ..modeling.modeling_qformer_pretraining import QFormerBlip2ForPreTraining
+from ..processing.processing_qformer import QFormerBlip2PreTrainingProcessor, QFormerBlip2Processor
+from .convert_files import TensorFiles
+from .convert_parts import (
+    BUFFER,
+    LAVIS_ENCODERS,
+    Constants,
+    Conversion,
+    Merged,
+    Renamed,
+    assemble,
+    compare_twins,
+    expected_tensors,
+    for_grid,
+    language_table,
+    layer_numbers,
+    read_text_config,
+    read_vision_config,
+    resized,
+    vision_layout,
+    vision_pieces,
+)
+from .convert_tables import ConversionError, Drop, Rename, Rule, Shapes, Twin, plan
+
+
+# what the official classes call their language model, and the types of model that it can be
+LANGUAGE_MODELS = {"opt": ("opt",), "t5": ("t5",), "llm": ("llama",)}
+# of one block; a name stands for its weight and its bias
+BLOCK = (
+    *(
+        (f"{official}.{end}", f"{ours}.{name}")
+        for official, ours in (("attention", "attention"), ("crossattention", "cross_attention"))
+        for end, name in (
+            ("self.query", "query"),
+            ("self.key", "key"),
+            ("self.value", "value"),
+            ("output.dense", "dense"),
+            ("output.LayerNorm", "layer_norm"),
+        )
+    ),
+    ("intermediate_query.dense", "feed_forward_query.intermediate"),
+    ("output_query.dense", "feed_forward_query.dense"),
+    ("output_query.LayerNorm", "feed_forward_query.layer_norm"),
+    ("intermediate.dense", "feed_forward_text.intermediate"),
+    ("output.dense", "feed_forward_text.dense"),
+    ("output.LayerNorm", "feed_forward_text.layer_norm"),
+)
+# outside the blocks; likewise
+LAYERS = (
+    ("ln_vision", "bridge.vision_layer_norm"),
+    ("Qformer.bert.embeddings.LayerNorm", "bridge.qformer.layer_norm"),
+    *((f"{name}_proj", "bridge.language_projection") for name in LANGUAGE_MODELS),
+    # stage 1
+    ("vision_proj", "bridge.vision_projection"),
+    ("text_proj", "bridge.text_projection"),
+    ("itm_head", "bridge.itm_head"),
+    ("Qformer.cls.predictions.transform.dense", "bridge.lm_head.transform_dense"),
+    ("Qformer.cls.predictions.transform.LayerNorm", "bridge.lm_head.transform_layer_norm"),
+)
+BRIDGE_TABLE: list[Rule] = [
+    Rename("query_tokens", "bridge.qformer.query_tokens"),
+    Rename("temp", "bridge.temperature"),
+    Rename("Qformer.cls.predictions.bias", "bridge.lm_head.bias"),
+    Twin("Qformer.cls.predictions.decoder.bias", "bridge.lm_head.bias"),
+    Twin("Qformer.cls.predictions.decoder.weight", "bridge.qformer.word_embeddings.weight"),
+    Drop("Qformer.bert.embeddings.position_ids", BUFFER),
+    *(
+        Rename(f"Qformer.bert.embeddings.{name}.weight", f"bridge.qformer.{name}.weight")
+        for name in ("word_embeddings", "position_embeddings")
+    ),
+    *(
+        Rename(f"{official}.{kind}", f"{ours}.{kind}")
+        for official, ours in (
+            *LAYERS,
+            *(
+                (f"Qformer.bert.encoder.layer.{{}}.{name}", f"bridge.qformer.layers.{{}}.{ours}")
+                for name, ours in BLOCK
+            ),
+        )
+        for kind in ("weight", "bias")
+    ),
+]
+# BERT-base has 12 heads; shapes don't tell
+QFORMER_HEADS = {768: 12}
+
+
+def language_of(keys: Iterable[str]) -> str | None:
+    """What the checkpoint calls its language model; `None` for stage 1.
+
+    Raises:
+        ConversionError: It is no checkpoint of BLIP-2.
+    """
+    keys = set(keys)
+    if not {"query_tokens", "ln_vision.weight"} <= keys:
+        raise ConversionError("There is no query_tokens or no ln_vision in the checkpoint: it is not one of BLIP-2's.")
+    found = [name for name in LANGUAGE_MODELS if f"{name}_proj.weight" in keys]
+    if not found and "itm_head.weight" not in keys:
+        raise ConversionError(
+            "The checkpoint has neither a projection to a language model (opt_proj, t5_proj, llm_proj) nor stage 1's heads "
+            "(itm_head): it is not a checkpoint of BLIP-2 that is known here."
+        )
+    return found[0] if found else None
+
+
+def checkpoint_table(model: PreTrainedModel, language: str | None, tied: Mapping[str, str]) -> list[Rule]:
+    """What a checkpoint becomes, without the ViT.
+
+    Args:
+        model: The converted model; only names are read.
+        language: What the checkpoint calls its language model.
+        tied: Second names of tensors of the converted model, and the first.
+    """
+    if language is None:
+        return list(BRIDGE_TABLE)
+    prefix = "language_model."
+    names = [name.removeprefix(prefix) for name in model.state_dict() if name.startswith(prefix) and name not in tied]
+    official = f"{language}_model."
+    # frozen language models are left out, but second names of one tensor survive the filter
+    table = [*BRIDGE_TABLE, *(Twin(official + name.removeprefix(prefix), of) for name, of in tied.items())]
+    second = {rule.source for rule in table if isinstance(rule, Twin)}
+    for rule in language_table(model.config.text_config, names):
+        if isinstance(rule, Rename):
+            table.append(Rename(official + rule.source, prefix + rule.target))
+        elif official + rule.source not in second:
+            table.append(Drop(official + rule.source, rule.why))
+    return table
+
+
+# ---------------------------------------------------------------------- configuration
+
+
+def infer_qformer_config(shapes: Shapes, **overrides) -> QFormerConfig:
+    """Read the Q-Former's dimensions off a checkpoint's shapes.
+
+    Args:
+        shapes: Of the checkpoint.
+        overrides: What shapes can't tell: `num_attention_heads` (12 at BERT-base's width).
+
+    Raises:
+        ConversionError: The number of heads is not known, or the blocks are not those of a Q-Former.
+    """
+    _, num_query_tokens, width = shapes["query_tokens"]
+    block = r"Qformer\.bert\.encoder\.layer\.(\d+)\."
+    layers, crossed = layer_numbers(shapes, block), layer_numbers(shapes, block + "crossattention")
+    every = crossed[1] - crossed[0] if len(crossed) > 1 else overrides.get("cross_attention_frequency", 2)
+    if not layers or crossed != list(range(0, len(layers), every)):
+        raise ConversionError(
+            f"The Q-Former has {len(layers)} blocks, and cross-attention in {crossed}; expected it in the first and in "
+            f"every {every}. from there on."
+        )
+    if "num_attention_heads" not in overrides and width not in QFORMER_HEADS:
+        raise ConversionError(
+            f"Shapes don't tell how many attention heads a Q-Former of width {width} has: give it in --config, as "
+            '{"qformer_config": {"num_attention_heads": ...}}.'
+        )
+    found = {
+        "hidden_size": width,
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": QFORMER_HEADS.get(width),
+        "intermediate_size": shapes["Qformer.bert.encoder.layer.0.intermediate_query.dense.weight"][0],
+        "cross_attention_frequency": every,
+        "num_query_tokens": num_query_tokens,
+        "use_text": "Qformer.bert.embeddings.word_embeddings.weight" in shapes,
+    }
+    if found["use_text"]:
+        found["vocab_size"] = shapes["Qformer.bert.embeddings.word_embeddings.weight"][0]
+        found["max_position_embeddings"] = shapes["Qformer.bert.embeddings.position_embeddings.weight"][0]
+    return QFormerConfig(**{**found, **overrides})
+
+
+def usual_vision(files, inside=None):
+    """A vision encoder's tensors under usual names: LAVIS leaves open_clip's `visual.` out.
+
+    Args:
+        files: The encoder's own checkpoint, or `None`.
+        inside: The part of LAVIS's checkpoint that is the encoder, or `None`; what it has counts.
+    """
+    found = []
+    for source in (inside, files):
+        if source is None:
+            continue
+        if {"class_embedding", "conv1.weight"} <= source.shapes.keys():
+            source = Renamed(source, {key: f"visual.{key}" for key in source.shapes})
+        found.append(source)
+    if len(found) == 2 and vision_layout(found[0].shapes) != vision_layout(found[1].shapes):
+        found.pop()  # the trained encoder has all that is needed
+    return Merged(*found) if len(found) == 2 else found[0]
+
+
+def infer_config(
+    shapes: Shapes,
+    vision_config: PreTrainedConfig,
+    text_config: PreTrainedConfig | None,
+    qformer_config: Mapping | None = None,
+    **fields,
+) -> BridgedConfig:
+    """The converted model's configuration.
+
+    Args:
+        shapes: Of the checkpoint.
+        vision_config: Of the vision encoder.
+        text_config: Of the language model; `None` for stage 1.
+        qformer_config: What shapes can't tell, see `infer_qformer_config`.
+        fields: Fields of `QFormerBlip2Config`, for stage 1 of `QFormerBlip2PreTrainingConfig`.
+
+    Raises:
+        ConversionError: The checkpoint is not BLIP-2's, or not for this language model.
+    """
+    language = language_of(shapes)
+    # the official encoders end without a norm, transformers' ones with one; CLIP's touches the pooled output only
+    fields.setdefault("vision_feature_layer", None if vision_config.model_type == "clip_vision_model" else -1)
+    fields["vision_config"] = vision_config
+    fields["qformer_config"] = infer_qformer_config(shapes, **(qformer_config or {}))
+    if language is None:
+        if text_config is not None:
+            raise ConversionError("The checkpoint is one of stage 1, which has no language model: leave it out.")
+        fields.setdefault("bos_token_id", fields["qformer_config"].vocab_size - 1)  # [DEC], the last of BERT's tokens
+        return QFormerBlip2PreTrainingConfig(embed_dim=shapes["vision_proj.weight"][0], **fields)
+    if text_config is None:
+        raise ConversionError(f"The checkpoint has {language}_proj: it needs its language model.")
+    if text_config.model_type not in LANGUAGE_MODELS[language]:
+        raise ConversionError(
+            f"The checkpoint has {language}_proj, for a language model of type {' or '.join(LANGUAGE_MODELS[language])}; "
+            f"this one is a {text_config.model_type}."
+        )
+    if language == "t5":
+        text_config.dense_act_fn = "gelu"  # LAVIS replaces FlanT5's gelu_new
+    return QFormerBlip2Config(text_config=text_config, **fields)
+
+
+# ---------------------------------------------------------------------- the whole
+
+
+def plan_conversion(checkpoint, vision, language, config: BridgedConfig) -> Conversion:
+    """Find for every tensor of the converted model where it comes from; nothing is read yet.
+
+    Args:
+        checkpoint: `TensorFiles` of LAVIS's checkpoint.
+        vision: Of the vision encoder; `None` where the checkpoint has it.
+        language: Of the language model; `None` for stage 1.
+        config: Of the converted model.
+
+    Raises:
+        ConversionError: A key is unknown, a tensor missing or left over, or a shape wrong.
+    """
+    fill_vision_geometry(config)
+    with torch.device("meta"):
+        model = model_class(config)(config)
+    tied = dict(model.all_tied_weights_keys)
+    if language is not None and not getattr(config.text_config, "scale_decoder_outputs", True):
+        # FlanT5's head is its own. Transformers' configuration of T5 says that all is tied, whatever the checkpoint's says
+        # (which lives on under this other name), and unties what differs when it loads.
+        if "lm_head.weight" in language.shapes:
+            tied.pop("language_model.lm_head.weight", None)
+    expected = expected_tensors(model, model.all_tied_weights_keys.keys() - tied)
+    of_vision = [name for name in expected if name.startswith("vision_model.")]
+    side = config.image_size // config.patch_size
+    sources = []
+
+    # the bridge
+    table = checkpoint_table(model, language_of(checkpoint.shapes), tied)
+    rest = [key for key in checkpoint.shapes if not key.startswith("visual_encoder.")]
+    rows = {}
+    if config.text_config is not None:
+        rows = {
+            name: resized(config.text_config.vocab_size)
+            for name in expected
+            if re.fullmatch(r"language_model\..*(embed_tokens|shared|lm_head)\.weight", name)
+        }
+    sources.append((checkpoint, plan(table, rest), rows))
+    # the vision encoder
+    inside = {key: key.removeprefix("visual_encoder.") for key in checkpoint.shapes if key not in set(rest)}
+    if vision is None and not inside:
+        raise ConversionError("The checkpoint has no visual_encoder.*: give the vision encoder's own file.")
+    vision = usual_vision(vision, Renamed(checkpoint, inside) if inside else None)
+    positions = {
+        name: for_grid(side) for name in of_vision if re.search(r"embeddings\.position_embedding(\.weight)?$", name)
+    }
+    found = vision_pieces(vision, of_vision, config.vision_config.num_hidden_layers)
+    changes = {
+        name: change
+        for name, change in positions.items()
+        if name in found and found[name].shape(vision.shapes) != expected[name]
+    }
+    sources.append((vision, found, changes))
+    # norms behind the encoder, which the official one does not have: they are not read
+    ends = [name for name in of_vision if name.startswith("vision_model.post_layernorm.")]
+    values = {
+        name: (expected[name], next(iter(vision.dtypes.values())), float(name.endswith("weight"))) for name in ends
+    }
+    constants = Constants(values)
+    sources.append((constants, plan([Rename(name, name) for name in values], values), {}))
+    # the language model
+    if language is not None:
+        prefix = "language_model."
+        names = [name.removeprefix(prefix) for name in expected if name.startswith(prefix)]
+        base = language_table(config.text_config, names, [name.removeprefix(prefix) for name in tied])
+        pieces = {prefix + name: piece for name, piece in plan(base, language.shapes).items()}
+        sources.append((language, pieces, rows))
+    return assemble(config, model, expected, sources, getattr(checkpoint, "path", "the checkpoint"))
+
+
+def model_class(config: BridgedConfig) -> type[PreTrainedModel]:
+    """The class that a configuration is for."""
+    stage1 = isinstance(config, QFormerBlip2PreTrainingConfig)
+    return QFormerBlip2ForPreTraining if stage1 else QFormerBlip2ForConditionalGeneration
+
+
+def load_tokenizer(source: str | os.PathLike, language: str) -> PreTrainedTokenizerBase:
+    """The language model's tokenizer, with LAVIS's special tokens for Vicuna."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if language == "llm":
+        tokenizer.add_special_tokens(
+            {"pad_token": "[PAD]", "bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>"}
+        )
+    return tokenizer
+
+
+def load_qformer_tokenizer(
+    source: str | os.PathLike, vocab_size: int, instructed: bool = False
+) -> PreTrainedTokenizerBase:
+    """BERT's tokenizer with `[DEC]`.
+
+    Args:
+        source: Folder or Hub id.
+        vocab_size: Tokens that the Q-Former knows.
+        instructed: It reads instructions, of which the end counts.
+
+    Raises:
+        ConversionError: It is not the one that the checkpoint was trained with.
+    """
+    tokenizer = BertTokenizer.from_pretrained(source)
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    tokenizer.truncation_side = tokenizer.init_kwargs["truncation_side"] = "left" if instructed else "right"
+    if len(tokenizer) != vocab_size:
+        raise ConversionError(
+            f"The Q-Former knows {vocab_size} tokens, but the tokenizer in {source} has {len(tokenizer)}, [DEC] included."
+        )
+    return tokenizer
+
+
+def generation_config(
+    language: str, instructed: bool, tokenizer: PreTrainedTokenizerBase, text_config
+) -> GenerationConfig:
+    """The official defaults.
+
+    Args:
+        language: What the checkpoint calls its language model.
+        instructed: It is one of InstructBLIP's.
+        tokenizer: The language model's.
+        text_config: The language model's configuration.
+    """
+    ends = tokenizer.encode("\n", add_special_tokens=False) if language == "opt" else [tokenizer.eos_token_id]
+    return GenerationConfig(
+        num_beams=5,
+        max_new_tokens=256 if instructed else 30,
+        repetition_penalty=1.5 if instructed else 1.0,
+        bos_token_id=getattr(text_config, "bos_token_id", None),
+        eos_token_id=ends[-1],  # OPT was taught to end with a new line
+        pad_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=getattr(text_config, "decoder_start_token_id", None),
+    )
+
+
+def convert_blip2(
+    checkpoint: str | os.PathLike,
+    vision: str | os.PathLike | None = None,
+    language: str | os.PathLike | None = None,
+    *,
+    output: str | os.PathLike,
+    tokenizer: str | os.PathLike | None = None,
+    qformer_tokenizer: str | os.PathLike = "google-bert/bert-base-uncased",
+    config: Mapping | None = None,
+) -> Conversion:
+    """Convert a checkpoint of BLIP-2 or InstructBLIP into a folder that `from_pretrained` loads.
+
+    Args:
+        checkpoint: LAVIS's file.
+        vision: EVA ViT-g as LAVIS uses it (`eva_vit_g.pth`), CLIP ViT-L as LAVIS or open_clip save it, or a folder or Hub id
+            in transformers' layout; `None` where the checkpoint has the encoder, whose tensors count in any case.
+        language: The language model: a folder or a Hub id; `None` for stage 1.
+        output: Folder to write to.
+        tokenizer: Where the language model's tokenizer lies, if not beside it.
+        qformer_tokenizer: BERT's tokenizer, where the Q-Former reads text: a folder or a Hub id.
+        config: What shapes can't tell, as fields of the model's configuration; `vision_config` and `qformer_config` are
+            dicts of their own.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ConversionError: The parts don't fit together; nothing is written.
+    """
+    overrides = dict(config or {})
+    vision_overrides = dict(overrides.pop("vision_config", {}))
+    files = TensorFiles(checkpoint)
+    vision_files = None if vision is None else TensorFiles(vision)
+    language_files = None if language is None else TensorFiles(language)
+    prefix = language_of(files.shapes)
+    inside = {key: key.removeprefix("visual_encoder.") for key in files.shapes if key.startswith("visual_encoder.")}
+    if not inside and vision is None:
+        raise ConversionError("The checkpoint has no visual_encoder.*: give the vision encoder's own file.")
+    encoder = usual_vision(vision_files, Renamed(files, inside) if inside else None)
+    vision_config = lavis_depth(
+        read_vision_config(encoder, None if inside else vision, vision_overrides), vision_overrides
+    )
+
+    text_config = language_tokenizer = None
+    if prefix is not None and language is not None:
+        text_config = read_text_config(language)
+        language_tokenizer = load_tokenizer(tokenizer or language, prefix)
+        if prefix == "llm":
+            text_config.vocab_size = len(language_tokenizer)  # [PAD] has a row, which is in no official file
+        language_tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
+        overrides["image_token_id"] = language_tokenizer.convert_tokens_to_ids("<image>")
+    elif language is not None:
+        text_config = read_text_config(language)
+    bert = None
+    words = files.shapes.get("Qformer.bert.embeddings.word_embeddings.weight")
+    if words is not None:
+        bert = load_qformer_tokenizer(qformer_tokenizer, words[0], prefix is not None)
+    if prefix is None and bert is not None:
+        overrides = {"eos_token_id": bert.sep_token_id, "pad_token_id": bert.pad_token_id, **overrides}
+    model_config = infer_config(files.shapes, vision_config, text_config, **overrides)
+    conversion = plan_conversion(files, vision_files, language_files, model_config)
+    tied = {name: of for name, of in conversion.model.all_tied_weights_keys.items() if name not in conversion.pieces}
+    compare_twins(files, checkpoint_table(conversion.model, prefix, tied), conversion)
+
+    side = model_config.image_size
+    image_processor = CLIPImageProcessor(size={"height": side, "width": side}, do_center_crop=False)
+    generation = None
+    if prefix is not None:
+        generation = generation_config(prefix, bert is not None, language_tokenizer, text_config)
+    processor = build_processor(model_config, prefix, image_processor, language_tokenizer, bert)
+    conversion.write(output, generation, processor)
+    return conversion
+
+
+def lavis_depth(config: PreTrainedConfig, overrides: Mapping) -> PreTrainedConfig:
+    """LAVIS's encoders leave the last block out, which the encoders' own files have."""
+    kind = "clip" if config.model_type == "clip_vision_model" else "eva"
+    known = LAVIS_ENCODERS.get((kind, config.hidden_size), {})
+    if "num_hidden_layers" not in overrides and known:
+        config.num_hidden_layers = min(config.num_hidden_layers, known["num_hidden_layers"])
+    return config
+
+
+def build_processor(config: BridgedConfig, language: str | None, image_processor, tokenizer, qformer_tokenizer):
+    """The processor that belongs to the model.
+
+    Args:
+        config: The model's configuration.
+        language: What the checkpoint calls its language model.
+        image_processor: Its image processor.
+        tokenizer: The language model's tokenizer; `None` for stage 1.
+        qformer_tokenizer: The Q-Former's; `None` where it reads no text.
+    """
+    if language is None:
+        return QFormerBlip2PreTrainingProcessor.from_config(config, image_processor, qformer_tokenizer)
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right" if language == "t5" else "left"
+    options = {"caption_prompt": "A short image description:"} if config.qformer_config.use_text else {}
+    if language != "t5":
+        # the official order is image, beginning of sequence, text
+        tokenizer.add_bos_token = tokenizer.init_kwargs["add_bos_token"] = False
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B")
+        # LLaMA's tokenizer takes the space for the one that it puts in front of every text
+        options["text_start"] = tokenizer.bos_token + (" " if language == "llm" else "")
+    return QFormerBlip2Processor.from_config(
+        config, image_processor, tokenizer, qformer_tokenizer=qformer_tokenizer, **options
+    )
+
+
+__all__ = [
+    "BRIDGE_TABLE",
+    "checkpoint_table",
+    "convert_blip2",
+    "infer_config",
+    "infer_qformer_config",
+    "language_of",
+    "plan_conversion",
+]

@@ -1,0 +1,786 @@
+"""Stage 1 of Q-Former BLIP-2: the Q-Former learns to read images by three objectives; and retrieval with what it learned.
+
+Source: BLIP-2 (arXiv 2301.12597, section 3.2); `lavis/models/blip2_models/blip2_qformer.py` and
+`lavis/models/blip2_models/blip2.py` (`compute_sim_matrix`) of the official code.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from ..configuration.configuration_qformer import QFormerBlip2PreTrainingConfig, QFormerConfig
+from .modeling_bridged import Bridge, BridgedModel
+from .modeling_qformer import QFormer
+
+
+# ---------------------------------------------------------------------- several processes
+
+
+def _num_processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class _Gather(torch.autograd.Function):
+    """All processes' tensors, one after the other along the first dimension; gradients go back to where they belong."""
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
+        everyone = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, tensor.contiguous())
+        return torch.cat(everyone)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensors of all processes, `(processes * batch, ...)`, with gradients; of one process the tensor itself."""
+    return tensor if _num_processes() == 1 else _Gather.apply(tensor)
+
+
+def _gather_texts(input_ids: torch.Tensor, attention_mask: torch.Tensor, pad_token_id: int):
+    """Texts of all processes, filled up to the longest.
+
+    Raises:
+        ValueError: The processes have batches of different sizes.
+    """
+    if _num_processes() == 1:
+        return input_ids, attention_mask
+    shapes = gather(torch.tensor([input_ids.shape], device=input_ids.device))  # (processes, 2)
+    if shapes[:, 0].min() != shapes[:, 0].max():
+        raise ValueError(
+            f"The processes have batches of {shapes[:, 0].tolist()} pairs; stage 1 compares all with all and needs equal "
+            "ones. Drop the last, smaller batch (dataloader_drop_last=True)."
+        )
+    missing = int(shapes[:, 1].max()) - input_ids.shape[1]
+    input_ids = nn.functional.pad(input_ids, (0, missing), value=pad_token_id)
+    return gather(input_ids), gather(nn.functional.pad(attention_mask, (0, missing)))
+
+
+# ---------------------------------------------------------------------- parts
+
+
+class QFormerLMHead(nn.Module):
+    """BERT's head for predicting tokens; its table is the Q-Former's word embeddings.
+
+    Args:
+        config: The Q-Former's configuration.
+    """
+
+    def __init__(self, config: QFormerConfig):
+        super().__init__()
+        self.transform_dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.transform_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def init_parameters(self, config: QFormerBlip2PreTrainingConfig) -> None:
+        init.zeros_(self.bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map `(..., hidden_size)` to scores `(..., vocab_size)`."""
+        hidden = self.transform_layer_norm(self.activation(self.transform_dense(hidden_states)))
+        return self.decoder(hidden) + self.bias
+
+
+class QFormerPreTrainingBridge(Bridge):
+    """Layer norm on the patch features, Q-Former, and what the three objectives need."""
+
+    def __init__(self, config: QFormerBlip2PreTrainingConfig, language_model: PreTrainedModel | None = None):
+        super().__init__(config, None)
+        width = config.qformer_config.hidden_size
+        self.vision_layer_norm = nn.LayerNorm(config.vision_feature_size, eps=config.vision_layer_norm_eps)
+        self.qformer = QFormer(config.qformer_config, config.vision_feature_size)
+        self.vision_projection = nn.Linear(width, config.embed_dim)
+        self.text_projection = nn.Linear(width, config.embed_dim)
+        self.itm_head = nn.Linear(width, 2)  # no match, match
+        self.temperature = nn.Parameter(torch.tensor(config.itc_temperature))
+        self.lm_head = QFormerLMHead(config.qformer_config)
+
+    def init_parameters(self, config: QFormerBlip2PreTrainingConfig) -> None:
+        init.constant_(self.temperature, config.itc_temperature)
+
+    # All of these read patch features behind the layer norm, `(batch, num_patches, vision_dim)`.
+
+    def image_features(self, query_output: torch.Tensor) -> torch.Tensor:
+        """`(batch, num_query_tokens, hidden_size)` to unit vectors, `(batch, num_query_tokens, embed_dim)`."""
+        # in float32: in float16 the squares of large components overflow
+        return nn.functional.normalize(self.vision_projection(query_output).float(), dim=-1)
+
+    def text_features(self, text_output: torch.Tensor) -> torch.Tensor:
+        """`(batch, text_tokens, hidden_size)` to the first token's unit vector, `(batch, embed_dim)`."""
+        return nn.functional.normalize(self.text_projection(text_output[:, 0]).float(), dim=-1)
+
+    def multimodal_features(self, normed, input_ids, attention_mask) -> torch.Tensor:
+        """Queries that have read image and text: `(batch, num_query_tokens, hidden_size)`."""
+        hidden_states = self.qformer(normed, input_ids, attention_mask, "itm")
+        return hidden_states[:, : self.qformer.query_tokens.shape[1]]
+
+    def itm_logits(self, normed, input_ids, attention_mask) -> torch.Tensor:
+        """Scores of no match and match, `(batch, 2)`."""
+        return self.itm_head(self.multimodal_features(normed, input_ids, attention_mask)).float().mean(dim=1)
+
+
+def similarities_of(image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
+    """Cosine similarity of every image and every text: that of the query that is closest to the text.
+
+    Args:
+        image_features: `(num_images, num_query_tokens, embed_dim)`, unit vectors.
+        text_features: `(num_texts, embed_dim)`, unit vectors.
+
+    Returns:
+        `(num_images, num_texts)`.
+    """
+    return torch.einsum("iqd,td->itq", image_features, text_features).amax(dim=-1)
+
+
+def draw_negatives(
+    logits: torch.Tensor, positives: torch.Tensor, floor: float = 0.0, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Draw one hard negative per row: the more similar, the likelier.
+
+    Args:
+        logits: `(rows, candidates)`, similarities over the temperature.
+        positives: Bool, `(rows, candidates)`: what must not be drawn.
+        floor: Added to every candidate's probability, so that far ones are drawn at times.
+        generator: Where randomness comes from; the default one of the device where `None`.
+
+    Returns:
+        Indices of candidates, `(rows,)`.
+
+    Raises:
+        ValueError: A row has no negatives.
+    """
+    if bool(positives.all(dim=1).any()):
+        raise ValueError(
+            "No negatives to draw from: image-text matching needs at least two pairs in the batch, of different images. "
+            "Use a larger batch, or itm_weight=0."
+        )
+    logits = logits.detach().float()
+    if floor:
+        weights = (logits.softmax(dim=1) + floor).masked_fill(positives, 0.0)
+    else:
+        weights = logits.masked_fill(positives, -torch.inf).softmax(dim=1)
+    if generator is not None:
+        weights = weights.to(generator.device)
+    return torch.multinomial(weights, 1, generator=generator)[:, 0].to(logits.device)
+
+
+@dataclass
+class QFormerBlip2PreTrainingOutput(ModelOutput):
+    """Output of stage 1.
+
+    Args:
+        loss: Weighted sum of the three.
+        loss_itc: Image-text contrastive loss; `None` where it was left out, as the next two.
+        loss_itm: Image-text matching loss.
+        loss_itg: Image-grounded text generation loss.
+        similarities: Cosine similarities of this process' images and all processes' texts, `(batch, texts)`.
+        itm_logits: `(3 * batch, 2)`: of the pairs, of the texts with other images, of the images with other texts.
+        logits: Scores of the caption's tokens, `(batch, text_tokens, vocab_size)`.
+        image_features: Unit vectors, `(batch, num_query_tokens, embed_dim)`.
+        text_features: Unit vectors, `(batch, embed_dim)`.
+        image_negatives: Which image, of all processes, was drawn for each text, `(batch,)`.
+        text_negatives: Which text was drawn for each image, `(batch,)`.
+        past_key_values: Cache of queries and text, when captioning.
+    """
+
+    loss: torch.Tensor | None = None
+    loss_itc: torch.Tensor | None = None
+    loss_itm: torch.Tensor | None = None
+    loss_itg: torch.Tensor | None = None
+    similarities: torch.Tensor | None = None
+    itm_logits: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    image_features: torch.Tensor | None = None
+    text_features: torch.Tensor | None = None
+    image_negatives: torch.Tensor | None = None
+    text_negatives: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+
+
+@dataclass
+class QFormerBlip2RetrievalOutput(ModelOutput):
+    """Scores of images and texts.
+
+    Args:
+        itc_scores: Cosine similarities, `(num_images, num_texts)`.
+        itm_logits: Scores of no match and match of pairs, `(batch, 2)`.
+        image_features: Unit vectors, `(num_images, num_query_tokens, embed_dim)`.
+        text_features: Unit vectors, `(num_texts, embed_dim)`.
+    """
+
+    itc_scores: torch.Tensor | None = None
+    itm_logits: torch.Tensor | None = None
+    image_features: torch.Tensor | None = None
+    text_features: torch.Tensor | None = None
+
+
+@dataclass
+class RankingOutput(ModelOutput):
+    """Many images against many texts.
+
+    Args:
+        itc_scores: Cosine similarities, `(num_images, num_texts)`.
+        image_to_text: Score of each text for an image, `(num_images, num_texts)`: similarity and matching score for the
+            `top_k` most similar ones, minus infinity for the rest.
+        text_to_image: Score of each image for a text, likewise, `(num_texts, num_images)`.
+    """
+
+    itc_scores: torch.Tensor | None = None
+    image_to_text: torch.Tensor | None = None
+    text_to_image: torch.Tensor | None = None
+
+
+# ---------------------------------------------------------------------- models
+
+
+class QFormerBlip2Stage1Model(BridgedModel):
+    """What pre-training and retrieval share: features and scores. There is no language model."""
+
+    config_class = QFormerBlip2PreTrainingConfig
+    config: QFormerBlip2PreTrainingConfig
+    bridge_class = QFormerPreTrainingBridge
+    accepts_loss_kwargs = False
+    _no_split_modules = ["QFormerLayer"]
+    _tied_weights_keys = {"bridge.lm_head.decoder.weight": "bridge.qformer.word_embeddings.weight"}
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.bridge.qformer.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.bridge.qformer.word_embeddings = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.bridge.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.bridge.lm_head.decoder = new_embeddings
+
+    def _inherit_generation_config(self) -> GenerationConfig:
+        """The official defaults for captions, BERT's special tokens around them."""
+        config = self.config
+        return GenerationConfig(
+            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id,
+            max_length=30, min_length=10, num_beams=3,
+        )  # fmt: skip
+
+    @classmethod
+    def from_vision(
+        cls,
+        vision,
+        tokenizer="google-bert/bert-base-uncased",
+        *,
+        init_from: str | os.PathLike | PreTrainedModel | None = None,
+        image_processor=None,
+        dtype: torch.dtype | str | None = None,
+        max_length: int = 32,
+        **options,
+    ):
+        """Put a fresh Q-Former behind a vision encoder, which is frozen: where stage 1 begins.
+
+        Args:
+            vision: Vision encoder: Hub id, folder, configuration (random weights) or loaded model.
+            tokenizer: BERT's: object, Hub id or folder; `[DEC]` is added where it has no beginning of sequence.
+            init_from: BERT that the Q-Former begins as, as for `load_bert`; random weights where `None`.
+            image_processor: The encoder's image processor, where it is not found beside it: object, Hub id or folder.
+            dtype: Of the vision encoder; the Q-Former is in float32.
+            max_length: Longest text, in tokens.
+            options: Fields of `QFormerBlip2PreTrainingConfig`; `qformer_config` as a dict.
+
+        Returns:
+            Model (in eval mode) and processor.
+
+        Raises:
+            ValueError: Parts that do not fit together.
+        """
+        from ..compose import _image_processor, _resolve
+        from ..processing.processing_qformer import QFormerBlip2PreTrainingProcessor, bert_tokenizer, end_of_text
+
+        vision_model, name, pin = _resolve("vision_model", vision, dtype)
+        tokenizer = bert_tokenizer(copy.deepcopy(tokenizer))
+        qformer = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+        config = QFormerBlip2PreTrainingConfig(
+            vision_config=vision_model.config,
+            qformer_config={**qformer, **options.pop("qformer_config", {})},
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=end_of_text(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            frozen_parts={"vision_model": pin},
+            **options,
+        )
+        image_processor = _image_processor(image_processor, name, config.vision_config)
+        processor = QFormerBlip2PreTrainingProcessor.from_config(
+            config, image_processor, tokenizer, max_length=max_length
+        )
+        model = cls(config, vision_model=vision_model)
+        if init_from is not None:
+            model.load_bert(init_from)
+        return model.eval(), processor
+
+    @torch.no_grad()
+    def load_bert(self, source: str | os.PathLike | PreTrainedModel, **hub_kwargs) -> None:
+        """Begin as BERT: what the Q-Former has in common with it, and the head that predicts tokens.
+
+        Args:
+            source: Hub id, folder, or a loaded `BertForMaskedLM`.
+            hub_kwargs: `revision`, `token` and the like.
+
+        Raises:
+            ValueError: It is not a BERT of this size, or its checkpoint lacks something.
+        """
+        head, known = self.bridge.qformer.load_bert(source, **hub_kwargs), self.bridge.lm_head
+        known.transform_dense.weight.copy_(head["transform.dense.weight"])
+        known.transform_dense.bias.copy_(head["transform.dense.bias"])
+        known.transform_layer_norm.weight.copy_(head["transform.LayerNorm.weight"])
+        known.transform_layer_norm.bias.copy_(head["transform.LayerNorm.bias"])
+        known.bias[: len(head["bias"])].copy_(head["bias"])
+
+    # ------------------------------------------------------------------ features
+
+    def _normed(self, pixel_values: torch.Tensor | None, patch_features: torch.Tensor | None) -> torch.Tensor:
+        """What the Q-Former reads: patch features behind the layer norm."""
+        if (pixel_values is None) == (patch_features is None):
+            raise ValueError("Give exactly one of pixel_values and patch_features.")
+        if patch_features is None:
+            patch_features = self.get_patch_features(pixel_values)
+        return self.bridge.vision_layer_norm(patch_features.to(self.bridge.dtype))
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor | None = None, patch_features: torch.Tensor | None = None
+    ) -> BaseModelOutputWithPooling:
+        """Features of images alone.
+
+        Args:
+            pixel_values: `(num_images, channels, height, width)`.
+            patch_features: `(num_images, num_patches, vision_dim)` instead, from `get_patch_features`.
+
+        Returns:
+            `last_hidden_state`: the queries, `(num_images, num_query_tokens, hidden_size)`; `pooler_output`: unit vectors
+            to compare with texts, `(num_images, num_query_tokens, embed_dim)`.
+        """
+        queries = self.bridge.qformer(self._normed(pixel_values, patch_features))
+        return BaseModelOutputWithPooling(last_hidden_state=queries, pooler_output=self.bridge.image_features(queries))
+
+    @can_return_tuple
+    def get_text_features(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None
+    ) -> BaseModelOutputWithPooling:
+        """Features of texts alone.
+
+        Args:
+            input_ids: `(num_texts, text_tokens)`, beginning with `[CLS]`, padded on the right.
+            attention_mask: `(num_texts, text_tokens)`, 0 for padding.
+
+        Returns:
+            `last_hidden_state`: `(num_texts, text_tokens, hidden_size)`; `pooler_output`: unit vectors to compare with
+            images, `(num_texts, embed_dim)`.
+        """
+        hidden_states = self.bridge.qformer(None, input_ids, attention_mask)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=hidden_states, pooler_output=self.bridge.text_features(hidden_states)
+        )
+
+    def get_multimodal_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        patch_features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Queries that have read an image together with a text: `(batch, num_query_tokens, hidden_size)`.
+
+        Args:
+            pixel_values: `(batch, channels, height, width)`.
+            input_ids: `(batch, text_tokens)`.
+            attention_mask: `(batch, text_tokens)`, 0 for padding.
+            patch_features: `(batch, num_patches, vision_dim)` instead of pixels.
+        """
+        normed = self._normed(pixel_values, patch_features)
+        return self.bridge.multimodal_features(normed, input_ids, attention_mask)
+
+    def get_itm_logits(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        patch_features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Does the text describe the image? Scores of no match and match, `(batch, 2)`.
+
+        Args:
+            pixel_values: `(batch, channels, height, width)`.
+            input_ids: `(batch, text_tokens)`.
+            attention_mask: `(batch, text_tokens)`, 0 for padding.
+            patch_features: `(batch, num_patches, vision_dim)` instead of pixels.
+        """
+        return self.bridge.itm_logits(self._normed(pixel_values, patch_features), input_ids, attention_mask)
+
+
+class QFormerBlip2ForPreTraining(QFormerBlip2Stage1Model):
+    """Stage 1: contrastive, matching and generation loss over image-text pairs, and captions.
+
+    Args:
+        config: Configuration; it weights the losses.
+        vision_model: An encoder that exists already; it is used as it is.
+    """
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        patch_features: torch.Tensor | None = None,
+        itg_targets: torch.LongTensor | None = None,
+        image_ids: torch.LongTensor | None = None,
+        image_negatives: torch.LongTensor | None = None,
+        text_negatives: torch.LongTensor | None = None,
+        generator: torch.Generator | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        return_loss: bool = True,
+    ) -> QFormerBlip2PreTrainingOutput:
+        """Compute the losses of a batch of pairs.
+
+        Where a process group is initialised, images are compared with the texts of all processes and the other way
+        round; the mean of the processes' losses is that of one process with all pairs, and so are the gradients.
+
+        Args:
+            pixel_values: `(batch, channels, height, width)`.
+            input_ids: `(batch, text_tokens)`, `[CLS]` text `[SEP]`, padded on the right.
+            attention_mask: `(batch, text_tokens)`, 0 for padding.
+            patch_features: `(batch, num_patches, vision_dim)` instead of pixels, from `get_patch_features`.
+            itg_targets: `(batch, text_tokens)`: what the generation loss predicts, -100 where none is wanted; `input_ids`
+                where not given. As `input_ids`, not shifted. (Not `labels`: `Trainer` would look for them in
+                every batch, and give no loss in evaluation without them.)
+            image_ids: `(batch,)`: pairs of one image are no negatives of each other.
+            image_negatives: `(batch,)`: for each text, which image of all processes is its negative; drawn if `None`.
+            text_negatives: `(batch,)`: for each image, which text.
+            generator: Where the draw's randomness comes from.
+            past_key_values: When captioning: cache of the queries, and of the text so far. No losses then.
+            use_cache: When captioning: extend the cache.
+            return_loss: Compute the losses; else similarities and features only.
+
+        Returns:
+            A `QFormerBlip2PreTrainingOutput`.
+
+        Raises:
+            ValueError: Inputs are missing, or there are no negatives to draw from.
+
+        Source: BLIP-2, section 3.2; `blip2_qformer.py`, `Blip2Qformer.forward`.
+        """
+        if past_key_values is not None:
+            return self._decode(input_ids, attention_mask, past_key_values, use_cache)
+        if input_ids is None:
+            raise ValueError("Stage 1 needs pairs: input_ids are missing. Images alone: get_image_features.")
+        config, bridge = self.config, self.bridge
+        if attention_mask is None:
+            attention_mask = (input_ids != config.pad_token_id).long()
+        itc, itm, itg = (bool(return_loss and w) for w in (config.itc_weight, config.itm_weight, config.itg_weight))
+        drawn = itm and (image_negatives is None or text_negatives is None)
+        compared = itc or drawn or not return_loss
+
+        normed = self._normed(pixel_values, patch_features)  # (batch, num_patches, vision_dim)
+        batch = normed.shape[0]
+        if input_ids.shape[0] != batch:
+            raise ValueError(f"{batch} images, but {input_ids.shape[0]} texts; expected pairs.")
+        all_ids, all_masks = input_ids, attention_mask
+        first = 0  # of this process' pairs among all
+        if return_loss and _num_processes() > 1:
+            all_ids, all_masks = _gather_texts(input_ids, attention_mask, config.pad_token_id)
+            first = dist.get_rank() * batch
+            input_ids, attention_mask = all_ids[first : first + batch], all_masks[first : first + batch]
+        gathered = gather if return_loss else nn.Identity()
+        output = QFormerBlip2PreTrainingOutput()
+
+        key_values = None
+        if compared or itg:
+            queries, key_values = bridge.qformer(normed, return_key_values=True)
+        if compared:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and (itc or not return_loss)):
+                image_features = bridge.image_features(queries)  # (batch, num_query_tokens, embed_dim)
+                text_features = bridge.text_features(bridge.qformer(None, input_ids, attention_mask))
+                image_to_text = similarities_of(image_features, gathered(text_features))  # (batch, texts)
+                text_to_image = similarities_of(gathered(image_features), text_features).T  # (batch, images)
+            output.similarities = image_to_text
+            output.image_features, output.text_features = image_features, text_features
+            temperature = bridge.temperature.float()
+            positives = self._positives(
+                image_ids, batch, first, gathered, normed.device
+            )  # (batch, pairs of all processes)
+        if itc:
+            targets = positives.float() / positives.sum(dim=1, keepdim=True)
+            losses = [
+                nn.functional.cross_entropy(scores / temperature, targets, label_smoothing=config.label_smoothing)
+                for scores in (image_to_text, text_to_image)
+            ]
+            output.loss_itc = sum(losses) / 2
+        if itm:
+            with torch.no_grad():
+                options = {"floor": config.negatives_floor, "generator": generator}
+                if image_negatives is None:
+                    image_negatives = draw_negatives(text_to_image / temperature, positives, **options)
+                if text_negatives is None:
+                    text_negatives = draw_negatives(image_to_text / temperature, positives, **options)
+            # pairs; texts with other images; images with other texts
+            images = torch.cat((normed, gathered(normed)[image_negatives], normed))
+            ids = torch.cat((input_ids, input_ids, all_ids[text_negatives]))
+            masks = torch.cat((attention_mask, attention_mask, all_masks[text_negatives]))
+            output.itm_logits = bridge.itm_logits(images, ids, masks)  # (3 * batch, 2)
+            matches = (torch.arange(3 * batch, device=ids.device) < batch).long()
+            output.loss_itm = nn.functional.cross_entropy(output.itm_logits, matches)
+            output.image_negatives, output.text_negatives = image_negatives, text_negatives
+        if itg:
+            decoder_ids = input_ids.clone()
+            decoder_ids[:, 0] = config.bos_token_id
+            hidden = bridge.qformer(None, decoder_ids, attention_mask, "itg", key_values)
+            output.logits = bridge.lm_head(hidden)  # (batch, text_tokens, vocab_size)
+            output.loss_itg = self._generation_loss(output.logits, decoder_ids, attention_mask, itg_targets)
+        terms = (
+            (config.itc_weight, output.loss_itc),
+            (config.itm_weight, output.loss_itm),
+            (config.itg_weight, output.loss_itg),
+        )
+        weighted = [weight * loss for weight, loss in terms if loss is not None]
+        output.loss = sum(weighted) if weighted else None
+        return QFormerBlip2PreTrainingOutput(**output)
+
+    @staticmethod
+    def _positives(image_ids, batch: int, first: int, gathered, device) -> torch.Tensor:
+        """Bool, `(batch, pairs of all processes)`: which pairs show the same image."""
+        if image_ids is None:
+            image_ids = torch.arange(first, first + batch, device=device)
+        return image_ids[:, None] == gathered(image_ids)[None]
+
+    def _generation_loss(self, logits, decoder_ids, attention_mask, targets) -> torch.Tensor:
+        """Next-token loss over all processes' tokens: each counts as much as any other."""
+        if targets is None:
+            targets = decoder_ids.masked_fill(attention_mask == 0, -100)
+        labels = nn.functional.pad(targets[:, 1:], (0, logits.shape[1] - targets.shape[1]), value=-100)
+        count = (labels != -100).sum()
+        if _num_processes() > 1:
+            count = gather(count[None]).sum() / _num_processes()
+        total = nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(),
+            labels.flatten(),
+            label_smoothing=self.config.label_smoothing,
+            reduction="sum",
+        )
+        return total / count.clamp(min=1)
+
+    # ------------------------------------------------------------------ captions
+
+    def _decode(self, input_ids, attention_mask, cache: Cache, use_cache: bool | None) -> QFormerBlip2PreTrainingOutput:
+        """One step of captioning: text behind what is in the cache, queries in front."""
+        past = [(layer.keys, layer.values) for layer in cache.layers]
+        hidden, key_values = self.bridge.qformer(None, input_ids, attention_mask, "itg", past, return_key_values=True)
+        if use_cache:
+            for index, (key, value) in enumerate(key_values):
+                cache.update(key, value, index)
+        return QFormerBlip2PreTrainingOutput(logits=self.bridge.lm_head(hidden), past_key_values=cache)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        patch_features: torch.Tensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        **kwargs,
+    ):
+        """Caption images: the queries read them once, the text is written behind.
+
+        Args:
+            pixel_values: `(batch, channels, height, width)`.
+            patch_features: `(batch, num_patches, vision_dim)` instead of pixels.
+            input_ids: `(batch, text_tokens)`: how the captions begin, `[DEC]` first, without padding; `[DEC]` alone where
+                not given.
+            kwargs: As for every `generate`. The default is the official one: 3 beams, 10 to 30 tokens.
+
+        Returns:
+            Ids with `[DEC]` in front, as `generate` gives them.
+
+        Raises:
+            ValueError: `input_ids` are padded.
+
+        Source: `blip2_qformer.py`, `Blip2Qformer.generate`.
+        """
+        _, key_values = self.bridge.qformer(self._normed(pixel_values, patch_features), return_key_values=True)
+        cache = DynamicCache()
+        for index, (key, value) in enumerate(key_values):
+            cache.update(key, value, index)
+        if input_ids is None:
+            input_ids = torch.full((key.shape[0], 1), self.config.bos_token_id, device=key.device)
+        mask = kwargs.pop("attention_mask", None)
+        mask = input_ids != self.config.pad_token_id if mask is None else mask
+        if not bool(mask.all()):
+            raise ValueError("Captions that begin with texts of different lengths: caption those separately.")
+        return super().generate(input_ids=input_ids, attention_mask=mask.long(), past_key_values=cache, **kwargs)
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, *args, **model_kwargs):
+        if expand_size > 1:  # the queries' keys and values are there before the beams are
+            model_kwargs["past_key_values"].batch_repeat_interleave(expand_size)
+        return super()._expand_inputs_for_generation(expand_size, *args, **model_kwargs)
+
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, attention_mask=None, use_cache=None, **kwargs
+    ):
+        seen = past_key_values.get_seq_length() - self.config.qformer_config.num_query_tokens
+        return {
+            "input_ids": input_ids[:, seen:],
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+        }
+
+    def _update_finished_beams(self, *, topk_running_sequences, topk_log_probs, cur_len, length_penalty, **kwargs):
+        # transformers 4.26, which the official results come from, counts one token more in captions that `max_length` cuts
+        # off than in those that end by themselves; they come out ahead more often there
+        cut_off = topk_running_sequences[:, :, cur_len] != self.config.eos_token_id
+        longer = (cur_len / (cur_len + 1)) ** length_penalty
+        return super()._update_finished_beams(
+            topk_running_sequences=topk_running_sequences,
+            topk_log_probs=torch.where(cut_off, topk_log_probs * longer, topk_log_probs),
+            cur_len=cur_len,
+            length_penalty=length_penalty,
+            **kwargs,
+        )
+
+    # there is no placeholder in the text, which the base class's version looks for
+    _get_logits_processor = GenerationMixin._get_logits_processor
+
+
+class QFormerBlip2ForImageTextRetrieval(QFormerBlip2Stage1Model):
+    """Scores of images and texts: by similarity of their features, and by reading them together.
+
+    Args:
+        config: Configuration.
+        vision_model: An encoder that exists already; it is used as it is.
+    """
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        patch_features: torch.Tensor | None = None,
+        use_image_text_matching_head: bool = False,
+    ) -> QFormerBlip2RetrievalOutput:
+        """Compare images and texts.
+
+        Args:
+            pixel_values: `(num_images, channels, height, width)`.
+            input_ids: `(num_texts, text_tokens)`.
+            attention_mask: `(num_texts, text_tokens)`, 0 for padding.
+            patch_features: `(num_images, num_patches, vision_dim)` instead of pixels.
+            use_image_text_matching_head: Read the first image with the first text and so on, as many of one as of the
+                other; else compare features, all with all.
+
+        Raises:
+            ValueError: Matching, and there are not as many images as texts.
+        """
+        normed = self._normed(pixel_values, patch_features)
+        if attention_mask is None:
+            attention_mask = (input_ids != self.config.pad_token_id).long()
+        bridge = self.bridge
+        if use_image_text_matching_head:
+            if normed.shape[0] != input_ids.shape[0]:
+                raise ValueError(f"{normed.shape[0]} images, but {input_ids.shape[0]} texts; matching takes pairs.")
+            return QFormerBlip2RetrievalOutput(itm_logits=bridge.itm_logits(normed, input_ids, attention_mask))
+        image_features = bridge.image_features(bridge.qformer(normed))
+        text_features = bridge.text_features(bridge.qformer(None, input_ids, attention_mask))
+        return QFormerBlip2RetrievalOutput(
+            itc_scores=similarities_of(image_features, text_features),
+            image_features=image_features,
+            text_features=text_features,
+        )
+
+    @torch.no_grad()
+    def rank(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        patch_features: torch.Tensor | None = None,
+        top_k: int = 128,
+        batch_size: int = 32,
+    ) -> RankingOutput:
+        """Rank many texts for many images and the other way round: all by similarity, the best again by matching.
+
+        Args:
+            pixel_values: `(num_images, channels, height, width)`; on any device, as the rest.
+            input_ids: `(num_texts, text_tokens)`.
+            attention_mask: `(num_texts, text_tokens)`, 0 for padding.
+            patch_features: `(num_images, num_patches, vision_dim)` instead of pixels.
+            top_k: How many of the most similar ones to read together with what they are ranked for; 0 for none.
+            batch_size: Images, texts or pairs at a time.
+
+        Returns:
+            A `RankingOutput`, on the CPU. With `top_k=0` its scores are the similarities.
+
+        Source: `lavis/models/blip2_models/blip2.py`, `compute_sim_matrix`.
+        """
+        device = self.bridge.temperature.device
+        if attention_mask is None:
+            attention_mask = (input_ids != self.config.pad_token_id).long()
+        patches, image_features, text_features = [], [], []
+        for batch in (pixel_values if patch_features is None else patch_features).split(batch_size):
+            batch = batch.to(device)
+            batch = self.get_patch_features(batch) if patch_features is None else batch
+            image_features.append(self.get_image_features(patch_features=batch).pooler_output)
+            patches.append(batch.cpu())
+        for ids, mask in zip(input_ids.split(batch_size), attention_mask.split(batch_size)):
+            text_features.append(self.get_text_features(ids.to(device), mask.to(device)).pooler_output)
+        texts, patches = torch.cat(text_features), torch.cat(patches)
+        itc_scores = torch.cat([similarities_of(images, texts).cpu() for images in image_features])
+        if top_k == 0:
+            return RankingOutput(itc_scores=itc_scores, image_to_text=itc_scores, text_to_image=itc_scores.T)
+
+        chosen = [torch.zeros(itc_scores.shape, dtype=torch.bool) for _ in range(2)]
+        for dim, mask in zip((1, 0), chosen):
+            best = itc_scores.topk(min(top_k, itc_scores.shape[dim]), dim=dim).indices
+            mask.scatter_(dim, best, True)
+        scores = itc_scores.clone()
+        pairs = (chosen[0] | chosen[1]).nonzero()  # (pairs, 2): which image, which text
+        for images, ids in (part.unbind(dim=1) for part in pairs.split(batch_size)):
+            logits = self.get_itm_logits(
+                patch_features=patches[images].to(device),
+                input_ids=input_ids[ids.to(input_ids.device)].to(device),
+                attention_mask=attention_mask[ids.to(attention_mask.device)].to(device),
+            )
+            scores[images, ids] += logits[:, 1].cpu()
+        image_to_text, text_to_image = (scores.masked_fill(~mask, -torch.inf) for mask in chosen)
+        return RankingOutput(itc_scores=itc_scores, image_to_text=image_to_text, text_to_image=text_to_image.T)
+
+
+__all__ = [
+    "QFormerBlip2ForImageTextRetrieval",
+    "QFormerBlip2ForPreTraining",
+    "QFormerBlip2PreTrainingOutput",
+    "QFormerBlip2RetrievalOutput",
+    "QFormerBlip2Stage1Model",
+    "QFormerPreTrainingBridge",
+    "RankingOutput",
+    "draw_negatives",
+    "gather",
+    "similarities_of",
+]
