@@ -82,9 +82,5 @@ class PerceiverFlamingoProcessor(BridgedProcessor):
         inputs["patch_mask"] = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         return inputs
 
-    @property
-    def model_input_names(self) -> list[str]:
-        return [*super().model_input_names, "patch_mask"]
-
 
 __all__ = ["PerceiverFlamingoProcessor"]

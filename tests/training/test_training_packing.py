@@ -125,7 +125,7 @@ def test_free_tokens_are_imitated():
     torch.testing.assert_close(tokens(shown)[0, 2], tokens.words[0, 2] + tokens.words[len(COLORS), 2])
     features = shown.expand(-1, 3, -1)
     bridge = torch.nn.Linear(features.shape[-1], 32)
-    imitate(bridge, tokens, features, shown, steps=3000)
+    imitate(bridge, tokens, features, shown, steps=6000)
     torch.testing.assert_close(bridge(features), tokens(shown), atol=0.05, rtol=0)
 
 

@@ -17,7 +17,6 @@ from transformers import (
     CLIPModel,
     CLIPTextConfig,
     FalconConfig,
-    MptConfig,
     TimmWrapperConfig,
     ViTConfig,
 )
@@ -139,7 +138,6 @@ def test_an_image_processor_of_another_size():
 @pytest.mark.parametrize(
     "config",
     [
-        MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=100),
         BloomConfig(hidden_size=32, n_head=4, n_layer=2, vocab_size=100),
         FalconConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, vocab_size=100),
     ],
