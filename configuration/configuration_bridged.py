@@ -7,17 +7,14 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 
-def num_patches(source, height: int, width: int) -> int:
-    """Number of patch features the vision model gives for one image.
+def patch_grid(source, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of the patches that the vision model makes of one image.
 
     Args:
-        source: Anything that carries `patch_size`, `num_prefix_tokens` and `vision_feature_select_strategy`: a
-            configuration or a processor.
+        source: Anything that carries `patch_size`, `num_prefix_tokens` and `vision_layout`: a configuration or a
+            processor.
         height: Height of the image as the vision model receives it, in pixels.
         width: Width, in pixels.
-
-    Returns:
-        Patches, and the prefix tokens (CLS, registers) too where the strategy is `"full"`.
 
     Raises:
         ValueError: The geometry of the vision model is not known yet.
@@ -30,8 +27,25 @@ def num_patches(source, height: int, width: int) -> int:
     # Convolutional encoders pad at their borders (ceil); patch embeddings drop what does not fill a patch (floor).
     round_up = source.num_prefix_tokens == 0 and source.vision_layout == "grid"
     rows, columns = ((side + (source.patch_size - 1) * round_up) // source.patch_size for side in (height, width))
-    prefix = source.num_prefix_tokens if source.vision_feature_select_strategy == "full" else 0
-    return rows * columns + prefix
+    return rows, columns
+
+
+def num_patches(source, height: int, width: int) -> int:
+    """Number of patch features the vision model gives for one image.
+
+    Args:
+        source: As for `patch_grid`, and with `vision_feature_select_strategy`.
+        height: Height of the image as the vision model receives it, in pixels.
+        width: Width, in pixels.
+
+    Returns:
+        Patches, and the prefix tokens (CLS, registers) too where the strategy is `"full"`.
+
+    Raises:
+        ValueError: The geometry of the vision model is not known yet.
+    """
+    rows, columns = patch_grid(source, height, width)
+    return rows * columns + (source.num_prefix_tokens if source.vision_feature_select_strategy == "full" else 0)
 
 
 @strict
@@ -119,4 +133,4 @@ class BridgedConfig(PreTrainedConfig):
         return num_patches(self, height, width)
 
 
-__all__ = ["BridgedConfig", "num_patches"]
+__all__ = ["BridgedConfig", "num_patches", "patch_grid"]

@@ -44,7 +44,8 @@ class BridgedOutput(ModelOutput):
         encoder_last_hidden_state: Of an encoder-decoder language model.
         encoder_hidden_states: Of an encoder-decoder language model.
         encoder_attentions: Of an encoder-decoder language model.
-        image_hidden_states: What the bridge made of the images, `(num_images, num_image_tokens, text_dim)`.
+        image_hidden_states: What the bridge made of the images, `(num_images, num_image_tokens, text_dim)`; a list of
+            `(num_image_tokens, text_dim)` where images differ in their number of tokens.
         visual_states: Conditioning to carry along with `past_key_values` (families that condition decoder layers).
     """
 
@@ -115,7 +116,8 @@ class Bridge(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        parameter = next(self.parameters(), None)  # a bridge may have none
+        return torch.get_default_dtype() if parameter is None else parameter.dtype
 
     def init_parameters(self, config: BridgedConfig) -> None:
         """Fill this module's own fresh parameters (sub-modules are initialised by the model)."""
@@ -441,8 +443,9 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
             kwargs: The family's other `image_arguments`, for the bridge.
 
         Returns:
-            An output whose `pooler_output` holds the visual tokens, `(num_images, num_image_tokens, text_dim)`, and
-            whose `last_hidden_state` holds the patch features.
+            An output whose `pooler_output` holds the visual tokens, `(num_images, num_image_tokens, text_dim)` (a list of
+            `(num_image_tokens, text_dim)` where images differ in their number), and whose `last_hidden_state` holds the
+            patch features.
         """
         hidden_states = attentions = None
         if patch_features is None:
@@ -487,7 +490,8 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
         Args:
             inputs_embeds: `(batch, tokens, text_dim)`.
             input_ids: `(batch, tokens)`; where only embeddings were given, they must hold the visual tokens already.
-            image_features: `(num_images, num_image_tokens, text_dim)`, or `None` for text alone.
+            image_features: `(num_images, num_image_tokens, text_dim)`; a list of `(num_image_tokens, text_dim)` where
+                images differ in their number of tokens; or `None` for text alone.
 
         Raises:
             ValueError: There are not as many placeholders as visual tokens.
@@ -504,16 +508,20 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
                     f"There are {int(placeholders.sum())} image tokens in input_ids, but no images were given."
                 )
             return inputs_embeds
-        num_features = image_features.shape[0] * image_features.shape[1]
+        lengths = [len(features) for features in image_features]
+        num_features = sum(lengths)
         torch_compilable_check(
             placeholders.sum() == num_features,
             lambda: (
                 f"{int(placeholders.sum())} image tokens in input_ids, but the bridge made {num_features} features for "
-                f"{image_features.shape[0]} images ({image_features.shape[1]} each). Use the processor that belongs to "
-                "this model, and don't truncate."
+                f"{len(lengths)} images ({', '.join(map(str, sorted(set(lengths))))} each). Use the processor that belongs "
+                "to this model, and don't truncate."
             ),
         )
-        return inputs_embeds.masked_scatter(placeholders[..., None], image_features.to(inputs_embeds).flatten(0, 1))
+        features = image_features if isinstance(image_features, torch.Tensor) else torch.cat(list(image_features))
+        return inputs_embeds.masked_scatter(
+            placeholders[..., None], features.to(inputs_embeds).reshape(num_features, inputs_embeds.shape[-1])
+        )
 
     # ------------------------------------------------------------------ forward
 

@@ -1,7 +1,7 @@
 """MLP-LLaVA: every patch feature becomes a visual token through a linear layer or a small MLP.
 
-Source: LLaVA (arXiv 2304.08485, section 4.1), LLaVA-1.5 (arXiv 2310.03744, section 3.2); `llava/model/
-multimodal_projector/builder.py` of the official code.
+Source: LLaVA (arXiv 2304.08485, section 4.1), LLaVA-1.5 (arXiv 2310.03744, section 3.2), LLaVA-NeXT; `llava/model/
+multimodal_projector/builder.py` and `llava/model/llava_arch.py` of the official code.
 """
 
 from __future__ import annotations
@@ -9,34 +9,122 @@ from __future__ import annotations
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import ModelOutput
 
-from ..configuration.configuration_llava import MLPLlavaConfig
+from ..configuration.configuration_bridged import patch_grid
+from ..configuration.configuration_llava import AnyresLayout, MLPLlavaConfig, anyres_layout
 from .modeling_bridged import Bridge, BridgedModel
 
 
+def pool_patches(patch_features: torch.Tensor, rows: int, columns: int, pooling: str, factor: int) -> torch.Tensor:
+    """Make one feature of `factor` x `factor` neighbouring ones.
+
+    Args:
+        patch_features: `(num_images, rows * columns, channels)`.
+        rows: Rows of patches.
+        columns: Columns of patches.
+        pooling: `"average"`, or `"pixel_shuffle"`: their channels side by side, row by row.
+        factor: Patches per side that become one; at the lower and right border there may be fewer.
+
+    Returns:
+        `(num_images, ceil(rows / factor) * ceil(columns / factor), channels)`; with pixel shuffle `channels * factor**2`.
+    """
+    grid = patch_features.unflatten(1, (rows, columns)).movedim(-1, 1)  # (num_images, channels, rows, columns)
+    if pooling == "average":
+        grid = nn.functional.avg_pool2d(grid, factor, ceil_mode=True, count_include_pad=False)
+        return grid.flatten(2).transpose(1, 2)
+    grid = nn.functional.pad(grid, (0, -columns % factor, 0, -rows % factor))
+    grid = grid.unflatten(3, (-1, factor)).unflatten(2, (-1, factor))  # (..., rows, factor, columns, factor)
+    return grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
 class MLPBridge(Bridge):
-    """`linear_1`, GELU, `linear_2`, ...: as many linear layers as `projector_type` says."""
+    """`linear_1`, GELU, `linear_2`, ...: as many linear layers as `projector_type` says; and `image_newline`, where lines
+    of tiles end with one."""
 
     def __init__(self, config: MLPLlavaConfig, language_model: PreTrainedModel):
         super().__init__(config, language_model)
+        self.config = config
         self.depth = config.projector_depth
+        if self.depth == 0 and config.vision_feature_size != self.text_dim:
+            raise ValueError(
+                f"projector_type='identity' needs features of the language model's width, {self.text_dim}, but the vision "
+                f"encoder's have {config.vision_feature_size}. Use 'linear'."
+            )
         widths = [config.projector_hidden_size or self.text_dim] * (self.depth - 1)
         widths = [config.vision_feature_size, *widths, self.text_dim]
-        for index, (width_in, width_out) in enumerate(zip(widths[:-1], widths[1:]), start=1):
+        for index, (width_in, width_out) in enumerate(zip(widths[: self.depth], widths[1:]), start=1):
             self.add_module(f"linear_{index}", nn.Linear(width_in, width_out, bias=config.projector_bias))
+        self.image_newline = nn.Parameter(torch.empty(self.text_dim)) if config.has_image_newline else None
 
-    def forward(self, patch_features: torch.Tensor) -> torch.Tensor:
-        """Map patch features `(num_images, num_patches, vision_dim)` to `(num_images, num_patches, text_dim)`."""
-        hidden = self.linear_1(patch_features)
-        for index in range(2, self.depth + 1):
-            hidden = getattr(self, f"linear_{index}")(nn.functional.gelu(hidden))
+    def init_parameters(self, config: MLPLlavaConfig) -> None:
+        if self.image_newline is not None:
+            init.normal_(self.image_newline, mean=0.0, std=self.text_dim**-0.5)  # as the official code has it
+
+    def project(self, patch_features: torch.Tensor) -> torch.Tensor:
+        """Map `(..., vision_dim)` to `(..., text_dim)`."""
+        hidden = patch_features
+        for index in range(1, self.depth + 1):
+            hidden = getattr(self, f"linear_{index}")(hidden if index == 1 else nn.functional.gelu(hidden))
         return hidden
+
+    def forward(
+        self, patch_features: torch.Tensor, image_sizes: torch.Tensor | None = None
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Turn patch features into visual tokens.
+
+        Args:
+            patch_features: `(num_images, num_patches, vision_dim)`; at any resolution `(num_tiles, num_patches,
+                vision_dim)`, for every image its base image and then its tiles, row by row.
+            image_sizes: `(num_images, 2)`, height and width of the original images in pixels: at any resolution only.
+
+        Returns:
+            `(num_images, num_patches, text_dim)`; at any resolution a list with `(num_image_tokens, text_dim)` for every
+            image.
+
+        Raises:
+            ValueError: `image_sizes` is missing, or asks for another number of tiles.
+        """
+        image_features = self.project(patch_features)
+        if self.config.image_grid_pinpoints is None:
+            return image_features
+        if image_sizes is None:
+            raise ValueError("Images at any resolution need image_sizes, (num_images, 2): the processor gives them.")
+        layouts = [anyres_layout(self.config, *size) for size in torch.as_tensor(image_sizes).tolist()]
+        counts = [layout.num_tiles for layout in layouts]
+        if sum(counts) != len(image_features):
+            raise ValueError(
+                f"image_sizes asks for {counts} tiles, {sum(counts)} together, but there are {len(image_features)}. Use the "
+                "processor that belongs to this model."
+            )
+        return [self._merge(tiles, layout) for tiles, layout in zip(image_features.split(counts), layouts)]
+
+    def _merge(self, tiles: torch.Tensor, layout: AnyresLayout) -> torch.Tensor:
+        """Base image and tiles `(num_tiles, num_patches, text_dim)` to `(num_image_tokens, text_dim)`."""
+        if self.config.patch_merge_type == "flat":
+            return tiles.flatten(0, 1)
+        picture = tiles[1:].unflatten(1, layout.grid).unflatten(0, layout.tiles)
+        picture = picture.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (rows, columns, text_dim) of all tiles
+        picture = picture[layout.rows, layout.columns]
+        if self.image_newline is not None:
+            line_ends = self.image_newline.to(picture.dtype).expand(picture.shape[0], 1, -1)
+            picture = torch.cat([picture, line_ends], dim=1)
+        return torch.cat([tiles[0], picture.flatten(0, 1)])
 
 
 class MLPLlavaForConditionalGeneration(BridgedModel):
     config_class = MLPLlavaConfig
     config: MLPLlavaConfig
     bridge_class = MLPBridge
+    image_arguments = (*BridgedModel.image_arguments, "image_sizes")
+
+    def _patch_features_of(self, vision_outputs: ModelOutput, pixel_values: torch.Tensor) -> torch.Tensor:
+        patch_features = super()._patch_features_of(vision_outputs, pixel_values)
+        if self.config.pooling is None:
+            return patch_features
+        rows, columns = patch_grid(self.config, *pixel_values.shape[-2:])
+        return pool_patches(patch_features, rows, columns, self.config.pooling, self.config.pooling_factor)
 
 
-__all__ = ["MLPBridge", "MLPLlavaForConditionalGeneration"]
+__all__ = ["MLPBridge", "MLPLlavaForConditionalGeneration", "pool_patches"]
