@@ -29,7 +29,6 @@ from transformers import AutoModel, AutoProcessor, Trainer, TrainerCallback, Tra
 
 import vlbridge
 from vlbridge import demo
-from vlbridge.modeling import Bridge
 from vlbridge.modeling.modeling_checkpoint import weights_sha256
 from vlbridge.training.training_packing import PackedCollator, common_prefix, pack
 
@@ -125,28 +124,28 @@ class Stage:
     """A part of the curriculum.
 
     Args:
-        until: Share of training after which the next stage begins.
-        about: What yes/no questions are about, `"{shape}"`, `"{color}"` or both.
-        negated: Ask negated questions too.
-        num_pairs: Matched pairs per picture; the rest of its questions are its own.
+        steps: Of one picture each.
+        num_pairs: Matched pairs per picture; the rest of what is asked about it are its own questions.
+        about: What the pairs are about, `"{shape}"`, `"{color}"` or both.
+        negated: Ask negated questions in pairs too.
     """
 
-    until: float
-    about: tuple[str, ...]
-    negated: bool
-    num_pairs: int
+    steps: int
+    num_pairs: int = 0
+    about: tuple[str, ...] = ("{shape}", "{color}")
+    negated: bool = True
 
 
-# Comparing a question with a picture is learned with three shapes and plain questions in a hundred steps, and then carries
-# over; with everything asked at once it is not learned in several times as many.
+# Naming first. Comparing a question with the picture is then learned with three shapes and plain questions in a hundred
+# steps, and carries over to negated questions and to colours; with everything asked at once it is not learned in several
+# times as many.
 CURRICULUM = (
-    Stage(0.15, ("{shape}",), False, 6),
-    Stage(0.35, ("{shape}", "{color}"), False, 6),
-    Stage(0.8, ("{shape}", "{color}"), True, 6),
-    Stage(1.0, ("{shape}", "{color}"), True, 4),
+    Stage(300),
+    Stage(120, 5, ("{shape}",), negated=False),
+    Stage(120, 5, ("{shape}",)),
+    Stage(320, 4),
+    Stage(300, 3),
 )
-# What free tokens know is imitated roughly: comparing is mended first.
-REFINEMENT = (Stage(0.5, ("{shape}", "{color}"), True, 6), Stage(1.0, ("{shape}", "{color}"), True, 5))
 
 
 def blind_baseline(train: list[Example], test: list[Example]) -> float:
@@ -175,16 +174,15 @@ class PackedConversations(Dataset):
         processor: The model's processor.
         num_questions: Questions of one picture in one row, drawn anew every time: matched pairs, and the picture's own
             or its caption.
-        num_draws: Pictures that training will take altogether: tells how far it is in the curriculum.
-        curriculum: Its stages.
+        curriculum: What is asked when.
         seed: Of the draw.
     """
 
-    def __init__(
-        self, examples, features, processor, num_questions: int, num_draws: int, curriculum=CURRICULUM, seed: int = 0
-    ):
+    def __init__(self, examples, features, processor, num_questions: int, curriculum=CURRICULUM, seed: int = 0):
         self.examples, self.features, self.processor = examples, features, processor
-        self.num_questions, self.num_draws, self.drawn, self.curriculum = num_questions, num_draws, 0, curriculum
+        self.num_questions = num_questions
+        self.stages = [stage for stage in curriculum for _ in range(stage.steps)]
+        self.drawn = 0
         self.templates = yes_no_templates(examples)
         self.generator = torch.Generator().manual_seed(seed)
         self.num_tokens = processor.num_image_tokens(*processor.output_size())
@@ -211,8 +209,7 @@ class PackedConversations(Dataset):
         own, caption, found = list(example.questions), caption_of(example), properties_of(example)
         if caption:
             own.append((self.processor.caption_prompt, caption))
-        stages = self.curriculum
-        stage = next((stage for stage in stages if self.drawn < stage.until * self.num_draws), stages[-1])
+        stage = self.stages[min(self.drawn, len(self.stages) - 1)]
         self.drawn += 1
         asked = []
         for _ in range(stage.num_pairs if len(found) == 2 else 0):
@@ -284,74 +281,39 @@ def answer_all(model, processor, examples: list[Example], features: torch.Tensor
     return answers
 
 
-def shown_in(examples: list[Example]) -> torch.Tensor:
-    """What the pictures show, `(num_examples, 1, colours + shapes)`: 1 where it is there, all 0 where it is not known."""
-    names = [*COLORS, *SHAPES]
-    shown = torch.zeros(len(examples), 1, len(names))
-    for index, example in enumerate(examples):
-        found = properties_of(example)
-        if len(found) == 2:
-            shown[index, 0, [names.index(word) for word in found.values()]] = 1
-    return shown
+def warm_up(
+    model, processor, examples: list[Example], features: torch.Tensor, steps: int, learning_rate: float = 1e-3
+) -> None:
+    """Let every visual token begin as the words for what is in the picture.
 
-
-class FreeTokens(Bridge):
-    """Visual tokens without an encoder: free vectors for each colour and each shape, which are added up.
-
-    A bridge that learns from pictures has to find out at once what to see and how to say it. Here the second is found
-    out alone; the bridge then imitates it, which takes no language model.
+    The language model is not run: the bridge learns to give the sum of the colour's and the shape's own embeddings. From
+    there the language model's loss has something to work with, where from random tokens it stays blind for long.
 
     Args:
-        config: See `Bridge`.
-        language_model: See `Bridge`.
-        words: What each colour and shape begins as, `(colours + shapes, text_dim)`.
-        num_tokens: Visual tokens of a picture.
+        examples: Pictures; those whose colour or shape nothing tells are left out.
+        features: Their patch features.
+        steps: Of 48 pictures each.
+        learning_rate: Falls to zero along a cosine.
     """
-
-    def __init__(self, config, language_model, words: torch.Tensor, num_tokens: int):
-        super().__init__(config, language_model)
-        self.common = torch.nn.Parameter(torch.zeros(num_tokens, words.shape[1]))
-        self.words = torch.nn.Parameter(words[:, None].repeat(1, num_tokens, 1))
-
-    def forward(self, shown: torch.Tensor) -> torch.Tensor:
-        """`(num_images, 1, colours + shapes)`, see `shown_in`, to `(num_images, num_tokens, text_dim)`."""
-        return self.common + torch.einsum("nw,wtd->ntd", shown[:, 0], self.words)
-
-
-def word_embeddings(model, processor) -> torch.Tensor:
-    """The language model's own embeddings of the colours and shapes, `(colours + shapes, text_dim)`."""
     embeddings = model.get_input_embeddings().weight.detach().float()
-    tokens = [processor.tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in (*COLORS, *SHAPES)]
-    return torch.stack([embeddings[ids].mean(dim=0) for ids in tokens])
-
-
-def imitate(bridge, tokens: FreeTokens, features: torch.Tensor, shown: torch.Tensor, steps: int, seed: int = 0) -> None:
-    """Teach a bridge to give for a picture what free tokens give for what it shows; the language model is not run.
-
-    Args:
-        bridge: Learns.
-        tokens: Teaches.
-        features: Patch features of the pictures.
-        shown: What they show.
-        steps: Of 64 pictures each.
-        seed: Of the draw.
-    """
-    known = shown.flatten(1).any(dim=1).nonzero()[:, 0]
-    optimizer = torch.optim.AdamW(bridge.parameters(), lr=2e-3, weight_decay=0.0)
+    words = {
+        word: processor.tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in (*COLORS, *SHAPES)
+    }
+    shown = {index: properties_of(example) for index, example in enumerate(examples)}
+    known = torch.tensor([index for index, found in shown.items() if len(found) == 2])
+    targets = torch.stack(
+        [sum(embeddings[words[word]].mean(dim=0) for word in shown[index].values()) for index in known.tolist()]
+    )
+    optimizer = torch.optim.AdamW(model.bridge.parameters(), lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    generator = torch.Generator().manual_seed(seed)
-    with tqdm(total=steps, desc="imitating", unit="step") as progress:
-        for _ in range(steps):
-            drawn = known[torch.randint(len(known), (64,), generator=generator)]
-            with torch.no_grad():
-                wanted = tokens(shown[drawn])
-            loss = torch.nn.functional.mse_loss(bridge(features[drawn].float()), wanted)
-            loss.mul(100).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            progress.set_postfix(unexplained=f"{loss.item() / wanted.var().item():.3f}", refresh=False)
-            progress.update()
+    for _ in tqdm(range(steps), desc="warming up", unit="step"):
+        drawn = torch.randint(len(known), (48,))
+        visual_tokens = model.bridge(features[known[drawn]].float().to(model.device))  # (48, num_patches, text_dim)
+        wanted = targets[drawn][:, None].expand_as(visual_tokens)
+        torch.nn.functional.mse_loss(visual_tokens, wanted).mul(100).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
 
 
 def kind_of(question: str, answer: str) -> str:
@@ -386,64 +348,19 @@ class AnswerSomeQuestions(TrainerCallback):
         model.train()
 
 
-def fit(
-    model,
-    processor,
-    dataset: PackedConversations,
-    held_out,
-    output: Path,
-    learning_rate: float,
-    schedule: str,
-    seed: int,
-) -> None:
-    """Train the bridge with the language model's loss on the answers, one picture per step.
-
-    Args:
-        model: Its bridge is trained, whatever it is.
-        processor: The model's.
-        dataset: Tells by `num_draws` how many steps there are.
-        held_out: Examples and their features, to watch over training.
-        output: Where checkpoints would go.
-        learning_rate: After twenty steps of warm-up.
-        schedule: What becomes of it, see `TrainingArguments.lr_scheduler_type`.
-        seed: Of the trainer.
-    """
-    arguments = TrainingArguments(
-        output_dir=str(output.with_suffix(".training")),
-        max_steps=dataset.num_draws,
-        per_device_train_batch_size=1,
-        learning_rate=learning_rate,
-        adam_beta2=0.95,
-        lr_scheduler_type=schedule,
-        warmup_steps=20,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        logging_steps=20,
-        save_strategy="no",
-        report_to="none",
-        seed=seed,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-    )
-    watch = AnswerSomeQuestions(processor, *held_out, every=dataset.num_draws // 2)
-    Trainer(
-        model=model, args=arguments, train_dataset=dataset, data_collator=PackedCollator(), callbacks=[watch]
-    ).train()
-
-
 @app.command()
 def train(
     output: Path = typer.Option(..., help="Folder to write the bridge to."),
-    token_steps: int = typer.Option(800, help="Steps that free tokens learn for."),
-    imitation_steps: int = typer.Option(700, help="Steps that the bridge imitates them for."),
-    steps: int = typer.Option(400, help="Steps that the bridge then learns from answers for."),
+    steps: int = typer.Option(0, help="Only the curriculum's last ones (0: all), without the warm-up."),
+    learning_rate: float = typer.Option(1e-3, help="Falls to zero in the curriculum's last stage."),
     num_questions: int = typer.Option(12, help="Asked about a picture, one picture per step."),
+    warm_up_steps: int = 300,
     dtype: str = typer.Option(
         "float32", help="Of the language model; on a CPU without bf16 instructions, bfloat16 is slow."
     ),
     seed: int = 0,
     limit: int = typer.Option(0, help="Use this many pictures only (0: all)."),
-    resume_from: Path | None = typer.Option(None, help="Start from this bridge: only `steps` are taken."),
+    resume_from: Path | None = typer.Option(None, help="Start from this bridge instead of a fresh one."),
 ) -> None:
     """Train an MLP bridge between EfficientNet-Lite0 and SmolLM2-135M-Instruct."""
     set_seed(seed)
@@ -459,21 +376,36 @@ def train(
         model = AutoModel.from_pretrained(resume_from)
         processor = AutoProcessor.from_pretrained(resume_from)
     model.language_model.to(getattr(torch, dtype))
+    if torch.cuda.is_available():
+        model.cuda()
     features = encode(model, processor, examples)
     if resume_from is None:
-        shown, bridge = shown_in(examples), model.bridge
-        num_tokens = processor.num_image_tokens(*processor.output_size())
-        model.bridge = FreeTokens(model.config, model.language_model, word_embeddings(model, processor), num_tokens)
-        # free tokens know a picture by what it shows only
-        known = shown[:num_chosen].flatten(1).any(dim=1)
-        told = [example for example, is_known in zip(chosen, known) if is_known]
-        dataset = PackedConversations(told, shown[:num_chosen][known], processor, num_questions, token_steps, seed=seed)
-        fit(model, processor, dataset, (held_out, shown[-16:]), output, 5e-3, "constant_with_warmup", seed)
-        tokens, model.bridge = model.bridge, bridge
-        imitate(bridge, tokens, features[:num_chosen], shown[:num_chosen], imitation_steps, seed)
-    if steps:
-        dataset = PackedConversations(chosen, features, processor, num_questions, steps, REFINEMENT, seed)
-        fit(model, processor, dataset, (held_out, features[-16:]), output, 7e-4, "cosine", seed)
+        warm_up(model, processor, chosen, features[:num_chosen], warm_up_steps)
+    dataset = PackedConversations(chosen, features, processor, num_questions, seed=seed)
+    dataset.stages = dataset.stages[-steps:]
+    last = sum(stage is dataset.stages[-1] for stage in dataset.stages)
+    arguments = TrainingArguments(
+        output_dir=str(output.with_suffix(".training")),
+        max_steps=len(dataset.stages),
+        per_device_train_batch_size=1,
+        learning_rate=learning_rate,
+        adam_beta2=0.95,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": max(1, last - 20), "decay_type": "linear"},
+        warmup_steps=20,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        logging_steps=20,
+        save_strategy="no",
+        report_to="none",
+        seed=seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+    watch = AnswerSomeQuestions(processor, held_out, features[-16:], every=200)
+    Trainer(
+        model=model, args=arguments, train_dataset=dataset, data_collator=PackedCollator(), callbacks=[watch]
+    ).train()
     model.eval().save_pretrained(output, bridge_only=True)
     processor.save_pretrained(output)
     print(f"trained in {(time.time() - started) / 60:.1f} minutes, saved to {output}")

@@ -10,16 +10,16 @@ from vlbridge.training.training_easy_vqa import (
     COLORS,
     SHAPES,
     Example,
-    FreeTokens,
+    PackedConversations,
+    Stage,
     answer_all,
     blind_baseline,
     caption_of,
     conversation,
-    imitate,
     kind_of,
     matched_pair,
     properties_of,
-    shown_in,
+    warm_up,
     yes_no_templates,
 )
 from vlbridge.training.training_packing import PackedCollator, branch_mask, common_prefix, pack
@@ -115,18 +115,45 @@ def test_answers_from_a_shared_prefix_are_those_of_each_question_alone(language)
     assert answer_all(model, processor, examples, features, max_new_tokens=5) == expected
 
 
-def test_free_tokens_are_imitated():
-    """A linear bridge can say exactly what tokens per property say, where the features tell the properties."""
+def test_warm_up_gives_every_token_the_words_for_what_is_shown():
     torch.manual_seed(0)
-    model, _ = tiny_model("mlp")
-    shown = shown_in([Example(None, [("what color is it?", color), ("is there a circle?", "yes")]) for color in COLORS])
-    assert shown.sum().item() == 2 * len(COLORS) and shown.shape == (len(COLORS), 1, len(COLORS) + len(SHAPES))
-    tokens = FreeTokens(model.config, model.language_model, torch.randn(len(COLORS) + len(SHAPES), 32), 3)
-    torch.testing.assert_close(tokens(shown)[0, 2], tokens.words[0, 2] + tokens.words[len(COLORS), 2])
-    features = shown.expand(-1, 3, -1)
-    bridge = torch.nn.Linear(features.shape[-1], 32)
-    imitate(bridge, tokens, features, shown, steps=6000)
-    torch.testing.assert_close(bridge(features), tokens(shown), atol=0.05, rtol=0)
+    model, processor = tiny_model("mlp")
+    examples = [Example(None, [("what color is it?", color), ("is there a circle?", "yes")]) for color in COLORS]
+    examples.append(Example(None, [("is there a circle?", "no")]))  # nothing is known about it
+    features = torch.randn(len(examples), 2, model.config.vision_feature_size)
+    warm_up(model, processor, examples, features, steps=1500, learning_rate=1e-2)
+    table = model.get_input_embeddings().weight
+
+    def embedding(word):
+        return table[processor.tokenizer(f" {word}", add_special_tokens=False)["input_ids"]].mean(dim=0)
+
+    wanted = torch.stack([embedding(color) + embedding("circle") for color in COLORS])
+    given = model.bridge(features[:-1])
+    torch.testing.assert_close(given, wanted[:, None].expand_as(given), atol=0.05, rtol=0)
+
+
+def test_the_curriculum_asks_own_questions_then_pairs_about_more_and_more():
+    _, processor = tiny_model("mlp")
+    forms = ("is there a {} shape?", "is there not a {} shape?", "is there a {}?", "is no {} here?")
+    own = [("what color is it?", "blue"), ("is there a circle?", "yes")]
+    own += [(form.format(word), "no") for form, word in zip(forms[1:], ("blue", "square", "circle"))]
+    curriculum = (Stage(2), Stage(3, 2, ("{shape}",), negated=False), Stage(40, 1))
+    data = PackedConversations([Example(None, own)], torch.zeros(1, 1, 8), processor, 4, curriculum)
+    asked = []
+    data.prompt = lambda question: asked.append(question) or [len(asked), 1]
+    per_step = []
+    for _ in range(sum(stage.steps for stage in curriculum) + 1):  # the trainer may fetch one more
+        data[0]
+        per_step.append(asked[:])
+        asked.clear()
+    known = {question for question, _ in own} | {processor.caption_prompt}
+    assert all(len(questions) == 4 for questions in per_step)
+    assert all(set(questions) <= known for questions in per_step[:2])
+    shapes = {f"is there a {shape}?" for shape in SHAPES}
+    assert all(set(questions) <= shapes for questions in per_step[2:5])
+    assert all(set(questions[2:]) <= known for questions in per_step[5:])
+    pairs = {question for questions in per_step[5:] for question in questions[:2]}
+    assert any("not" in question for question in pairs) and any(color in q for q in pairs for color in COLORS)
 
 
 def test_blind_baseline():
