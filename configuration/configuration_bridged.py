@@ -132,5 +132,10 @@ class BridgedConfig(PreTrainedConfig):
         """
         return num_patches(self, height, width)
 
+    def image_token_range(self) -> tuple[int, int]:
+        """Fewest and most visual tokens of one image, over all pictures."""
+        tokens = self.num_image_tokens(self.image_size, self.image_size)
+        return tokens, tokens
+
 
 __all__ = ["BridgedConfig", "num_patches", "patch_grid"]

@@ -267,15 +267,15 @@ class MLPLlavaConfig(BridgedConfig):
         return num_llava_tokens(self, height, width)
 
     def image_token_range(self) -> tuple[int, int]:
-        """Fewest and most visual tokens of one image, over all shapes.
+        """Fewest and most visual tokens of one image.
 
-        At any resolution over sides from 1 to 65,536 pixels in powers of two, and the resolutions themselves, which are
-        the images with most tokens.
+        At any resolution: over sides from 1 to 65,536 pixels in powers of two, and over the resolutions themselves, which
+        are the pictures with most tokens.
         """
-        sizes = [(self.image_size, self.image_size)]
-        if self.image_grid_pinpoints is not None:
-            sides = [2**power for power in range(17)]
-            sizes = [*self.image_grid_pinpoints, *((height, width) for height in sides for width in sides)]
+        if self.image_grid_pinpoints is None:
+            return super().image_token_range()
+        sides = [2**power for power in range(17)]
+        sizes = [*self.image_grid_pinpoints, *((height, width) for height in sides for width in sides)]
         counts = [self.num_image_tokens(height, width) for height, width in sizes]
         return min(counts), max(counts)
 

@@ -87,6 +87,8 @@ class BridgedProcessor(ProcessorMixin):
     # Template for language models that have none
     plain_chat_template: ClassVar[str] = ""
     default_caption_prompt: ClassVar[str] = "Describe the image briefly."
+    # Arguments of the class that `compose` passes on
+    compose_options: ClassVar[tuple[str, ...]] = ("caption_prompt",)
     valid_processor_kwargs = ProcessorMixin.valid_processor_kwargs
 
     def __init__(
@@ -149,16 +151,31 @@ class BridgedProcessor(ProcessorMixin):
         processor.check(config)
         return processor
 
+    @classmethod
+    def complete_config(cls, config: BridgedConfig, **options) -> None:
+        """Fill in fields of a fresh configuration that follow from options of the processor; `compose` asks.
+
+        Args:
+            config: The model's configuration, its vision geometry filled in.
+            options: Those of `compose_options` that were given.
+        """
+
     @staticmethod
     def query_tokens(config: BridgedConfig) -> int | None:
         """Visual tokens per image where the image's size does not matter, else `None`."""
         return None
 
     @classmethod
-    def build_chat_template(cls, tokenizer) -> str:
-        """The tokenizer's template, taught to take images; else the family's plain one."""
+    def build_chat_template(cls, tokenizer, template: str | None = None) -> str:
+        """A template, taught to take images.
+
+        Args:
+            tokenizer: The language model's.
+            template: For messages whose content is a string; `None` takes the tokenizer's, else the family's plain one.
+        """
         own = getattr(tokenizer, "chat_template", None)
-        template = own if isinstance(own, str) else cls.plain_chat_template
+        if template is None:
+            template = own if isinstance(own, str) else cls.plain_chat_template
         return FLATTEN_CONTENT.replace("IMAGE", repr("<image>" + cls.image_separator)) + template
 
     def num_image_tokens(self, height: int, width: int) -> int:
@@ -248,6 +265,22 @@ class BridgedProcessor(ProcessorMixin):
                 return height, width
         return None
 
+    def processed_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width in pixels of what the image processor makes of one picture.
+
+        Args:
+            height: Height of the picture, in pixels.
+            width: Its width.
+        """
+        if (fixed := self.output_size()) is not None:
+            return fixed
+        size = getattr(self.image_processor, "size", None)
+        edge = size["shortest_edge"] if size is not None and "shortest_edge" in size else None
+        if edge is None or not getattr(self.image_processor, "do_resize", False):
+            return height, width
+        long = int(edge * max(height, width) / min(height, width))
+        return (edge, long) if height <= width else (long, edge)
+
     def check(self, config: BridgedConfig) -> None:
         """Refuse a model that this processor does not belong to, before the first image.
 
@@ -290,7 +323,7 @@ class BridgedProcessor(ProcessorMixin):
         if image_sizes is None:
             return MultiModalData()
         counts = [
-            self.num_image_tokens(*(self.output_size() or size))
+            self.num_image_tokens(*self.processed_size(*size))
             if self.num_query_tokens is None
             else self.num_query_tokens
             for size in image_sizes

@@ -455,8 +455,9 @@ def describe(model: str | None = None) -> dict:
     Returns:
         `model`, `model_type`, `class`, `parts` (one dict each: `name`, `class`, `model_type`, `source`,
         `trainable_parameters`, `parameters`), `trainable_parameters`, `parameters`, `image_size` (pixels),
-        `image_tokens` (visual tokens of one image), `prompt_tokens_per_image` (positions that they take in the language
-        model's input), `context_window` and `context_left` (tokens; `None` where positions have no limit).
+        `fewest_image_tokens` and `image_tokens` (visual tokens of one image, at least and at most),
+        `prompt_tokens_per_image` (positions that they take in the language model's input, at most), `context_window` and
+        `context_left` (tokens; `None` where positions have no limit).
 
     Raises:
         CommandError: There is no such model, or it is not a bridged one.
@@ -488,7 +489,7 @@ def describe(model: str | None = None) -> dict:
                 **_parameters(part),
             }
         )
-    image_tokens = config.num_image_tokens(config.image_size, config.image_size)
+    fewest, image_tokens = config.image_token_range()
     prompt_tokens = image_tokens if config.visual_tokens_in_prompt else 1  # the <image> that stands for them
     window = getattr(config.text_config.get_text_config(), "max_position_embeddings", None)
     return {
@@ -498,6 +499,7 @@ def describe(model: str | None = None) -> dict:
         "parts": parts,
         **_parameters(built),
         "image_size": config.image_size,
+        "fewest_image_tokens": fewest,
         "image_tokens": image_tokens,
         "prompt_tokens_per_image": prompt_tokens,
         "context_window": window,
@@ -530,7 +532,10 @@ def _described(about: dict) -> Iterator[str]:
         yield "  ".join(cells).rstrip()
     yield ""
     size, tokens, in_prompt = (about[key] for key in ("image_size", "image_tokens", "prompt_tokens_per_image"))
-    yield f"visual tokens per image: {tokens} ({size} x {size} pixels), {in_prompt} in the prompt"
+    if about["fewest_image_tokens"] < tokens:
+        yield f"visual tokens per image: {about['fewest_image_tokens']} to {tokens} (tiles of {size} x {size} pixels)"
+    else:
+        yield f"visual tokens per image: {tokens} ({size} x {size} pixels), {in_prompt} in the prompt"
     window, left = about["context_window"], about["context_left"]
     if window is None:
         yield "context window: the language model's configuration sets no limit"

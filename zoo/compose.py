@@ -175,7 +175,8 @@ def compose(
         cache_dir: Hub cache.
         local_files_only: Don't ask the Hub.
         bridge_options: Fields of the family's configuration, such as `projector_type="linear"`, `num_latents=32`,
-            `vision_feature_layer=-2` or `qformer_config={...}`.
+            `vision_feature_layer=-2` or `qformer_config={...}`; and its processor's `compose_options`, such as
+            `image_aspect_ratio="anyres"` or `conversation="vicuna_v1"`.
 
     Returns:
         Model (in eval mode) and processor.
@@ -189,9 +190,13 @@ def compose(
     family = FAMILIES[bridge]
     known = set(family.config_class.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
     known -= {"vision_config", "text_config", "image_token_id", "special_token_ids", "frozen_parts", "bridge_only"}
+    known |= set(family.processor_class.compose_options)
     if unknown := sorted(set(bridge_options) - known):
         raise ValueError(f"bridge={bridge!r} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
 
+    processor_options = {
+        name: bridge_options.pop(name) for name in family.processor_class.compose_options if name in bridge_options
+    }
     hub_kwargs = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     hub_kwargs = {name: value for name, value in hub_kwargs.items() if value}
     wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
@@ -217,11 +222,13 @@ def compose(
         **bridge_options,
     )
     fill_vision_geometry(config)
+    family.processor_class.complete_config(config, **processor_options)
     processor = family.processor_class.from_config(
         config,
         _image_processor(image_processor, vision_name, config.vision_config, **hub_kwargs),
         tokenizer,
         chat_template=chat_template,
+        **processor_options,
     )
     model = family.model_class(config, vision_model=vision_model, language_model=language_model)
     if isinstance(wanted, torch.dtype):
