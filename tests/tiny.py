@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    CLIPImageProcessor,
     CLIPVisionConfig,
     Dinov2Config,
     Gemma2Config,
@@ -135,6 +136,21 @@ def tiny_model(bridge: str, language: str = "llama", vision: str = "clip", seed:
     )
     spread_weights(model)
     return model, processor
+
+
+def tiny_stage1(seed: int = 0, cls=vlbridge.QFormerBlip2ForPreTraining, **options):
+    """A tiny model of stage 1 of Q-Former BLIP-2 and its processor."""
+    torch.manual_seed(seed)
+    qformer_config = {**QFORMER, "max_position_embeddings": 40, **options.pop("qformer_config", {})}
+    model, processor = cls.from_vision(
+        VISION["clip"](), bert_like_tokenizer(), qformer_config=qformer_config, **{"embed_dim": 16, **options}
+    )
+    spread_weights(model)
+    return model, processor
+
+
+def clip_image_processor() -> CLIPImageProcessor:
+    return CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
 
 
 def spread_weights(model) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `vlbridge caption`, `vlbridge ask`, `vlbridge info`, `vlbridge convert`.
+"""The command line: `vlbridge caption`, `ask`, `info`, `capfilt` and `convert`.
 
 Exit codes: 0, all went well; 1, something failed (a model, a device, some of the images); 2, the command line is wrong;
 130, interrupted. Results go to stdout, everything else to stderr.
@@ -215,9 +215,9 @@ def load(model: str | None = None, device: str | None = None, dtype: str | None 
 
 
 def answer(
-    model, processor, images: Sequence, prompt: str, *, max_new_tokens: int = 40, batch_size: int = 8
+    model, processor, images: Sequence, prompt: str, *, max_new_tokens: int = 40, batch_size: int = 8, **options
 ) -> list[str]:
-    """Ask the same thing about every image, greedily.
+    """Ask the same thing about every image, greedily unless `options` say otherwise.
 
     Args:
         model: A bridged model.
@@ -226,6 +226,7 @@ def answer(
         prompt: What to ask; `processor.caption_prompt` asks for a caption.
         max_new_tokens: Longest answer, in tokens.
         batch_size: Images that the model sees at a time.
+        options: Further ones of `generate`.
 
     Returns:
         One text per image.
@@ -244,7 +245,8 @@ def answer(
             return_tensors="pt",
             processor_kwargs={"padding": True},
         ).to(model.device)
-        generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        options = {"do_sample": False, **options}
+        generated = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
         if not model.config.is_encoder_decoder:
             generated = generated[:, inputs["input_ids"].shape[1] :]
         texts += [text.strip() for text in processor.batch_decode(generated, skip_special_tokens=True)]
@@ -559,6 +561,88 @@ def info(
     about = describe(model)
     for line in [json.dumps(about)] if as_json else _described(about):
         _print(line, sys.stdout)
+
+
+# ---------------------------------------------------------------------- data
+
+
+@app.command()
+@_exit_codes()
+def capfilt(
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA",
+            help="Images with captions: JSON, JSON Lines, CSV, TSV, COCO's, or a folder with metadata.jsonl.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to, or to go on in.")],
+    captioner: Annotated[
+        str | None, typer.Option(help="Bridged model, stage 1 of BLIP-2, or BLIP: a folder or Hub id.")
+    ] = None,
+    filter: Annotated[
+        str | None, typer.Option(help="Stage 1 of BLIP-2, or BLIP's image-text matcher: a folder or Hub id.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder that images are relative to.", show_default="that of DATA")
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Probability of a match from which on captions are kept.")
+    ] = 0.5,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="What captions begin with.", show_default="the captioner's own")
+    ] = None,
+    num_captions: Annotated[
+        int | None, typer.Option(min=0, help="To generate per image; 0 filters only.", show_default="1")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest caption, in tokens.", show_default="30")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Of nucleus sampling.", show_default="0.9")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the captions.", show_default="0")] = None,
+    batch_size: BatchSizeOption = 8,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Clean image-text pairs (CapFilt): caption the images anew, score all captions, keep those that match.
+
+    A run that was cut short goes on where it was. With scores of all images, another --threshold computes nothing anew.
+    """
+    chosen_device, default_dtype = _device_and_dtype(device, dtype)
+    _quiet_libraries()
+    from .training import training_capfilt
+
+    def load_models(settings, device):
+        loaded = None
+        if settings.num_captions:
+            with _loading(settings.captioner):
+                loaded = training_capfilt.load_captioner(settings.captioner, settings.prompt, settings.dtype, device)
+        with _loading(settings.filter):
+            return loaded, training_capfilt.load_matcher(settings.filter, settings.dtype, device)
+
+    try:
+        settings = training_capfilt.settings_for(
+            output, default_dtype, captioner=captioner, filter=filter, prompt=prompt, num_captions=num_captions,
+            max_new_tokens=max_new_tokens, top_p=top_p, seed=seed, dtype=dtype,
+        )  # fmt: skip
+        samples = training_capfilt.read_samples(data, images)
+        summary = training_capfilt.capfilt(
+            samples, output, settings, threshold=threshold, batch_size=batch_size, device=chosen_device,
+            load=load_models,
+        )  # fmt: skip
+    except (OSError, ValueError, FloatingPointError) as error:
+        raise CommandError(_one_line(error)) from error
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        raise CommandError(f"out of memory with {batch_size} images at a time; try a smaller --batch-size") from error
+    for image, reason in summary["failed"].items():
+        _print(f"vlbridge: error: {image}: {reason}", sys.stderr)
+    for source in ("web", "synthetic"):
+        counts = summary[source]
+        _print(f"{source}: {counts['kept']:,} of {counts['captions']:,} captions kept", sys.stdout)
+    if summary["failed"]:
+        raise CommandError(f"{len(summary['failed'])} of {summary['images']} images could not be read")
 
 
 # ---------------------------------------------------------------------- conversion

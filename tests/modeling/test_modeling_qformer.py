@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from tiny import LANGUAGE, QFORMER, SMALL, VISION, bert_like_tokenizer, spread_weights, tiny_model, tiny_tokenizer
+from tiny import LANGUAGE, QFORMER, SMALL, VISION, bert_like_tokenizer, clip_image_processor, tiny_model, tiny_tokenizer
+from tiny import tiny_stage1 as stage1
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     AutoModel,
@@ -23,7 +24,6 @@ from transformers import (
     BertForMaskedLM,
     Blip2Config,
     Blip2ForImageTextRetrieval,
-    CLIPImageProcessor,
     InstructBlipConfig,
     InstructBlipForConditionalGeneration,
     Trainer,
@@ -40,24 +40,6 @@ ATOL = 2e-5  # fp32, three layers; the order of summation differs
 OBJECTIVES = ("itc", "itm", "itg")
 VOCAB, DEC, SEP = 50, 49, 3  # [PAD] [UNK] [CLS] [SEP] [MASK], 44 words, [DEC]
 QFORMER_TEXT = {**QFORMER, "use_text": True, "vocab_size": VOCAB, "max_position_embeddings": 40}
-
-
-def clip_image_processor() -> CLIPImageProcessor:
-    return CLIPImageProcessor(size={"shortest_edge": 30}, crop_size={"height": 30, "width": 30})
-
-
-def stage1(seed: int = 0, cls=vlbridge.QFormerBlip2ForPreTraining, **options):
-    """A tiny model of stage 1 and its processor."""
-    torch.manual_seed(seed)
-    model, processor = cls.from_vision(
-        VISION["clip"](),
-        bert_like_tokenizer(),
-        qformer_config={**QFORMER, "max_position_embeddings": 40},
-        embed_dim=16,
-        **options,
-    )
-    spread_weights(model)
-    return model, processor
 
 
 def pairs(batch: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
