@@ -2,8 +2,9 @@
 
 from .convert_blip import convert_blip
 from .convert_blip2 import convert_blip2
+from .convert_llava import convert_llava
 from .convert_openflamingo import convert_openflamingo
 from .convert_tables import ConversionError
 
 
-__all__ = ["ConversionError", "convert_blip", "convert_blip2", "convert_openflamingo"]
+__all__ = ["ConversionError", "convert_blip", "convert_blip2", "convert_llava", "convert_openflamingo"]

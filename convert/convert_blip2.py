@@ -51,7 +51,7 @@ from .convert_parts import (
     vision_layout,
     vision_pieces,
 )
-from .convert_tables import ConversionError, Drop, Rename, Rule, Shapes, Twin, plan
+from .convert_tables import ConversionError, Drop, Rename, Reshape, Rule, Shapes, Twin, plan
 
 
 # what the official classes call their language model, and the types of model that it can be
@@ -90,7 +90,7 @@ LAYERS = (
 )
 BRIDGE_TABLE: list[Rule] = [
     Rename("query_tokens", "bridge.qformer.query_tokens"),
-    Rename("temp", "bridge.temperature"),
+    Reshape("temp", "bridge.temperature", (), (1,)),  # FSDP shards no scalars
     Rename("Qformer.cls.predictions.bias", "bridge.lm_head.bias"),
     Twin("Qformer.cls.predictions.decoder.bias", "bridge.lm_head.bias"),
     Twin("Qformer.cls.predictions.decoder.weight", "bridge.qformer.word_embeddings.weight"),

@@ -40,7 +40,10 @@ class TensorFiles:
 
     def __init__(self, path: str | os.PathLike, **hub_kwargs):
         self.path = os.fspath(path)
-        files = [Path(path)] if os.path.isfile(path) else checkpoint_files(self.path, **hub_kwargs)
+        try:
+            files = [Path(path)] if os.path.isfile(path) else checkpoint_files(self.path, **hub_kwargs)
+        except OSError as error:
+            raise ConversionError(f"{self.path}: {str(error).splitlines()[0]}") from error
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._readers: dict[str, Callable[[], torch.Tensor]] = {}
@@ -51,6 +54,12 @@ class TensorFiles:
                 self._open_torch(file)
         if not self.shapes:
             raise ConversionError(f"There are no tensors in {self.path}.")
+        if empty := [name for name, shape in self.shapes.items() if 0 in shape]:
+            raise ConversionError(
+                f"{len(empty)} tensors in {self.path} are empty, {empty[0]} is {list(self.shapes[empty[0]])}: DeepSpeed's "
+                "ZeRO-3 saves that where the shards were not gathered. Make a whole file of its checkpoint with its "
+                "zero_to_fp32.py."
+            )
 
     def _open_safetensors(self, file: Path) -> None:
         try:

@@ -127,6 +127,20 @@ def read_text_config(language: str | os.PathLike) -> PreTrainedConfig:
         ConversionError: Its `config.json` does not say what it is.
     """
     fields, _ = PreTrainedConfig.get_config_dict(language)
+    return text_config_of(fields, f"{language}/config.json")
+
+
+def text_config_of(fields: Mapping, where: str) -> PreTrainedConfig:
+    """A language model's configuration from what its `config.json` says.
+
+    Args:
+        fields: What it says.
+        where: Names it in the error.
+
+    Raises:
+        ConversionError: It does not say what kind of model it is.
+    """
+    fields = dict(fields)
     attention = fields.get("attn_config")
     if isinstance(attention, dict):  # MPT's: transformers takes probabilities for integers there, and bounds for floats
         for name, kind in (("attn_pdrop", int), ("clip_qkv", float), ("softmax_scale", float)):
@@ -134,7 +148,7 @@ def read_text_config(language: str | os.PathLike) -> PreTrainedConfig:
                 attention[name] = kind(attention[name])
     model_type = fields.pop("model_type", None)
     if model_type is None:
-        raise ConversionError(f"{language}/config.json does not say its model_type.")
+        raise ConversionError(f"{where} does not say its model_type.")
     fields.pop("auto_map", None)  # code beside the weights is not run: the class is transformers' or ours
     config = AutoConfig.for_model(model_type, **fields)
     config.use_cache = True  # the official files say false, for training
@@ -173,6 +187,67 @@ def with_rows(table: torch.Tensor, rows: int) -> torch.Tensor:
 def resized(rows: int) -> Change:
     """The change to an embedding table that has another number of rows."""
     return Change(partial(with_rows, rows=rows), lambda shape: (rows, *shape[1:]))
+
+
+LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
+
+
+def lora_changes(files, settings: Mapping) -> dict[str, Change]:
+    """What merging PEFT's LoRA adapter does to the weights that it is for: `weight + alpha / r * B @ A`.
+
+    Args:
+        files: The adapter's tensors; those that are not LoRA's are not looked at.
+        settings: Its `adapter_config.json`.
+
+    Returns:
+        From names of weights, as the adapter has them, to their changes.
+
+    Raises:
+        ConversionError: It is another kind of adapter, or half of a pair is missing.
+
+    Source: LoRA (arXiv 2106.09685, section 4.1), rank-stabilised LoRA (arXiv 2312.03732); `peft/tuners/lora/layer.py`.
+    """
+    kind = settings.get("peft_type", "LORA")
+    if kind != "LORA" or settings.get("use_dora"):
+        raise ConversionError(
+            f"The adapter is one of {'DoRA' if settings.get('use_dora') else kind}; only LoRA's are merged here. Merge it "
+            "with PEFT's merge_and_unload first."
+        )
+    pairs: dict[str, dict[str, str]] = {}
+    for key in files.shapes:
+        if "lora_" not in key:
+            continue
+        if (match := LORA_KEY.fullmatch(key)) is None:
+            raise ConversionError(f"{key} is none of LoRA's matrices for linear layers, which are what is merged here.")
+        pairs.setdefault(match["module"], {})[match["part"]] = key
+    changes = {}
+    for module, keys in pairs.items():
+        if len(keys) < 2:
+            raise ConversionError(f"The adapter has only one of LoRA's two matrices for {module}.")
+        rank = files.shapes[keys["A"]][0]
+        alpha = settings["lora_alpha"]
+        for pattern, value in (settings.get("alpha_pattern") or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                alpha = value
+        scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+        transposed = bool(settings.get("fan_in_fan_out"))
+        shape = files.shapes[keys["B"]][0], files.shapes[keys["A"]][1]
+        shape = shape[::-1] if transposed else shape
+
+        def apply(weight, keys=keys, scale=scale, transposed=transposed):
+            update = scale * files.read(keys["B"]).float() @ files.read(keys["A"]).float()
+            return (weight.float() + (update.T if transposed else update)).to(weight.dtype)
+
+        def checked(given, module=module, shape=shape):
+            if tuple(given) != shape:
+                raise ConversionError(
+                    f"The adapter is for a {module} of {list(shape)}, but the language model's is {list(given)}: it was "
+                    "trained with another language model."
+                )
+            return tuple(given)
+
+        changes[f"{module}.weight"] = Change(apply, checked)
+    return changes
 
 
 # ---------------------------------------------------------------------- vision encoders
@@ -397,11 +472,13 @@ class Conversion:
         config: Of the converted model.
         pieces: For each of its tensors: the files it comes from, how, and what is changed (`None`: nothing).
         model: The converted model on the meta device.
+        notes: What the user should know about it.
     """
 
     config: PreTrainedConfig
     pieces: dict[str, tuple[TensorFiles, Piece, Change | None]]
     model: PreTrainedModel = field(repr=False)
+    notes: list[str] = field(default_factory=list)
 
     def load(self, name: str) -> torch.Tensor:
         """One tensor of the converted model."""
@@ -513,10 +590,12 @@ __all__ = [
     "interpolated",
     "language_table",
     "layer_numbers",
+    "lora_changes",
     "open_clip_config",
     "resized",
     "read_text_config",
     "read_vision_config",
+    "text_config_of",
     "vision_layout",
     "vision_pieces",
     "with_rows",

@@ -70,7 +70,17 @@ class SplitZeroKeyBias:
     targets: tuple[str, str]
 
 
-Rule = Rename | Split | Fuse | Drop | Twin | ZeroKeyBias | SplitZeroKeyBias
+@dataclass(frozen=True)
+class Reshape:
+    """One tensor under another name and in another shape: a scalar here is a vector of one there."""
+
+    source: str
+    target: str
+    source_shape: tuple[int, ...]
+    target_shape: tuple[int, ...]
+
+
+Rule = Rename | Split | Fuse | Drop | Twin | ZeroKeyBias | SplitZeroKeyBias | Reshape
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -87,20 +97,27 @@ class Piece:
         part: Which of `parts` equal parts of the source it is.
         parts: 1 where the whole source is taken.
         zero_part: Of several sources: where zeros are put between them. Of several parts: which must be zero.
+        reshaped: The source's shape and the one that it is given, where they differ.
     """
 
     sources: tuple[str, ...]
     part: int = 0
     parts: int = 1
     zero_part: int | None = None
+    reshaped: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     def shape(self, shapes: Shapes) -> tuple[int, ...]:
         """Shape of the target.
 
         Raises:
-            ConversionError: The source can't be cut into that many parts.
+            ConversionError: The source can't be cut into that many parts, or has not the shape to begin with.
         """
         shape = tuple(shapes[self.sources[0]])
+        if self.reshaped is not None:
+            before, after = self.reshaped
+            if shape != before:
+                raise ConversionError(f"{self.sources[0]} is {list(shape)}, expected {list(before)}.")
+            return after
         if not shape:
             return shape
         rows = sum(shapes[source][0] for source in self.sources)
@@ -122,6 +139,8 @@ class Piece:
                 tensors.insert(self.zero_part, torch.zeros_like(tensors[0]))
             return torch.cat(tensors)
         tensor = read(self.sources[0])
+        if self.reshaped is not None:
+            return tensor.reshape(self.reshaped[1])
         if self.zero_part is not None and tensor.chunk(self.parts)[self.zero_part].any():
             raise ConversionError(f"{self.sources[0]} has a bias for keys that is not zero; this layout has none.")
         return tensor if self.parts == 1 else tensor.chunk(self.parts)[self.part].clone()
@@ -154,6 +173,8 @@ def invert(table: Iterable[Rule]) -> list[Rule]:
             back.append(SplitZeroKeyBias(rule.target, rule.sources))
         elif isinstance(rule, SplitZeroKeyBias):
             back.append(ZeroKeyBias(rule.targets, rule.source))
+        elif isinstance(rule, Reshape):
+            back.append(Reshape(rule.target, rule.source, rule.target_shape, rule.source_shape))
     return back
 
 
@@ -224,6 +245,8 @@ def plan(table: Iterable[Rule], keys: Iterable[str]) -> dict[str, Piece]:
                 _fill(target, numbers): Piece((key,), part, 3, zero_part=1)
                 for target, part in zip(rule.targets, (0, 2))
             }
+        elif isinstance(rule, Reshape):
+            given = {_fill(rule.target, numbers): Piece((key,), reshaped=(rule.source_shape, rule.target_shape))}
         else:
             given = {_fill(rule.target, numbers): Piece((key,))}
         for target, piece in given.items():
@@ -273,6 +296,7 @@ __all__ = [
     "Fuse",
     "Piece",
     "Rename",
+    "Reshape",
     "Split",
     "SplitZeroKeyBias",
     "Twin",

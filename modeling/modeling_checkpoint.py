@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from safetensors import safe_open
@@ -49,12 +49,29 @@ def checkpoint_files(source: str, **hub_kwargs) -> list[Path]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = cached_file(source, f"{name}.index.json", **hub_kwargs, **quiet)
         if index is not None:
-            shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+            shards = _shard_names(Path(index))
             return [Path(cached_file(source, shard, **hub_kwargs)) for shard in shards]
         single = cached_file(source, name, **hub_kwargs, **quiet)
         if single is not None:
             return [Path(single)]
     raise FrozenPartError(f"No weights (model.safetensors or pytorch_model.bin, whole or sharded) in {source!r}.")
+
+
+def _shard_names(index: Path) -> list[str]:
+    """The files that an index names.
+
+    Raises:
+        FrozenPartError: It is no index, or names files outside its folder.
+    """
+    try:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FrozenPartError(f"{index} is no index of weight files: it has no weight_map.") from error
+    for shard in shards:
+        path = PurePosixPath(str(shard).replace("\\", "/"))
+        if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+            raise FrozenPartError(f"{index} names {shard!r}, which is not beside it: such a file is not read.")
+    return shards
 
 
 def tensor_digest(name: str, tensor: torch.Tensor) -> bytes:

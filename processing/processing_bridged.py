@@ -166,17 +166,18 @@ class BridgedProcessor(ProcessorMixin):
         return None
 
     @classmethod
-    def build_chat_template(cls, tokenizer, template: str | None = None) -> str:
+    def build_chat_template(cls, tokenizer, template: str | None = None, image: str = "<image>") -> str:
         """A template, taught to take images.
 
         Args:
             tokenizer: The language model's.
             template: For messages whose content is a string; `None` takes the tokenizer's, else the family's plain one.
+            image: What stands for an image in the text.
         """
         own = getattr(tokenizer, "chat_template", None)
         if template is None:
             template = own if isinstance(own, str) else cls.plain_chat_template
-        return FLATTEN_CONTENT.replace("IMAGE", repr("<image>" + cls.image_separator)) + template
+        return FLATTEN_CONTENT.replace("IMAGE", repr(image + cls.image_separator)) + template
 
     def num_image_tokens(self, height: int, width: int) -> int:
         """Visual tokens that one image becomes.

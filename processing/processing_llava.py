@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from PIL import Image
 from transformers.image_transforms import to_pil_image
@@ -178,6 +179,10 @@ class MLPLlavaProcessor(BridgedProcessor):
         pooling: See `MLPLlavaConfig`.
         pooling_factor: Likewise.
         conversation: Name of an official release's conversation, one of `CONVERSATIONS`, instead of `chat_template`.
+        mm_use_im_start_end: The conversation puts `<im_start>` and `<im_end>` around images, as some of v1's releases do;
+            the tokenizer and the language model must know them.
+        space_after_image: Text behind an image is tokenised like the beginning of a text, as the official code does, which
+            tokenises every piece by itself: for sentencepiece tokenizers that put their space in front of a whole text only.
 
     Raises:
         ValueError: `conversation` is unknown, or `image_aspect_ratio` and `image_grid_pinpoints` contradict each other.""",
@@ -211,6 +216,8 @@ class MLPLlavaProcessor(BridgedProcessor):
         pooling=None,
         pooling_factor=1,
         conversation=None,
+        mm_use_im_start_end=False,
+        space_after_image=False,
         **kwargs,
     ):
         if image_aspect_ratio not in ("square", "pad", "anyres"):
@@ -225,12 +232,15 @@ class MLPLlavaProcessor(BridgedProcessor):
                 raise ValueError("Give chat_template or conversation, not both.")
             if conversation not in CONVERSATIONS:
                 raise ValueError(f"conversation is {conversation!r}; expected one of {', '.join(CONVERSATIONS)}.")
-            chat_template = self.build_chat_template(tokenizer, CONVERSATIONS[conversation])
+            image = "<im_start><image><im_end>" if mm_use_im_start_end else "<image>"
+            chat_template = self.build_chat_template(tokenizer, CONVERSATIONS[conversation], image)
         self.image_aspect_ratio = image_aspect_ratio
         self.image_grid_pinpoints = image_grid_pinpoints
         self.patch_merge_type = patch_merge_type
         self.pooling = pooling
         self.pooling_factor = pooling_factor
+        self.mm_use_im_start_end = mm_use_im_start_end
+        self.space_after_image = space_after_image
         super().__init__(
             image_processor=image_processor,
             tokenizer=tokenizer,
@@ -280,6 +290,13 @@ class MLPLlavaProcessor(BridgedProcessor):
             width: Width, likewise.
         """
         return num_llava_tokens(self, height, width)
+
+    def prepare_inputs_layout(self, *args, **kwargs):
+        images, text, videos, audio = super().prepare_inputs_layout(*args, **kwargs)
+        if self.space_after_image and text is not None:
+            token = re.escape(self.image_token)
+            text = [re.sub(rf"({token})(?!{token}|\Z)", r"\1 ", sample) for sample in text]
+        return images, text, videos, audio
 
     def _process_images(self, images, **kwargs):
         if self.image_aspect_ratio == "square":
