@@ -7,6 +7,7 @@ Exit codes: 0, all went well; 1, something failed (a model, a device, some of th
 # torch, transformers, PIL and tqdm are imported where they are used: --help and --version need none of them.
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -649,6 +650,7 @@ def capfilt(
 
 
 BERT = "google-bert/bert-base-uncased"  # whose tokenizer all of BLIP uses
+HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 converters = typer.Typer(
     name="convert", help="Convert official checkpoints.", no_args_is_help=True, rich_markup_mode=None
 )
@@ -672,18 +674,28 @@ def _fields(path: Path | None) -> dict:
     return fields
 
 
-def _convert(convert, checkpoint: Path, output: Path, **options) -> None:
+def _convert(convert, checkpoint: Path | str, output: Path, **options) -> None:
     """Convert, and say what came of it.
+
+    Args:
+        convert: The converter.
+        checkpoint: A file; a `str` may be a folder or a Hub id too.
+        output: Folder to write to.
+        options: For the converter.
 
     Raises:
         CommandError: It can't be done.
     """
-    if not checkpoint.is_file():
-        raise CommandError(f"--checkpoint {checkpoint}: no such file")
+    elsewhere = isinstance(checkpoint, str) and (os.path.isdir(checkpoint) or re.fullmatch(HUB_ID, checkpoint))
+    if not os.path.isfile(checkpoint) and not elsewhere:
+        what = "file" if isinstance(checkpoint, Path) else "file or folder, and no Hub id"
+        raise CommandError(f"--checkpoint {checkpoint}: no such {what}")
     try:
         done = convert(checkpoint, output=output, **options)
     except (OSError, ValueError, TypeError) as error:
         raise CommandError(f"cannot convert {checkpoint}: {_one_line(error)}") from error
+    for note in done.notes:
+        _print(note, sys.stderr)
     parameters = sum(parameter.numel() for parameter in done.model.parameters())
     _print(f"{output}: {done.config.model_type}, {parameters:,} parameters", sys.stdout)
 
@@ -761,6 +773,49 @@ def convert_blip(
     from .convert import convert_blip
 
     _convert(convert_blip, checkpoint, output, tokenizer=tokenizer, config=fields)
+
+
+@converters.command("llava")
+@_exit_codes()
+def convert_llava(
+    checkpoint: Annotated[
+        str,
+        typer.Option(
+            help="A release, a LoRA fine-tune or a llava-hf repository: a folder or Hub id; or mm_projector.bin."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder to write to.")],
+    vision: Annotated[
+        str | None,
+        typer.Option(
+            help="The vision encoder: a folder or Hub id, or a file in open_clip's layout.",
+            show_default="the checkpoint's own, or the one it names",
+        ),
+    ] = None,
+    language: Annotated[
+        str | None,
+        typer.Option(
+            help="The language model of a projector or of LoRA: a folder or Hub id.",
+            show_default="the checkpoint's own, or the one it names",
+        ),
+    ] = None,
+    conversation: Annotated[
+        str | None,
+        typer.Option(help="Name of the conversation format, such as vicuna_v1.", show_default="the checkpoint's"),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="JSON file: fields of MLPLlavaConfig that are to be others than the checkpoint's."),
+    ] = None,
+) -> None:
+    """LLaVA v1, v1.5 and v1.6 (NeXT): whole, projector alone, LoRA, and transformers' llava-hf."""
+    fields = _fields(config)
+    _quiet_libraries()
+    from .convert import convert_llava
+
+    _convert(
+        convert_llava, checkpoint, output, vision=vision, language=language, conversation=conversation, config=fields
+    )
 
 
 # ---------------------------------------------------------------------- entry
