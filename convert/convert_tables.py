@@ -55,6 +55,23 @@ class Twin:
 
 
 @dataclass(frozen=True)
+class Again:
+    """`Twin`, the other way round: a source's tensor once more, under another name."""
+
+    source: str
+    target: str
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A target that this layout has no tensor for, and why; `value` is what it is filled with. `Drop`, the other way round."""
+
+    target: str
+    why: str
+    value: float = 0.0
+
+
+@dataclass(frozen=True)
 class ZeroKeyBias:
     """Biases of query and value as one bias of query, key and value: the key's is zero (EVA and BEiT have none)."""
 
@@ -80,7 +97,7 @@ class Reshape:
     target_shape: tuple[int, ...]
 
 
-Rule = Rename | Split | Fuse | Drop | Twin | ZeroKeyBias | SplitZeroKeyBias | Reshape
+Rule = Rename | Split | Fuse | Drop | Twin | Again | Missing | ZeroKeyBias | SplitZeroKeyBias | Reshape
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -147,6 +164,8 @@ class Piece:
 
 
 def _sources(rule: Rule) -> tuple[str, ...]:
+    if isinstance(rule, Missing):
+        return ()
     return rule.sources if isinstance(rule, (Fuse, ZeroKeyBias)) else (rule.source,)
 
 
@@ -160,7 +179,8 @@ def _fill(name: str, numbers: Iterable[str]) -> str:
 
 
 def invert(table: Iterable[Rule]) -> list[Rule]:
-    """The table for the way back. What was dropped stays away, second copies too."""
+    """The table for the way back: second copies are made again, what this layout does not have is dropped; what was dropped
+    stays away."""
     back: list[Rule] = []
     for rule in table:
         if isinstance(rule, Rename):
@@ -202,8 +222,14 @@ def plan(table: Iterable[Rule], keys: Iterable[str]) -> dict[str, Piece]:
     Raises:
         ConversionError: A key is matched by no rule or by two, a target is given twice, or a part of a `Fuse` is missing.
     """
-    keys = list(keys)
-    rules = [(rule, index, _pattern(source)) for rule in table for index, source in enumerate(_sources(rule))]
+    keys, table = list(keys), list(table)
+    again = [rule for rule in table if isinstance(rule, Again)]
+    rules = [
+        (rule, index, _pattern(source))
+        for rule in table
+        if not isinstance(rule, Again)
+        for index, source in enumerate(_sources(rule))
+    ]
     # names without slots, which are nearly all where tables are written out, are looked up instead of tried
     exact: dict[str, list] = {}
     for rule, index, pattern in rules:
@@ -260,6 +286,8 @@ def plan(table: Iterable[Rule], keys: Iterable[str]) -> dict[str, Piece]:
         )
     if incomplete := partial.keys() - pieces.keys():
         raise ConversionError(f"Parts are missing of {_shown(incomplete)}.")
+    present = set(keys)
+    pieces.update((rule.target, Piece((rule.source,))) for rule in again if rule.source in present)
     return pieces
 
 
@@ -291,9 +319,11 @@ def check(pieces: Mapping[str, tuple[int, ...]], expected: Shapes, what: str) ->
 
 
 __all__ = [
+    "Again",
     "ConversionError",
     "Drop",
     "Fuse",
+    "Missing",
     "Piece",
     "Rename",
     "Reshape",
@@ -302,6 +332,7 @@ __all__ = [
     "Twin",
     "ZeroKeyBias",
     "check",
+    "dropped",
     "invert",
     "plan",
     "twins",

@@ -111,7 +111,7 @@ class QFormerPreTrainingBridge(Bridge):
         self.vision_projection = nn.Linear(width, config.embed_dim)
         self.text_projection = nn.Linear(width, config.embed_dim)
         self.itm_head = nn.Linear(width, 2)  # no match, match
-        self.temperature = nn.Parameter(torch.tensor(config.itc_temperature))
+        self.temperature = nn.Parameter(torch.tensor([config.itc_temperature]))  # FSDP shards no scalars
         self.lm_head = QFormerLMHead(config.qformer_config)
 
     def init_parameters(self, config: QFormerBlip2PreTrainingConfig) -> None:

@@ -5,7 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vlbridge.convert.convert_tables import ConversionError, Drop, Fuse, Rename, Split, check, invert, plan
+from vlbridge.convert.convert_tables import (
+    ConversionError,
+    Drop,
+    Fuse,
+    Missing,
+    Rename,
+    Reshape,
+    Split,
+    Twin,
+    check,
+    dropped,
+    invert,
+    plan,
+    twins,
+)
 
 
 TABLE = [
@@ -47,6 +61,16 @@ def test_there_and_back():
     assert invert([Drop("a", "why")]) == []
 
 
+def test_scalars_there_and_back():
+    table, tensors = [Reshape("temp", "temperature", (), (1,))], {"temp": torch.tensor(0.07)}
+    there = converted(table, tensors)
+    assert there["temperature"].tolist() == [tensors["temp"].item()]
+    assert plan(table, tensors)["temperature"].shape({"temp": ()}) == (1,)
+    assert torch.equal(converted(invert(table), there)["temp"], tensors["temp"])
+    with pytest.raises(ConversionError, match=r"temp is \[1\], expected \[\]"):
+        plan(table, tensors)["temperature"].shape({"temp": (1,)})
+
+
 @pytest.mark.parametrize(
     "table, keys, message",
     [
@@ -71,3 +95,14 @@ def test_check_is_loud(given, message):
     check({"a": (1,), "b": (2,)}, {"a": (1,), "b": (2,)}, "it")
     with pytest.raises(ConversionError, match=message):
         check(given, {"a": (1,), "b": (2,)}, "it")
+
+
+def test_second_copies_and_what_a_layout_lacks():
+    table = [Rename("a", "b"), Twin("copy", "b"), Missing("c", "it has none"), Drop("old", "a buffer")]
+    assert twins(table, ["a", "copy"]) == {"copy": "b"}
+    assert dropped(table, ["a", "old"]) == {"old": "a buffer"}
+    assert set(plan(table, ["a", "copy", "old"])) == {"b"}
+    back = invert(table)
+    assert dropped(back, ["b", "c"]) == {"c": "it has none"}
+    tensors = {"b": torch.ones(2), "c": torch.zeros(1)}
+    assert {name: tensor.tolist() for name, tensor in converted(back, tensors).items()} == {"a": [1, 1], "copy": [1, 1]}

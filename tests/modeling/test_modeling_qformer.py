@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from tiny import LANGUAGE, QFORMER, SMALL, VISION, bert_like_tokenizer, clip_image_processor, tiny_model, tiny_tokenizer
 from tiny import tiny_stage1 as stage1
-from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -33,7 +30,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import vlbridge
 from vlbridge.modeling.modeling_qformer import QFormer, joint_attention_mask
-from vlbridge.modeling.modeling_qformer_pretraining import draw_negatives, gather
+from vlbridge.modeling.modeling_qformer_pretraining import draw_negatives
 
 
 ATOL = 2e-5  # fp32, three layers; the order of summation differs
@@ -53,6 +50,13 @@ def pairs(batch: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
     mask = (place < lengths[:, None]).long()
     patches = torch.randn(batch, 26, 32, generator=generator)
     return {"patch_features": patches, "input_ids": ids * mask, "attention_mask": mask}
+
+
+def pictures_and_captions() -> dict[str, torch.Tensor]:
+    """The same captions, of pixels."""
+    data = pairs()
+    del data["patch_features"]
+    return {"pixel_values": torch.randn(4, 3, 30, 30, generator=torch.Generator().manual_seed(1)), **data}
 
 
 NEGATIVES = {"image_negatives": torch.tensor([1, 2, 3, 0]), "text_negatives": torch.tensor([3, 0, 1, 2])}
@@ -530,48 +534,20 @@ def test_trainer(tmp_path):
     assert len(losses) == 2 and all(0 < loss < 100 for loss in losses)
 
 
-def one_of_two(rank: int, port: int) -> dict[str, torch.Tensor]:
-    """What one of two processes does: losses and gradients of its half of the batch."""
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        half = slice(2 * rank, 2 * rank + 2)
-        model, _ = stage1()
-        data = {name: tensor[half] for name, tensor in pairs().items()}
-        if rank == 0:  # texts of the first process are shorter
-            data.update((name, data[name][:, :6]) for name in ("input_ids", "attention_mask"))
-        negatives = {name: tensor[half] for name, tensor in NEGATIVES.items()}
-        parallel = DistributedDataParallel(model)  # averages gradients for as long as it lives
-        outputs = parallel(**data, **negatives)
-        outputs.loss.backward()
-        found = {name: parameter.grad for name, parameter in model.bridge.named_parameters()}
-        for name in ("loss", "loss_itc", "loss_itm", "loss_itg"):
-            found[name] = gather(outputs[name].detach()[None]).mean()
-        found["drawn"] = gather(model(**data).image_negatives)
-        with pytest.raises(ValueError, match=r"batches of \[2, 1\] pairs"):
-            model(**{name: tensor[: 2 - rank] for name, tensor in data.items()})
-        return found
-    finally:
-        dist.destroy_process_group()
-
-
-def test_two_processes_are_one_with_the_joint_batch():
-    here = os.path.dirname(os.path.abspath(__file__))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = f"import sys; sys.path[:0] = {[os.path.dirname(here), here]!r}; import test_modeling_qformer as case; "
-    command += f"case.one_of_two(1, {port})"
-    with subprocess.Popen(
-        [sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as other:
-        try:
-            found = one_of_two(0, port)
-            said, _ = other.communicate(timeout=60)
-            assert other.returncode == 0, said[-3000:]
-        finally:
-            other.kill()
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_are_one_with_the_joint_batch(strategy, tmp_path):
+    script = Path(__file__).with_name("stage1_of_two.py")
+    # `--cpu` starts one process unless there is MPI; this starts two, of which `Accelerator(cpu=True)` makes CPU processes
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    done = subprocess.run(
+        [*launch, script, strategy, tmp_path / "found.pt"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.load(tmp_path / "found.pt")
+    assert (found["processes"], found["backend"]) == (2, "gloo")
     model, _ = stage1()
-    outputs = model(**pairs(), **NEGATIVES)
+    outputs = model(**pictures_and_captions(), **NEGATIVES)
     outputs.loss.backward()
     for name in ("loss", "loss_itc", "loss_itm", "loss_itg"):
         torch.testing.assert_close(found[name], outputs[name].detach(), atol=1e-5, rtol=0, msg=name)
@@ -580,6 +556,7 @@ def test_two_processes_are_one_with_the_joint_batch():
             found[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
         )
     assert not (found["drawn"] == torch.arange(4)).any()
+    assert "batches of [2, 1] pairs" in found["refused"]
 
 
 # ---------------------------------------------------------------------- captions
