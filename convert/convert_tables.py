@@ -195,7 +195,17 @@ def invert(table: Iterable[Rule]) -> list[Rule]:
             back.append(ZeroKeyBias(rule.targets, rule.source))
         elif isinstance(rule, Reshape):
             back.append(Reshape(rule.target, rule.source, rule.target_shape, rule.source_shape))
+        elif isinstance(rule, Twin):
+            back.append(Again(rule.of, rule.source))
+        elif isinstance(rule, Missing):
+            back.append(Drop(rule.target, rule.why))
     return back
+
+
+def dropped(table: Iterable[Rule], keys: Iterable[str]) -> dict[str, str]:
+    """Which of the keys are not taken over, and why."""
+    drops = [(_pattern(rule.source), rule.why) for rule in table if isinstance(rule, Drop)]
+    return {key: why for key in keys for pattern, why in drops if pattern.fullmatch(key)}
 
 
 def twins(table: Iterable[Rule], keys: Iterable[str]) -> dict[str, str]:
