@@ -31,7 +31,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# half an hour to an hour on two CPU cores
+# about half an hour on two CPU cores (fifteen minutes for its evaluation), with nothing else running
 train-demo: $(VENV)/.demo
 	$(BIN)/python -m vlbridge.training.training_easy_vqa train --output zoo/assets/easy_vqa_mlp
 
