@@ -494,18 +494,25 @@ def _check_widths(checkpoint: Checkpoint, config: MLPLlavaConfig) -> None:
         )
 
 
-def load_tokenizer(source: str | os.PathLike, fields: Mapping) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    source: str | os.PathLike, fields: Mapping, text_config: PreTrainedConfig, rows: int
+) -> PreTrainedTokenizerBase:
     """The language model's tokenizer with LLaVA's tokens, in the official order, and `<image>` behind them.
 
     Args:
         source: Folder or Hub id.
         fields: LLaVA's configuration.
+        text_config: The language model's.
+        rows: Of the embedding table that was trained with the tokenizer: it tells whether `<im_patch>` is there, where the
+            configuration does not.
 
     Source: `load_pretrained_model` in `llava/model/builder.py`.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(
+        source, config=text_config
+    )  # LLaVA's own configuration is not transformers'
     borders = bool(fields.get("mm_use_im_start_end", False))
-    if fields.get("mm_use_im_patch_token", borders):
+    if fields.get("mm_use_im_patch_token", borders and rows >= len(tokenizer) + 3):
         tokenizer.add_tokens(["<im_patch>"], special_tokens=True)
     if borders:
         tokenizer.add_tokens(list(IMAGE_BORDERS), special_tokens=True)
@@ -513,6 +520,8 @@ def load_tokenizer(source: str | os.PathLike, fields: Mapping) -> PreTrainedToke
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+    if hasattr(tokenizer, "legacy"):  # transformers' class takes it, but does not save it
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
     return tokenizer
 
 
@@ -649,7 +658,8 @@ def convert_llava(
     place = next((place for place in places if any(_file(place, name) for name in TOKENIZER_FILES)), None)
     if place is None:
         raise ConversionError(f"There is no tokenizer in {' or '.join(places)}: put the language model's there.")
-    tokenizer = load_tokenizer(place, fields)
+    rows = release.files.shapes.get(EMBEDDING, (text_config.vocab_size,))[0]
+    tokenizer = load_tokenizer(place, fields, text_config, rows)
     borders = IMAGE_BORDERS if fields.get("mm_use_im_start_end") else ()
     wanted = max((tokenizer.convert_tokens_to_ids(token) + 1 for token in borders), default=0)
     if alone:

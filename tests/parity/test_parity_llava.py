@@ -231,12 +231,9 @@ def test_a_projector_alone(case, tmp_path):
     language = shutil.copytree(case.folder / "checkpoint", tmp_path / "language")
     if (case.folder / "base_llm").is_dir():
         shutil.copytree(case.folder / "base_llm", language, dirs_exist_ok=True)
-    config = {"vision_feature_layer": -2}
-    convert_llava(
-        case.folder / "stage1" / "mm_projector.bin", case.folder / "clip_vision_tower", language,
-        output=tmp_path / "out", config=config,
-    )  # fmt: skip
-    model, processor = load(tmp_path / "out")
+    projector = case.folder / "stage1" / "mm_projector.bin"
+    convert_llava(projector, case.folder / "clip_vision_tower", language, output=tmp_path / "out")
+    model, _ = load(tmp_path / "out")
     compare_logits(case, model, "one")
     compare_logits(case, model, "batch_left")
 
