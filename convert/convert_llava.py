@@ -81,6 +81,7 @@ LANGUAGE_MODELS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "m
 LLAVA_FIELDS = re.compile(
     r"(un)?(freeze|tune)_mm_.*|(mm|use_mm|image|tokenizer)_.*|architectures|_name_or_path|transformers_version"
 )
+END_OF_TURN = "<|im_end|>"  # ChatML's
 IMAGE_BORDERS = ("<im_start>", "<im_end>")
 EMBEDDING = "model.embed_tokens.weight"
 WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
@@ -351,7 +352,7 @@ def infer_projector(shapes: Shapes, layout: str, declared: str | None = None) ->
     linear = layers == ["model.mm_projector"]
     found = {
         "projector_type": "linear" if linear else f"mlp{len(layers)}x_gelu",
-        "projector_bias": f"{layers[0]}.bias" in shapes,
+        "projector_bias": any(f"{layer}.bias" in shapes for layer in layers),
     }
     if len(layers) > 1 and shapes[f"{layers[0]}.weight"][0] != shapes[f"{layers[-1]}.weight"][0]:
         found["projector_hidden_size"] = shapes[f"{layers[0]}.weight"][0]
@@ -374,13 +375,16 @@ def _official_options(fields: Mapping) -> tuple[dict, str]:
         "patch_merge_type": fields.get("mm_patch_merge_type") or "flat",
     }
     if ratio == "anyres":
-        pinpoints = fields.get("image_grid_pinpoints")
-        if isinstance(pinpoints, str):
-            pinpoints = ast.literal_eval(pinpoints)
-        if not pinpoints:
-            raise ConversionError("config.json has image_aspect_ratio 'anyres', but no image_grid_pinpoints.")
-        # the official pairs are (width, height)
-        options["image_grid_pinpoints"] = [[height, width] for width, height in pinpoints]
+        given = fields.get("image_grid_pinpoints")
+        try:
+            pinpoints = ast.literal_eval(given) if isinstance(given, str) else given
+            # the official pairs are (width, height)
+            options["image_grid_pinpoints"] = [[int(height), int(width)] for width, height in pinpoints]
+        except (SyntaxError, TypeError, ValueError) as error:
+            raise ConversionError(
+                f"config.json has image_aspect_ratio 'anyres' and image_grid_pinpoints {given!r}; expected a list of (width, "
+                "height) in pixels."
+            ) from error
     return options, ratio
 
 
@@ -538,10 +542,11 @@ def conversation_of(name: str, config: MLPLlavaConfig, tokenizer: PreTrainedToke
     name = name.lower()
     if config.text_config.model_type == "mistral":
         return "mistral_instruct"
-    if tokenizer.convert_tokens_to_ids("<|im_end|>") not in (None, tokenizer.unk_token_id):
+    if tokenizer.convert_tokens_to_ids(END_OF_TURN) not in (None, tokenizer.unk_token_id):
         return "chatml_direct"
-    if re.search(r"llama-?_?2", name):
-        return "llava_llama_2"
+    for pattern, conversation in ((r"llama[-_]?2", "llava_llama_2"), (r"[-_]v0\b", "llava_v0")):
+        if re.search(pattern, name):
+            return conversation
     return "llava_v1" if config.projector_type == "linear" else "vicuna_v1"
 
 
@@ -701,15 +706,24 @@ def convert_llava(
         mm_use_im_start_end=bool(borders),
         space_after_image=not theirs and starts_anew(tokenizer),
     )
-    ends = getattr(text_config, "eos_token_id", None)
     generation = GenerationConfig(
-        bos_token_id=getattr(text_config, "bos_token_id", None),
-        eos_token_id=ends if ends is not None else tokenizer.eos_token_id,
+        bos_token_id=text_config.bos_token_id,
+        eos_token_id=_ends(text_config, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         max_new_tokens=512,
     )
     conversion.write(output, generation, processor)
     return conversion
+
+
+def _ends(text_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | list[int]:
+    """Tokens that end an answer: the language model's, and ChatML's end of a turn where the tokenizer knows it."""
+    ends = text_config.eos_token_id if text_config.eos_token_id is not None else tokenizer.eos_token_id
+    ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
+    end_of_turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+    if end_of_turn not in (None, tokenizer.unk_token_id, *ends):
+        ends.append(end_of_turn)
+    return ends if len(ends) > 1 else ends[0]
 
 
 def _open_base(release: Checkpoint, language: str | os.PathLike | None) -> Checkpoint:

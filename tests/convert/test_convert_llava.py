@@ -31,11 +31,13 @@ from typer.testing import CliRunner
 
 from vlbridge.cli import app
 from vlbridge.configuration import MLPLlavaConfig
+from vlbridge.configuration.configuration_llava import anyres_layout
 from vlbridge.convert import ConversionError, convert_llava
 from vlbridge.convert.convert_files import TensorFiles
 from vlbridge.convert.convert_llava import (
     Checkpoint,
     checkpoint_table,
+    conversation_of,
     infer_projector,
     infer_text_config,
     plan_conversion,
@@ -152,7 +154,7 @@ def test_full_size_projectors_map_completely(release):
     for prefix in ("", "base_model.model."):
         named = {prefix + key: value for key, value in projector.items()}
         done = planned(named, official_config(release), vision, base)
-        assert taken_from(done, "checkpoint") == named.keys() and taken_from(done, "base") == base.keys()
+        assert taken_from(done, "checkpoint") == projector.keys() and taken_from(done, "base") == base.keys()
         assert done.config.projector_type == official_config(release)["mm_projector_type"]
     with pytest.raises(ConversionError, match="image_newline, which is not in the checkpoint"):
         planned(projector, official_config(release), vision, base, image_grid_pinpoints=PINPOINTS)
@@ -286,6 +288,38 @@ def test_every_way_of_saving_gives_the_same_model(parts, tmp_path, layout, tower
     assert_same(tmp_path / "out", model)
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
     assert processor.image_aspect_ratio == "pad" and processor.image_processor.crop_size["height"] == 30
+
+
+@pytest.mark.parametrize("projector_type", ["identity", "linear", "mlp1x_gelu", "mlp3x_gelu"])
+def test_other_projectors(projector_type, tmp_path):
+    model, _ = tiny_model("mlp", "mistral", vision_feature_layer=-2, projector_type=projector_type)
+    model.vision_model.save_pretrained(tmp_path / "clip")
+    place = tmp_path / "llava"
+    place.mkdir()
+    write_config(place, model, model_type="llava_mistral", mm_vision_tower=str(tmp_path / "clip"))
+    tiny_tokenizer().save_pretrained(place)
+    torch.save(official_tensors(model, vision=False), place / "pytorch_model.bin")
+    done = convert_llava(place, output=tmp_path / "out")
+    # one layer of an MLP is a linear one; only its name differs
+    assert done.config.projector_type == projector_type
+    assert_same(tmp_path / "out", model)
+
+
+def test_half_precision_stays(parts, tmp_path):
+    """All parts are loaded as the language model was saved, whatever the vision encoder's file has."""
+    folder, model = parts
+    place = shutil.copytree(folder / "llava", tmp_path / "checkpoint")
+    tensors = {name: tensor.half() for name, tensor in official_tensors(model, vision=False).items()}
+    torch.save(tensors, place / "pytorch_model.bin")
+    convert_llava(place, output=tmp_path / "out")
+    loaded = AutoModel.from_pretrained(tmp_path / "out")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float16}
+    # a merged weight too
+    lora(folder, model, tmp_path / "lora")
+    llm = shutil.copytree(folder / "llm", tmp_path / "llm")
+    save_file({k: t.half() for k, t in load_file(llm / "model.safetensors").items()}, llm / "model.safetensors")
+    convert_llava(tmp_path / "lora", language=llm, output=tmp_path / "merged")
+    assert TensorFiles(tmp_path / "merged").dtypes["language_model.model.layers.0.mlp.up_proj.weight"] == torch.float16
 
 
 def test_the_tower_in_the_checkpoint_counts(parts, tmp_path):
@@ -490,7 +524,8 @@ def test_transformers_repositories(kind, names, tmp_path):
     )  # fmt: skip
     given = dict(inputs)
     if kind == "llava_next":  # they want every image's tiles padded to the same number
-        counts = [1 + rows * columns // 900 for rows, columns in ((30, 60), (60, 30), (60, 60))]
+        counts = [anyres_layout(ours.config, *size).num_tiles for size in inputs["image_sizes"].tolist()]
+        assert len(set(counts)) > 1
         tiles = given["pixel_values"].split(counts)
         given["pixel_values"] = torch.nn.utils.rnn.pad_sequence(list(tiles), batch_first=True)
     attended = inputs["attention_mask"].bool()
@@ -499,17 +534,26 @@ def test_transformers_repositories(kind, names, tmp_path):
         torch.testing.assert_close(ours(**inputs).logits[attended], expected, atol=2e-5, rtol=0)  # fp32, 2 layers
 
 
+def test_a_padding_repository_stays_one(tmp_path):
+    native("llava", tmp_path / "hf")
+    file = tmp_path / "hf" / "preprocessor_config.json"
+    fields = {**json.loads(file.read_text()), "image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    file.write_text(json.dumps(fields))
+    (tmp_path / "hf" / "chat_template.json").unlink()
+    convert_llava(tmp_path / "hf", output=tmp_path / "out")
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    assert processor.image_aspect_ratio == "pad" and "USER: " in processor.chat_template
+
+
 # ---------------------------------------------------------------------- the processor
 
 
 @pytest.mark.parametrize(
     "language, name, conversation",
     [("mistral", "any", "mistral_instruct"), ("llama", "llava-v1-0719-336px-lora-vicuna", "vicuna_v1"),
-     ("llama", "llava-llama-2-13b-chat", "llava_llama_2")],
+     ("llama", "llava-llama-2-13b-chat", "llava_llama_2"), ("llama", "LLaVA-13b-v0", "llava_v0")],
 )  # fmt: skip
 def test_conversations_are_those_of_the_releases(language, name, conversation, tmp_path):
-    from vlbridge.convert.convert_llava import conversation_of
-
     config = MLPLlavaConfig(vision_config=VISION["clip"](), text_config=LANGUAGE[language]())
     assert conversation_of(name, config, tiny_tokenizer()) == conversation
     if language == "llama" and conversation == "vicuna_v1":
@@ -518,6 +562,19 @@ def test_conversations_are_those_of_the_releases(language, name, conversation, t
         tokenizer = tiny_tokenizer()
         tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
         assert conversation_of(name, config, tokenizer) == "chatml_direct"
+
+
+def test_chatml_ends_a_turn(parts, tmp_path):
+    folder, _ = parts
+    place = shutil.copytree(folder / "llava", tmp_path / "checkpoint")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.save_pretrained(place)
+    convert_llava(place, output=tmp_path / "out")
+    loaded, processor = AutoModel.from_pretrained(tmp_path / "out"), AutoProcessor.from_pretrained(tmp_path / "out")
+    assert loaded.generation_config.eos_token_id == [2, processor.tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    asked = processor.apply_chat_template([{"role": "user", "content": "what?"}], add_generation_prompt=True)
+    assert asked.endswith("<|im_start|>user\nwhat?<|im_end|><|im_start|>assistant\n")
 
 
 def test_text_behind_an_image_is_tokenised_like_a_text(tmp_path):
@@ -583,7 +640,8 @@ def test_a_changed_checkpoint_is_refused(parts, tmp_path, change, message):
     "fields, message",
     [
         ({"image_aspect_ratio": "anyres_max_9"}, "expected square, pad or anyres"),
-        ({"image_aspect_ratio": "anyres"}, "no image_grid_pinpoints"),
+        ({"image_aspect_ratio": "anyres"}, "image_grid_pinpoints None; expected a list"),
+        ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": "(1x1),...,(6x6)"}, "expected a list of .width, height"),
         ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[30, 60]], "mm_patch_merge_type": "spatial_unpad"},
          "image_newline, which is not in the checkpoint"),
         ({"mm_vision_select_feature": "cls"}, "expected patch or cls_patch"),
