@@ -384,6 +384,15 @@ class TestInfo:
             "context window: 512 tokens; one image leaves 487 (95.1%) for text",
         ]
 
+    def test_any_resolution_shows_a_range(self, tmp_path):
+        model, _ = tiny_model("mlp", image_aspect_ratio="anyres")
+        model.config.save_pretrained(tmp_path)
+        about = cli.describe(str(tmp_path))
+        # 1 x 2 tiles of 5 x 5 features: no column of a thin picture is left, but 5 line ends; 2 x 2 tiles are most
+        assert (about["fewest_image_tokens"], about["image_tokens"]) == (25 + 5, 25 + 10 * 11)
+        assert about["context_left"] == 512 - 135
+        assert "visual tokens per image: 30 to 135 (tiles of 30 x 30 pixels)" in run("info", tmp_path).stdout
+
     @pytest.mark.parametrize("language", ["t5", "gpt2"])
     @pytest.mark.parametrize("vision", ["timm", "resnet"])
     def test_other_parts(self, tmp_path, vision, language):
