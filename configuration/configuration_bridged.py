@@ -101,7 +101,8 @@ class BridgedConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         # Configurations of loaded models keep their attention implementation, which the base class would reset.
-        given = [part for part in (self.vision_config, self.text_config) if isinstance(part, PreTrainedConfig)]
+        parts = [getattr(self, name, None) for name in self.sub_configs_defaults]
+        given = [part for part in parts if isinstance(part, PreTrainedConfig)]
         attention = [] if kwargs.get("attn_implementation") else [part._attn_implementation for part in given]
         super().__post_init__(**kwargs)
         for part, implementation in zip(given, attention):

@@ -323,7 +323,7 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        return True  # it is the two parts' to set; the bridges' own attention has one implementation
+        return True  # it is the parts' to set, the Q-Former's too; other bridges' attention has one implementation
 
     @classmethod
     def check_language_model(cls, language_model: PreTrainedModel) -> None:

@@ -16,6 +16,8 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, BertForMa
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import is_flash_attention_requested
 
 from ..configuration.configuration_qformer import QFormerBlip2Config, QFormerConfig
 from .modeling_bridged import Bridge, BridgedModel
@@ -59,8 +61,18 @@ def summary(problems: list[str], limit: int = 5) -> str:
     return "; ".join(problems[:limit]) + more
 
 
+def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention written out, as an interface of `ALL_ATTENTION_FUNCTIONS`."""
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, dropout)
+    return (weights @ value).transpose(1, 2), weights
+
+
 class QFormerAttention(nn.Module):
-    """BERT's attention and the residual layer norm behind it.
+    """BERT's attention and the residual layer norm behind it, by the configuration's `attn_implementation`.
 
     Args:
         config: The Q-Former's configuration.
@@ -69,7 +81,9 @@ class QFormerAttention(nn.Module):
 
     def __init__(self, config: QFormerConfig, key_value_size: int | None = None):
         super().__init__()
+        self.config = config
         self.num_heads = config.num_attention_heads
+        self.scaling = (config.hidden_size // config.num_attention_heads) ** -0.5
         self.dropout_prob = config.attention_probs_dropout_prob
         key_value_size = key_value_size or config.hidden_size
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
@@ -86,15 +100,17 @@ class QFormerAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         past_key: torch.Tensor | None = None,
         past_value: torch.Tensor | None = None,
+        is_causal: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Attend.
 
         Args:
             hidden_states: `(batch, queries, hidden_size)`.
             key_value_states: `(batch, keys, key_value_size)`; `None` for self-attention.
-            attention_mask: Bool, broadcastable to `(batch, heads, queries, keys)`, true where attention is allowed.
+            attention_mask: As the implementation takes it, see `QFormer.self_attention_mask`.
             past_key: `(batch, heads, past_keys, head_dim)`: keys of tokens in front of these, computed earlier.
             past_value: Their values, likewise.
+            is_causal: For flash attention: the last token sees all, the one before it all but the last, and so on.
 
         Returns:
             Hidden states, `(batch, queries, hidden_size)`, and the keys and values of these tokens alone.
@@ -111,8 +127,11 @@ class QFormerAttention(nn.Module):
         keys = key if past_key is None else torch.cat((past_key, key), dim=2)
         values = value if past_value is None else torch.cat((past_value, value), dim=2)
         dropout = self.dropout_prob if self.training else 0.0
-        attended = nn.functional.scaled_dot_product_attention(query, keys, values, attention_mask, dropout)
-        attended = attended.transpose(1, 2).flatten(2)  # (batch, queries, hidden_size)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "sdpa", eager_attention)
+        attended, _ = attend(
+            self, query, keys, values, attention_mask, scaling=self.scaling, dropout=dropout, is_causal=is_causal
+        )
+        attended = attended.flatten(2)  # (batch, queries, hidden_size)
         return self.layer_norm(hidden_states + self.dropout(self.dense(attended))), key, value
 
 
@@ -160,6 +179,7 @@ class QFormerLayer(GradientCheckpointingLayer):
         past_key: torch.Tensor | None = None,
         past_value: torch.Tensor | None = None,
         return_key_values: bool = False,
+        is_causal: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Run the block.
 
@@ -171,8 +191,9 @@ class QFormerLayer(GradientCheckpointingLayer):
             past_key: Of the self-attention.
             past_value: Of the self-attention.
             return_key_values: Return the self-attention's keys and values of these tokens too.
+            is_causal: Of the self-attention.
         """
-        hidden_states, key, value = self.attention(hidden_states, None, attention_mask, past_key, past_value)
+        hidden_states, key, value = self.attention(hidden_states, None, attention_mask, past_key, past_value, is_causal)
         queries, text = hidden_states[:, :num_queries], hidden_states[:, num_queries:]
         parts = []
         if num_queries:
@@ -222,6 +243,7 @@ class QFormer(nn.Module):
 
     def __init__(self, config: QFormerConfig, vision_dim: int):
         super().__init__()
+        self.config = config
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.hidden_size))
         self.word_embeddings = self.position_embeddings = None
         if config.use_text:
@@ -253,6 +275,59 @@ class QFormer(nn.Module):
         positions = torch.arange(first_position, end, device=input_ids.device)
         return self.word_embeddings(input_ids) + self.position_embeddings(positions)
 
+    def check_precision(self) -> None:
+        """Refuse flash attention in float32, which it has not.
+
+        Raises:
+            ValueError: Neither is the Q-Former in half precision, nor is there autocast.
+        """
+        dtype, device = self.query_tokens.dtype, self.query_tokens.device.type
+        if is_flash_attention_requested(self.config) and dtype not in (torch.float16, torch.bfloat16):
+            if not torch.is_autocast_enabled(device):
+                raise ValueError(
+                    f"The Q-Former is in {dtype}; {self.config._attn_implementation} needs float16 or bfloat16. Give dtype= to "
+                    "compose or from_pretrained, train under autocast (bf16=True), or leave the Q-Former at SDPA: "
+                    "attn_implementation={'qformer_config': 'sdpa', ...}."
+                )
+
+    def self_attention_mask(
+        self, objective: Objective, num_queries: int, past: int, text_mask: torch.Tensor
+    ) -> tuple[torch.Tensor | None, bool]:
+        """The mask over queries and text, as the attention implementation takes it.
+
+        Args:
+            objective: See `joint_attention_mask`.
+            num_queries: Query tokens in front of the text in this call.
+            past: Keys of queries and text that were computed earlier.
+            text_mask: `(batch, text_tokens)`, earlier text included, 0 for padding.
+
+        Returns:
+            The mask and whether it is causal. Of SDPA bool, `(batch, 1, tokens of this call, all tokens)`, true where
+            attention is allowed; of flash attention `(batch, all tokens)`, 0 for padding, or `None`; of others additive,
+            shaped as SDPA's.
+
+        Raises:
+            ValueError: Flash attention has no such mask.
+        """
+        implementation = self.config._attn_implementation or "sdpa"
+        if is_flash_attention_requested(requested_attention_implementation=implementation):
+            if past and objective == "itg":
+                return None, True  # behind the text there is padding only, which no word looks at
+            if not past and (not num_queries or objective == "itm"):
+                return nn.functional.pad(text_mask, (num_queries, 0), value=1), objective == "itg"
+            raise ValueError(
+                f"{implementation} has no mask for {objective!r} over queries and text in one pass. Run the queries first "
+                "(return_key_values=True) and the text behind them, or use attn_implementation='sdpa'."
+            )
+        first = self.query_tokens.shape[1] if past else num_queries
+        mask = joint_attention_mask(objective, first, text_mask)[:, :, past:]
+        if implementation == "sdpa":
+            return mask, False
+        dtype = self.query_tokens.dtype
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
+            ~mask, torch.finfo(dtype).min
+        ), False
+
     def forward(
         self,
         patch_features: torch.Tensor | None = None,
@@ -277,7 +352,7 @@ class QFormer(nn.Module):
             `(batch, tokens, hidden_size)`, queries in front; then, if asked for, keys and values per layer.
 
         Raises:
-            ValueError: Nothing to read, or text for a Q-Former without a text side.
+            ValueError: Nothing to read, text for a Q-Former without a text side, or what flash attention can't do.
 
         Source: `lavis/models/blip2_models/Qformer.py`, `BertModel.forward`.
         """
@@ -289,7 +364,8 @@ class QFormer(nn.Module):
         embedded = []
         if num_queries:
             embedded.append(self.query_tokens.expand(patch_features.shape[0], -1, -1))
-        mask = None
+        self.check_precision()
+        mask, is_causal = None, False
         if input_ids is not None:
             embedded.append(self.embed_text(input_ids, max(past - num_all_queries, 0)))
             text_length = input_ids.shape[1] + max(past - num_all_queries, 0)
@@ -297,13 +373,14 @@ class QFormer(nn.Module):
                 attention_mask = input_ids.new_ones(input_ids.shape[0], text_length)
             elif attention_mask.shape[1] != text_length:
                 raise ValueError(f"The text has {text_length} tokens, but its mask {attention_mask.shape[1]}.")
-            mask = joint_attention_mask(objective, num_all_queries if past else num_queries, attention_mask)
-            mask = mask[:, :, past:]  # (batch, 1, tokens of this call, all tokens)
+            mask, is_causal = self.self_attention_mask(objective, num_queries, past, attention_mask)
         hidden_states = self.dropout(self.layer_norm(torch.cat(embedded, dim=1)))
         key_values = []
         for layer, (past_key, past_value) in zip(self.layers, past_key_values or [(None, None)] * len(self.layers)):
             # by position: reentrant checkpointing sees gradients of positional arguments only
-            outputs = layer(hidden_states, patch_features, num_queries, mask, past_key, past_value, return_key_values)
+            outputs = layer(
+                hidden_states, patch_features, num_queries, mask, past_key, past_value, return_key_values, is_causal
+            )
             hidden_states, *key_value = outputs if return_key_values else (outputs,)
             key_values.append(tuple(key_value))
         return (hidden_states, key_values) if return_key_values else hidden_states

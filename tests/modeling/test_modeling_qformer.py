@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import LANGUAGE, QFORMER, SMALL, VISION, bert_like_tokenizer, clip_image_processor, tiny_model, tiny_tokenizer
+from tiny import (
+    LANGUAGE,
+    QFORMER,
+    SMALL,
+    VISION,
+    bert_like_tokenizer,
+    clip_image_processor,
+    tiny_image,
+    tiny_model,
+    tiny_tokenizer,
+)
 from tiny import tiny_stage1 as stage1
 from transformers import (
     AutoModel,
@@ -27,6 +37,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vlbridge
 from vlbridge.modeling.modeling_qformer import QFormer, joint_attention_mask
@@ -503,20 +514,158 @@ def test_gradient_checkpointing_gives_equal_gradients(reentrant):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_half_precision_is_no_nan(objective, dtype):
-    weights = {f"{name}_weight": float(name == objective) for name in OBJECTIVES}
+@pytest.mark.parametrize("objectives", [*((name,) for name in OBJECTIVES), OBJECTIVES], ids="+".join)
+def test_half_precision_is_no_nan(objectives, dtype):
+    """All parts in half precision, from pixels on, dropout included in the backward pass."""
+    weights = {f"{name}_weight": float(name in objectives) for name in OBJECTIVES}
     model, _ = stage1(**weights)
-    expected = model(**pairs(), **NEGATIVES).loss
-    model.bridge.to(dtype)
-    data = pairs()
-    data["patch_features"] = data["patch_features"].to(dtype)
+    data = pictures_and_captions()
+    expected = model(**data, **NEGATIVES).loss
+    model.to(dtype)
     loss = model(**data, **NEGATIVES).loss
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, atol=0.1, rtol=0.05)  # bfloat16 keeps 8 bits
+    loss = model.train()(**data, **NEGATIVES).loss
     loss.backward()
-    gradients = [p.grad for p in model.bridge.parameters() if p.grad is not None]
-    assert gradients and all(gradient.isfinite().all() for gradient in gradients)
+    gradients = {name: p.grad for name, p in model.bridge.named_parameters() if p.grad is not None}
+    assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients.values())
+    assert gradients["qformer.query_tokens"].any() and gradients["qformer.layers.0.cross_attention.query.weight"].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"qformer_config": QFORMER_TEXT}], ids=["stage 2", "stage 3"])
+@pytest.mark.parametrize("language", ["opt", "t5", "llama"])
+def test_half_precision_of_later_stages_is_no_nan(language, options, dtype):
+    model, processor = tiny_model("qformer", language, **options)
+    images = [tiny_image(seed) for seed in range(2)]
+    text = ["<image>what is it? a red one", "<image>what? blue"]
+    inputs = {**processor(images=images, text=text, return_tensors="pt", padding=True)}
+    if options:
+        inputs |= {"qformer_input_ids": pairs(2)["input_ids"], "qformer_attention_mask": pairs(2)["attention_mask"]}
+    padding = inputs["attention_mask"] == 0
+    inputs["labels"] = inputs["input_ids"].masked_fill(
+        padding | (inputs["input_ids"] == model.config.image_token_id), -100
+    )
+    expected = model(**inputs).loss
+    model.to(dtype)
+    torch.testing.assert_close(model(**inputs).loss.float(), expected, atol=0.1, rtol=0.05)
+    loss = model.train()(**inputs).loss
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.bridge.named_parameters() if p.grad is not None}
+    assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients.values())
+    assert gradients["qformer.query_tokens"].any() and gradients["language_projection.weight"].any()
+
+
+# ---------------------------------------------------------------------- attention implementations
+
+
+def test_eager_attention_is_sdpa():
+    model, _ = stage1()
+    expected = model(**pairs(), **NEGATIVES)
+    model.set_attn_implementation({"qformer_config": "eager"})
+    found = model(**pairs(), **NEGATIVES)
+    for name in ("loss_itc", "loss_itm", "loss_itg"):
+        torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=0)
+    joint = (pairs()["patch_features"], pairs()["input_ids"], pairs()["attention_mask"])
+    for objective in OBJECTIVES:
+        eager = model.bridge.qformer(*joint, objective)
+        model.set_attn_implementation({"qformer_config": "sdpa"})
+        torch.testing.assert_close(model.bridge.qformer(*joint, objective), eager, atol=ATOL, rtol=0)
+        model.set_attn_implementation({"qformer_config": "eager"})
+
+
+def counted(calls: list):
+    """SDPA that remembers whose it was."""
+
+    def attend(module, *args, **kwargs):
+        calls.append(type(module).__name__)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *args, **kwargs)
+
+    return attend
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["set", "load", "load bridge"])
+def test_attention_implementation_reaches_the_qformer_alone(way, tmp_path, monkeypatch):
+    """Asked for by part: the Q-Former's three self-attentions and two cross-attentions, nobody else's."""
+    calls: list[str] = []
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "counted", counted(calls))
+    model, processor = tiny_model("qformer", "llama")
+    inputs = processor(images=[tiny_image()], text=["<image>what is it?"], return_tensors="pt")
+    expected, wanted = model(**inputs).logits, {"qformer_config": "counted"}
+    if way == "set":
+        model.set_attn_implementation(wanted)
+    else:
+        for part in ("vision_model", "language_model"):
+            getattr(model, part).save_pretrained(tmp_path / part)
+            model.config.frozen_parts[part] = {"source": str(tmp_path / part), "revision": None}
+        model.save_pretrained(tmp_path / "model", bridge_only=way == "load bridge")
+        model = AutoModel.from_pretrained(tmp_path / "model", attn_implementation=wanted)
+    torch.testing.assert_close(model(**inputs).logits, expected, atol=ATOL, rtol=0)
+    assert calls == ["QFormerAttention"] * 5
+    assert model.config.qformer_config._attn_implementation == "counted"
+    for part in (model.vision_model, model.language_model):
+        assert part.config._attn_implementation == "sdpa"
+
+
+def flash_stand_in(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
+    """What flash attention computes, from what it is given: padding, and whether it is causal, seen from the end."""
+    assert query.dtype in (torch.float16, torch.bfloat16)
+    assert attention_mask is None or attention_mask.shape == (len(key), key.shape[2])
+    behind = key.shape[2] - query.shape[2]
+    allowed = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool)
+    allowed = allowed.tril(behind) if is_causal else allowed
+    if attention_mask is not None:
+        allowed = allowed & attention_mask[:, None, None].bool()
+    attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, allowed, dropout, scale=scaling)
+    return attended.transpose(1, 2), None
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """A tiny model of stage 1 in bfloat16, and its Q-Former's configuration, to be set to flash attention."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", flash_stand_in)
+    model, _ = stage1()
+    return model.to(torch.bfloat16), model.config.qformer_config
+
+
+@torch.no_grad()
+def test_flash_attention_gives_the_same(flash):
+    """All three objectives, features, scores and captions."""
+    model, config = flash
+    data, found = pairs(), []
+    for implementation in ("sdpa", "flash_attention_2"):
+        config._attn_implementation = implementation
+        outputs = model(**data, **NEGATIVES)
+        texts = {name: data[name] for name in ("input_ids", "attention_mask")}
+        found.append(
+            {
+                **{name: outputs[name] for name in ("loss_itc", "loss_itm", "loss_itg", "similarities", "itm_logits")},
+                "generation": outputs.logits[data["attention_mask"].bool()].float(),
+                "images": model.get_image_features(patch_features=data["patch_features"]).pooler_output,
+                "texts": model.get_text_features(**texts).pooler_output,
+                "captions": model.generate(patch_features=data["patch_features"], num_beams=1, max_length=12).float(),
+            }
+        )
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, atol=0.05, rtol=0.02, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_what_flash_attention_cannot_do(flash):
+    model, config = flash
+    config._attn_implementation = "flash_attention_2"
+    data = pairs()
+    joint = (data["patch_features"].bfloat16(), data["input_ids"], data["attention_mask"])
+    for objective in ("itc", "itg"):
+        with pytest.raises(ValueError, match=f"flash_attention_2 has no mask for '{objective}' over queries and text"):
+            model.bridge.qformer(*joint, objective)
+    model.float()
+    with pytest.raises(
+        ValueError, match="The Q-Former is in torch.float32; flash_attention_2 needs float16 or bfloat16"
+    ):
+        model(**data, **NEGATIVES)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(**data, **NEGATIVES).loss.isfinite()
 
 
 def test_trainer(tmp_path):
