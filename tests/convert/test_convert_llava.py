@@ -43,6 +43,7 @@ from vlbridge.convert.convert_llava import (
     plan_conversion,
     usual_names,
 )
+from vlbridge.convert.convert_parts import OPEN_CLIP_TABLE
 from vlbridge.convert.convert_tables import invert, plan
 
 
@@ -349,6 +350,19 @@ def test_a_projector_alone(parts, tmp_path):
     done = convert_llava(place, language=folder / "llava", output=tmp_path / "again", conversation="vicuna_v1")
     assert done.config.vision_feature_layer == -1
     assert_same(tmp_path / "again", model)
+
+
+def test_an_encoder_in_open_clips_layout(parts, tmp_path):
+    folder, model = parts
+    ours = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("vision_model.")}
+    pieces = plan(invert(OPEN_CLIP_TABLE), ours)
+    torch.save({name: piece.load(ours.__getitem__) for name, piece in pieces.items()}, tmp_path / "clip.pt")
+    convert_llava(
+        folder / "mm_projector.bin", tmp_path / "clip.pt", folder / "llm", output=tmp_path / "out",
+        config={"vision_config": {"num_attention_heads": 4}},
+    )  # fmt: skip
+    assert_same(tmp_path / "out", model)
+    assert AutoProcessor.from_pretrained(tmp_path / "out").image_processor.crop_size["height"] == 30
 
 
 def test_tokens_around_images(parts, tmp_path):

@@ -175,7 +175,7 @@ def pictures(case, indices) -> list[Image.Image]:
 
 
 def test_images_through_the_processor(case, converted):
-    """From the picture files on."""
+    """From the picture files on: torchvision and PIL round differently, by one of 255 grey levels here and there."""
     model, processor = converted
     assert processor.image_aspect_ratio == case.meta["preprocess"]["image_aspect_ratio"]
     everything = list(range(len(sizes(case))))
@@ -185,7 +185,7 @@ def test_images_through_the_processor(case, converted):
     if "image_sizes" in official:
         assert given["image_sizes"].tolist() == official["image_sizes"].tolist()
     difference = (given["pixel_values"] - official["pixel_values"]).abs()
-    assert difference.max() < 0.1 and difference.mean() < 4e-3, (difference.max(), difference.mean())
+    assert difference.max() < 0.016 and difference.mean() < 1e-3  # CLIP's std makes a grey level 0.015
 
 
 def test_prompts_through_the_processor(case, converted):
