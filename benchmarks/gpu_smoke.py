@@ -10,6 +10,9 @@ Each case loads a model, captions and asks, and checks that
 - a static cache with `torch.compile` gives the tokens of a dynamic cache without,
 - beams encode every image once.
 
+Stage 1 of Q-Former BLIP-2 learns rather than answers: each objective (ITC, ITM, ITG) and all together run forward and
+backward, with the bridge in half precision and under autocast; losses must be those of float32, gradients finite.
+
 Two computations that differ in rounding choose different tokens where two scores nearly tie, and go separate ways from
 there: tokens may first differ only where the scores of both are within twice the tolerance for logits.
 
@@ -69,6 +72,7 @@ from transformers import (
 
 import vlbridge
 from vlbridge import assets, cli, demo
+from vlbridge.compose import native_image_processor
 
 
 # Largest difference of two logits, in standard deviations of the logits. bfloat16 keeps 8 bits of a number, float16 11:
@@ -105,6 +109,7 @@ SIZES = {
         },
     ),
 }  # fmt: skip
+STAGE1 = "random {} qformer stage 1"
 NEW_TOKENS = {"1b": 64, "tiny": 8}
 
 TEXTS = [
@@ -168,6 +173,23 @@ def random_model(bridge: str, size: str, dtype: torch.dtype, device: str):
             **options[bridge],
         )
     model.to(device)
+    spread_weights(model)
+    return model, processor
+
+
+def stage1_model(size: str, dtype: torch.dtype, device: str):
+    """Stage 1 of Q-Former BLIP-2 with random weights, likewise."""
+    vision, language, options = SIZES[size]
+    torch.manual_seed(0)
+    with torch.device(device):
+        model, processor = vlbridge.QFormerBlip2ForPreTraining.from_vision(
+            CLIPVisionConfig(**vision),
+            tokenizer_of_size(language["vocab_size"]),
+            image_processor=native_image_processor(CLIPVisionConfig(**vision)),
+            dtype=dtype,
+            qformer_config=dict(options["qformer"].get("qformer_config", {})),
+        )
+    model.to(device, dtype)
     spread_weights(model)
     return model, processor
 
@@ -318,14 +340,9 @@ class Case:
         if self.on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        checks = [self.captions, self.batch_equals_single, self.batch_tokens, self.beams_encode_once, self.measure]
-        if self.compiled:
-            checks.append(self.static_compiled)
-        else:
-            self.result["checks"]["static_compiled"] = {"status": "skipped", "reason": "no time left, or not wanted"}
         if self.attempt("load", self.load_model):
             with torch.no_grad():
-                for check in checks:
+                for check in self.checks():
                     self.attempt(check.__name__, check)
         if self.on_gpu:
             self.result["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
@@ -334,6 +351,13 @@ class Case:
         gc.collect()
         self.result["seconds"] = round(time.perf_counter() - started, 1)
         return self.result
+
+    def checks(self) -> list[Callable]:
+        checks = [self.captions, self.batch_equals_single, self.batch_tokens, self.beams_encode_once, self.measure]
+        if self.compiled:
+            return [*checks, self.static_compiled]
+        self.result["checks"]["static_compiled"] = {"status": "skipped", "reason": "no time left, or not wanted"}
+        return checks
 
     def attempt(self, name: str, check: Callable) -> bool:
         """Run one check and note what became of it."""
@@ -352,7 +376,6 @@ class Case:
 
     def load_model(self) -> dict:
         self.model, self.processor = self.load()
-        self.vocab_size = self.model.language_model.config.vocab_size
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.model.named_children()}
         wrong = {n for n, p in self.model.named_parameters() if p.device.type != torch.device(self.device).type}
         require(not wrong, f"not on {self.device}: {sorted(wrong)[:3]}")
@@ -371,7 +394,7 @@ class Case:
     def last_logits(self, **kwargs) -> torch.Tensor:
         logits = self.model(**inputs_of(self.processor, self.device, **kwargs)).logits
         require(logits.isfinite().all(), "NaN or infinite logits")
-        return logits[:, -1, : self.vocab_size].float()
+        return logits[:, -1, : self.model.language_model.config.vocab_size].float()
 
     def batch_equals_single(self) -> dict:
         together = self.last_logits()
@@ -481,6 +504,73 @@ class Case:
         self.note_speed("decode_static_compiled", expected[:, 1:].numel(), self.decoding(inputs, **static))
         recompiled = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
         return {**numbers, "graphs": graphs, "recompiled": recompiled, "first_call_seconds": round(compile_seconds, 1)}
+
+
+class Stage1Case(Case):
+    """Stage 1 of Q-Former BLIP-2 in one dtype; for the arguments see `Case`."""
+
+    objectives = ("itc", "itm", "itg")
+
+    def checks(self) -> list[Callable]:
+        return [self.learns_in_half_precision, self.learns_under_autocast, self.writes_captions]
+
+    def pairs(self) -> dict:
+        images = [picture(number) for number in range(4)]
+        texts = [f"<s>{text}</s>" for text in ("a red circle", "a teal square", "yellow", "a black shape, a large one")]
+        inputs = self.processor(images=images, text=texts, return_tensors="pt").to(self.device)
+        negatives = {"image_negatives": [1, 2, 3, 0], "text_negatives": [3, 0, 1, 2]}
+        return {**inputs, **{name: torch.tensor(rows, device=self.device) for name, rows in negatives.items()}}
+
+    def losses(self, backward: bool, autocast: torch.dtype | None = None) -> dict[str, float]:
+        """Loss of each objective alone, and of all together."""
+        found, inputs = {}, self.pairs()
+        for wanted in (*((name,) for name in self.objectives), self.objectives):
+            for name in self.objectives:
+                setattr(self.model.config, f"{name}_weight", float(name in wanted))
+            self.model.zero_grad()
+            with (
+                torch.set_grad_enabled(backward),
+                torch.autocast(torch.device(self.device).type, autocast, enabled=autocast is not None),
+            ):
+                loss = self.model(**inputs).loss
+            found["+".join(wanted)] = float(loss.detach())
+            require(loss.isfinite(), f"the loss of {'+'.join(wanted)} is {loss.detach()}")
+            if backward:
+                loss.backward()
+                gradients = {n: p.grad for n, p in self.model.bridge.named_parameters() if p.grad is not None}
+                broken = sorted(name for name, gradient in gradients.items() if not gradient.isfinite().all())
+                require(not broken, f"gradients of {'+'.join(wanted)} are NaN or infinite: {broken[:3]}")
+                require(gradients["qformer.query_tokens"].any(), f"{'+'.join(wanted)} does not reach the queries")
+        return found
+
+    def compared(self, found: dict, expected: dict) -> dict:
+        for name, loss in found.items():
+            difference = abs(loss - expected[name]) / max(abs(expected[name]), 1.0)
+            require(difference <= self.tolerance, f"the loss of {name} is {loss}, in float32 {expected[name]}")
+        return {name: [round(loss, 4), round(expected[name], 4)] for name, loss in found.items()}
+
+    def learns_in_half_precision(self) -> dict:
+        found = self.losses(backward=True)
+        dtype = self.model.bridge.dtype
+        self.model.float()
+        expected = self.losses(backward=False)
+        self.model.to(dtype)
+        return self.compared(found, expected)
+
+    def learns_under_autocast(self) -> dict:
+        dtype = self.model.bridge.dtype
+        self.model.bridge.float()
+        expected = self.losses(backward=False)
+        found = self.losses(backward=True, autocast=dtype)
+        self.model.bridge.to(dtype)
+        return self.compared(found, expected)
+
+    def writes_captions(self) -> dict:
+        pixel_values = self.pairs()["pixel_values"]
+        ids = self.model.generate(pixel_values=pixel_values, max_length=12)
+        alone = self.model.generate(pixel_values=pixel_values[:1], max_length=12)
+        require(len(ids) == len(pixel_values), f"{len(ids)} captions of {len(pixel_values)} pictures")
+        return {"captions": [row[:12] for row in ids.tolist()], "alone": alone.tolist()}
 
 
 # ---------------------------------------------------------------------- report
@@ -593,13 +683,15 @@ def main(
             f"random {size.value} {family}": lambda f=family, d=torch_dtype: random_model(f, size.value, d, device)
             for family in vlbridge.FAMILIES
         }
+        loads[STAGE1.format(size.value)] = lambda d=torch_dtype: stage1_model(size.value, d, device)
         loads["embedded default"] = lambda d=torch_dtype: shipped_model(folder, d, device)
         for case, load in loads.items():
             if not re.search(only, f"{case} {dtype_name}"):
                 continue
             compiled = compile and time.perf_counter() - started < compile_until
             print(f"{case} {dtype_name} ...", file=sys.stderr, flush=True)
-            report["cases"].append(Case(case, dtype_name, load, device, size.value, compiled).run())
+            kind = Stage1Case if case == STAGE1.format(size.value) else Case
+            report["cases"].append(kind(case, dtype_name, load, device, size.value, compiled).run())
             report["seconds"] = round(time.perf_counter() - started, 1)
             report["passed"] = all(case["status"] != "failed" for case in report["cases"])
             output.write_text(json.dumps(report, indent=2) + "\n")  # after each: a run that is cut short leaves them
