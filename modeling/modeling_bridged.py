@@ -235,6 +235,7 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
     bridge_class: ClassVar[type[Bridge]] = Bridge
     # Arguments of `forward` and `generate` that say what the images are: all go to `get_image_features`, once per call
     image_arguments: ClassVar[tuple[str, ...]] = ("pixel_values", "patch_features")
+    compose_options: ClassVar[tuple[str, ...]] = ()  # what `compose` hands to `init_bridge`
     takes_frames: ClassVar[bool] = False  # pixel_values may be (num_images, num_frames, channels, height, width)
     base_model_prefix = "model"
     main_input_name = "input_ids"
@@ -332,6 +333,10 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: It can't, and why.
         """
+
+    def init_bridge(self, **options) -> None:
+        """Begin with weights from elsewhere; `compose` asks for it where one of `compose_options` is given."""
+        raise NotImplementedError(f"{type(self).__name__} has no options of this kind.")
 
     # ------------------------------------------------------------------ freezing
 

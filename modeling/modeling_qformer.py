@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import nn
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, BertForMaskedLM, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, BertForMaskedLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -483,7 +483,31 @@ class QFormerBlip2ForConditionalGeneration(BridgedModel):
     config: QFormerBlip2Config
     bridge_class = QFormerBridge
     image_arguments = (*BridgedModel.image_arguments, "qformer_input_ids", "qformer_attention_mask")
+    compose_options = ("qformer_init_from",)
     _no_split_modules = ["QFormerLayer"]
+
+    def init_bridge(self, qformer_init_from: str | os.PathLike | PreTrainedModel, **hub_kwargs) -> None:
+        """Begin with a Q-Former that exists; the projection to the language model stays fresh.
+
+        Args:
+            qformer_init_from: BERT, as for `QFormer.load_bert`; or a stage-1 model, its folder or Hub id. To take over
+                stage 1's vision encoder and settings too: `from_stage1`.
+            hub_kwargs: `token` and the like.
+
+        Raises:
+            ValueError: It does not fit this model.
+        """
+        from .modeling_qformer_pretraining import QFormerBlip2Stage1Model
+
+        source = qformer_init_from
+        if not isinstance(source, PreTrainedModel):
+            config = AutoConfig.from_pretrained(source, **hub_kwargs)
+            if config.model_type == QFormerBlip2Stage1Model.config_class.model_type:
+                source = AutoModel.from_pretrained(source, **hub_kwargs)
+        if isinstance(source, QFormerBlip2Stage1Model):
+            self.load_stage1(source)
+        else:
+            self.bridge.qformer.load_bert(source, **hub_kwargs)
 
     @classmethod
     def from_stage1(

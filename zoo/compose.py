@@ -176,7 +176,8 @@ def compose(
         local_files_only: Don't ask the Hub.
         bridge_options: Fields of the family's configuration, such as `projector_type="linear"`, `num_latents=32`,
             `vision_feature_layer=-2` or `qformer_config={...}`; and its processor's `compose_options`, such as
-            `image_aspect_ratio="anyres"` or `conversation="vicuna_v1"`.
+            `image_aspect_ratio="anyres"` or `conversation="vicuna_v1"`. Of `"qformer"` also `qformer_init_from`: the BERT or
+            the stage-1 checkpoint that the Q-Former begins as.
 
     Returns:
         Model (in eval mode) and processor.
@@ -190,12 +191,15 @@ def compose(
     family = FAMILIES[bridge]
     known = set(family.config_class.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
     known -= {"vision_config", "text_config", "image_token_id", "special_token_ids", "frozen_parts", "bridge_only"}
-    known |= set(family.processor_class.compose_options)
+    known |= {*family.processor_class.compose_options, *family.model_class.compose_options}
     if unknown := sorted(set(bridge_options) - known):
         raise ValueError(f"bridge={bridge!r} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
 
     processor_options = {
         name: bridge_options.pop(name) for name in family.processor_class.compose_options if name in bridge_options
+    }
+    model_options = {
+        name: bridge_options.pop(name) for name in family.model_class.compose_options if name in bridge_options
     }
     hub_kwargs = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     hub_kwargs = {name: value for name, value in hub_kwargs.items() if value}
@@ -231,6 +235,8 @@ def compose(
         **processor_options,
     )
     model = family.model_class(config, vision_model=vision_model, language_model=language_model)
+    if model_options:
+        model.init_bridge(**model_options, **{name: value for name, value in hub_kwargs.items() if name != "revision"})
     if isinstance(wanted, torch.dtype):
         model.bridge.to(wanted)
     _set_generation_defaults(model, tokenizer, family.special_tokens)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 from tiny import (
@@ -894,6 +895,41 @@ def test_another_qformer_is_refused(changes, message):
             image_processor=clip_image_processor(),
             qformer_config={**QFORMER, **changes},
         )
+
+
+def compose_from(source, **options):
+    return tiny_model("qformer", "opt", qformer_init_from=source, **options)[0]
+
+
+@pytest.mark.parametrize("given", ["folder", "model"])
+@pytest.mark.parametrize("kind", ["bert", "stage1"])
+def test_compose_begins_with_a_qformer_that_exists(kind, given, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny, "spread_weights", lambda model: None)
+    source = tiny_bert() if kind == "bert" else stage1()[0]
+    if given == "folder":
+        source.save_pretrained(tmp_path)
+    model = compose_from(tmp_path if given == "folder" else source)
+    qformer = model.bridge.qformer
+    if kind == "bert":
+        block, ours = source.bert.encoder.layer[1], qformer.layers[1]
+        assert torch.equal(ours.attention.query.weight, block.attention.self.query.weight)
+        assert torch.equal(ours.feed_forward_query.dense.weight, block.output.dense.weight)
+    else:
+        theirs = source.bridge.state_dict()
+        for name, tensor in qformer.state_dict().items():
+            assert torch.equal(tensor, theirs[f"qformer.{name}"]), name
+    assert all(parameter.requires_grad for parameter in model.bridge.parameters())
+
+
+def test_compose_refuses_what_the_qformer_cannot_begin_as():
+    with pytest.raises(ValueError, match=r"can't begin as the BERT in BertForMaskedLM: .* has shape \[16, 16\]"):
+        compose_from(tiny_bert(hidden_size=16))
+    with pytest.raises(ValueError, match="Stage 1 does not fit this model: num_attention_heads is 2"):
+        compose_from(stage1()[0], qformer_config={**QFORMER, "num_attention_heads": 2})
+    with pytest.raises(ValueError, match="begins as a BertForMaskedLM, not as a OPTForCausalLM"):
+        compose_from(AutoModelForCausalLM.from_config(LANGUAGE["opt"]()))
+    with pytest.raises(ValueError, match="bridge='mlp' has no option qformer_init_from"):
+        tiny_model("mlp", qformer_init_from="somewhere")
 
 
 def test_stage1_is_no_language_model():
