@@ -135,6 +135,17 @@ class MptSettings:
                 raise ValueError(f"logit_scale={self.logit_scale!r}; expected a number, None or 'inv_sqrt_d_model'.")
             object.__setattr__(self, "logit_scale", self.hidden_size**-0.5)
 
+    @staticmethod
+    def _shared(config: MptConfig | MosaicGPTConfig) -> dict:
+        """What both configurations have under the same names."""
+        return {
+            "hidden_size": config.d_model,
+            "num_heads": config.n_heads,
+            "residual_dropout": config.resid_pdrop,
+            "embedding_dropout": config.emb_pdrop,
+            "logit_scale": config.logit_scale,
+        }
+
     @classmethod
     def of_mpt(cls, config: MptConfig) -> MptSettings:
         """Read an `MptConfig`.
@@ -154,8 +165,7 @@ class MptSettings:
         }
         _refuse_unsupported(config.model_type, supported)
         return cls(
-            hidden_size=config.d_model,
-            num_heads=config.n_heads,
+            **cls._shared(config),
             feed_forward_size=config.expansion_ratio * config.d_model,
             layer_norm_eps=config.layer_norm_epsilon,
             qk_layer_norm=attention.qk_ln,
@@ -163,9 +173,6 @@ class MptSettings:
             softmax_scale=attention.softmax_scale,
             alibi_bias_max=attention.alibi_bias_max,
             attention_dropout=attention.attn_pdrop,
-            residual_dropout=config.resid_pdrop,
-            embedding_dropout=config.emb_pdrop,
-            logit_scale=config.logit_scale,
         )
 
     @classmethod
@@ -185,8 +192,7 @@ class MptSettings:
         found = {name: (getattr(config, name), values) for name, values in supported.items()}
         _refuse_unsupported(config.model_type, found)
         return cls(
-            hidden_size=config.d_model,
-            num_heads=config.n_heads,
+            **cls._shared(config),
             feed_forward_size=config.mlp_ratio * config.d_model,
             layer_norm_eps=1e-5,
             qk_layer_norm=config.attn_qk_ln,
@@ -194,9 +200,6 @@ class MptSettings:
             softmax_scale=config.softmax_scale,
             alibi_bias_max=config.alibi_bias_max,
             attention_dropout=config.attn_pdrop,
-            residual_dropout=config.resid_pdrop,
-            embedding_dropout=config.emb_pdrop,
-            logit_scale=config.logit_scale,
         )
 
 

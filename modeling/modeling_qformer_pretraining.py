@@ -426,11 +426,7 @@ class QFormerBlip2Stage1Model(BridgedModel):
     ) -> torch.Tensor:
         """Does the text describe the image? Scores of no match and match, `(batch, 2)`.
 
-        Args:
-            pixel_values: `(batch, channels, height, width)`.
-            input_ids: `(batch, text_tokens)`.
-            attention_mask: `(batch, text_tokens)`, 0 for padding.
-            patch_features: `(batch, num_patches, vision_dim)` instead of pixels.
+        Args: those of `get_multimodal_features`.
         """
         return self.bridge.itm_logits(self._normed(pixel_values, patch_features), input_ids, attention_mask)
 

@@ -656,6 +656,10 @@ converters = typer.Typer(
 )
 app.add_typer(converters)
 
+OutputOption = Annotated[Path, typer.Option(help="Folder to write to.")]
+TokenizerOption = Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with the language model.")]
+ConfigOption = Annotated[Path | None, typer.Option(help="JSON file: what shapes can't tell, such as head counts.")]
+
 
 def _fields(path: Path | None) -> dict:
     """A JSON object from a file.
@@ -674,24 +678,29 @@ def _fields(path: Path | None) -> dict:
     return fields
 
 
-def _convert(convert, checkpoint: Path | str, output: Path, **options) -> None:
+def _convert(converter: str, checkpoint: Path | str, output: Path, config: Path | None, **options) -> None:
     """Convert, and say what came of it.
 
     Args:
-        convert: The converter.
+        converter: Its name in `vlbridge.convert`.
         checkpoint: A file; a `str` may be a folder or a Hub id too.
         output: Folder to write to.
+        config: JSON file with fields for the converter.
         options: For the converter.
 
     Raises:
         CommandError: It can't be done.
     """
+    fields = _fields(config)
     elsewhere = isinstance(checkpoint, str) and (os.path.isdir(checkpoint) or re.fullmatch(HUB_ID, checkpoint))
     if not os.path.isfile(checkpoint) and not elsewhere:
         what = "file" if isinstance(checkpoint, Path) else "file or folder, and no Hub id"
         raise CommandError(f"--checkpoint {checkpoint}: no such {what}")
+    _quiet_libraries()
+    from . import convert
+
     try:
-        done = convert(checkpoint, output=output, **options)
+        done = getattr(convert, converter)(checkpoint, output=output, config=fields, **options)
     except (OSError, ValueError, TypeError) as error:
         raise CommandError(f"cannot convert {checkpoint}: {_one_line(error)}") from error
     for note in done.notes:
@@ -706,23 +715,17 @@ def convert_openflamingo(
     checkpoint: Annotated[Path, typer.Option(help="checkpoint.pt, as released or as written during training.")],
     vision: Annotated[str, typer.Option(help="CLIP: a file in open_clip's layout, or a folder or Hub id.")],
     language: Annotated[str, typer.Option(help="The language model: a folder or Hub id.")],
-    output: Annotated[Path, typer.Option(help="Folder to write to.")],
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Where the tokenizer is, if not with the language model.")
-    ] = None,
+    output: OutputOption,
+    tokenizer: TokenizerOption = None,
     cross_attn_every_n_layers: Annotated[
         int | None, typer.Option(min=1, help="Checked against the checkpoint.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="JSON file: what shapes can't tell, such as head counts.")] = None,
+    config: ConfigOption = None,
 ) -> None:
     """OpenFlamingo: 3B, 4B, 9B, the first 9B, and checkpoints of its training code."""
-    fields = _fields(config)
-    _quiet_libraries()
-    from .convert import convert_openflamingo
-
     _convert(
-        convert_openflamingo, checkpoint, output, vision=vision, language=language, tokenizer=tokenizer,
-        cross_attn_every_n_layers=cross_attn_every_n_layers, config=fields,
+        "convert_openflamingo", checkpoint, output, config, vision=vision, language=language, tokenizer=tokenizer,
+        cross_attn_every_n_layers=cross_attn_every_n_layers,
     )  # fmt: skip
 
 
@@ -730,7 +733,7 @@ def convert_openflamingo(
 @_exit_codes()
 def convert_blip2(
     checkpoint: Annotated[Path, typer.Option(help="LAVIS's file.")],
-    output: Annotated[Path, typer.Option(help="Folder to write to.")],
+    output: OutputOption,
     vision: Annotated[
         str | None,
         typer.Option(
@@ -740,22 +743,16 @@ def convert_blip2(
     language: Annotated[
         str | None, typer.Option(help="The language model: a folder or Hub id.", show_default="none: stage 1")
     ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Where the tokenizer is, if not with the language model.")
-    ] = None,
+    tokenizer: TokenizerOption = None,
     qformer_tokenizer: Annotated[
         str, typer.Option(help="BERT's tokenizer, for Q-Formers that read text: a folder or Hub id.")
     ] = BERT,
-    config: Annotated[Path | None, typer.Option(help="JSON file: what shapes can't tell, such as head counts.")] = None,
+    config: ConfigOption = None,
 ) -> None:
     """BLIP-2 and InstructBLIP: stage 1, OPT, FlanT5, Vicuna, with EVA ViT-g or CLIP ViT-L."""
-    fields = _fields(config)
-    _quiet_libraries()
-    from .convert import convert_blip2
-
     _convert(
-        convert_blip2, checkpoint, output, vision=vision, language=language, tokenizer=tokenizer,
-        qformer_tokenizer=qformer_tokenizer, config=fields,
+        "convert_blip2", checkpoint, output, config, vision=vision, language=language, tokenizer=tokenizer,
+        qformer_tokenizer=qformer_tokenizer,
     )  # fmt: skip
 
 
@@ -763,16 +760,12 @@ def convert_blip2(
 @_exit_codes()
 def convert_blip(
     checkpoint: Annotated[Path, typer.Option(help="LAVIS's file of a captioner or an image-text matcher.")],
-    output: Annotated[Path, typer.Option(help="Folder to write to.")],
+    output: OutputOption,
     tokenizer: Annotated[str, typer.Option(help="BERT's tokenizer: a folder or Hub id.")] = BERT,
-    config: Annotated[Path | None, typer.Option(help="JSON file: what shapes can't tell, such as head counts.")] = None,
+    config: ConfigOption = None,
 ) -> None:
     """BLIP (2022), for transformers' BlipForConditionalGeneration and BlipForImageTextRetrieval."""
-    fields = _fields(config)
-    _quiet_libraries()
-    from .convert import convert_blip
-
-    _convert(convert_blip, checkpoint, output, tokenizer=tokenizer, config=fields)
+    _convert("convert_blip", checkpoint, output, config, tokenizer=tokenizer)
 
 
 @converters.command("llava")
@@ -784,7 +777,7 @@ def convert_llava(
             help="A release, a LoRA fine-tune or a llava-hf repository: a folder or Hub id; or mm_projector.bin."
         ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder to write to.")],
+    output: OutputOption,
     vision: Annotated[
         str | None,
         typer.Option(
@@ -809,13 +802,7 @@ def convert_llava(
     ] = None,
 ) -> None:
     """LLaVA v1, v1.5 and v1.6 (NeXT): whole, projector alone, LoRA, and transformers' llava-hf."""
-    fields = _fields(config)
-    _quiet_libraries()
-    from .convert import convert_llava
-
-    _convert(
-        convert_llava, checkpoint, output, vision=vision, language=language, conversation=conversation, config=fields
-    )
+    _convert("convert_llava", checkpoint, output, config, vision=vision, language=language, conversation=conversation)
 
 
 # ---------------------------------------------------------------------- entry

@@ -54,10 +54,13 @@ def cases(config, family: str) -> list[Case]:
 
 
 def pytest_generate_tests(metafunc):
-    """A test module's `FAMILY` names the folder whose cases its `case` fixture runs over."""
+    """A test module's `FAMILY` names the folder whose cases its `case` fixture runs over; where there is a function
+    `applies(case, fixtures)` it says which of them a test with these fixtures is about."""
     if "case" in metafunc.fixturenames:
         found = cases(metafunc.config, metafunc.module.FAMILY)
         assert found, f"no cases of {metafunc.module.FAMILY} in {metafunc.config.getoption('--parity-root')}"
+        if hasattr(metafunc.module, "applies"):
+            found = [case for case in found if metafunc.module.applies(case, metafunc.fixturenames)]
         metafunc.parametrize("case", found, ids=[case.folder.name for case in found], indirect=True, scope="module")
 
 
