@@ -31,7 +31,7 @@ from .convert_parts import (
     for_grid,
     layer_numbers,
 )
-from .convert_tables import ConversionError, Drop, Rename, Rule, Shapes, Twin, plan
+from .convert_tables import ConversionError, Drop, Rename, Rule, Shapes, Twin, dropped, plan
 
 
 _KINDS = ("weight", "bias")
@@ -183,13 +183,16 @@ def plan_conversion(checkpoint, config: BlipConfig) -> Conversion:
     model_class: type[PreTrainedModel] = BlipForImageTextRetrieval if matching else BlipForConditionalGeneration
     with torch.device("meta"):
         model = model_class(config)
-    found = plan(MATCHING_TABLE if matching else CAPTION_TABLE, checkpoint.shapes)
+    table = MATCHING_TABLE if matching else CAPTION_TABLE
+    found = plan(table, checkpoint.shapes)
     positions, expected = "vision_model.embeddings.position_embedding", expected_tensors(model)
     changes = {}
     if positions in found and found[positions].shape(checkpoint.shapes) != expected[positions]:
         changes[positions] = for_grid(config.vision_config.image_size // config.vision_config.patch_size)
     what = getattr(checkpoint, "path", "the checkpoint")
-    return assemble(config, model, expected, [(checkpoint, found, changes)], what)
+    conversion = assemble(config, model, expected, [(checkpoint, found, changes)], what)
+    conversion.left_out = dropped(table, checkpoint.shapes)
+    return conversion
 
 
 def convert_blip(

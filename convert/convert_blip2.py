@@ -51,7 +51,7 @@ from .convert_parts import (
     vision_layout,
     vision_pieces,
 )
-from .convert_tables import ConversionError, Drop, Rename, Reshape, Rule, Shapes, Twin, plan
+from .convert_tables import ConversionError, Drop, Rename, Reshape, Rule, Shapes, Twin, dropped, plan
 
 
 # what the official classes call their language model, and the types of model that it can be
@@ -328,7 +328,9 @@ def plan_conversion(checkpoint, vision, language, config: BridgedConfig) -> Conv
         base = language_table(config.text_config, names, [name.removeprefix(prefix) for name in tied])
         pieces = {prefix + name: piece for name, piece in plan(base, language.shapes).items()}
         sources.append((language, pieces, rows))
-    return assemble(config, model, expected, sources, getattr(checkpoint, "path", "the checkpoint"))
+    conversion = assemble(config, model, expected, sources, getattr(checkpoint, "path", "the checkpoint"))
+    conversion.left_out = dropped(table, rest)
+    return conversion
 
 
 def model_class(config: BridgedConfig) -> type[PreTrainedModel]:

@@ -44,6 +44,9 @@ class TensorFiles:
             files = [Path(path)] if os.path.isfile(path) else checkpoint_files(self.path, **hub_kwargs)
         except OSError as error:
             raise ConversionError(f"{self.path}: {str(error).splitlines()[0]}") from error
+        # what certificates call it: a Hub id, or a name without the folders of this machine
+        self.label = os.path.basename(os.path.abspath(path)) if os.path.exists(path) else self.path
+        self.files = {file.name: file for file in files}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._readers: dict[str, Callable[[], torch.Tensor]] = {}
@@ -105,19 +108,25 @@ class TensorFiles:
     def read(self, name: str) -> torch.Tensor:
         return self._readers[name]()
 
+    def origin(self, name: str) -> TensorFiles:
+        """What a tensor really lies in."""
+        return self
+
 
 @contextmanager
 def written_whole(output: str | os.PathLike):
     """A temporary folder whose files move to `output` once all of them are there; nothing is left behind on failure.
 
     Raises:
-        ConversionError: `output` is a file, or holds a model already.
+        ConversionError: `output` is a file, or holds something already.
     """
     target = Path(output)
     if target.is_file():
         raise ConversionError(f"{target} is a file; expected a folder to write to.")
     if (target / "config.json").exists():
         raise ConversionError(f"{target} holds a model already; choose another folder, or delete it first.")
+    if target.is_dir() and any(target.iterdir()):
+        raise ConversionError(f"{target} is not empty; choose another folder, or empty it first.")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:

@@ -24,6 +24,8 @@ from transformers import (
     AutoTokenizer,
     CLIPImageProcessor,
     GenerationConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -51,7 +53,8 @@ from .convert_parts import (
     vision_pieces,
     with_rows,
 )
-from .convert_tables import ConversionError, Drop, Rename, Rule, Shapes, plan
+from .convert_tables import ConversionError, Drop, Rename, Rule, Shapes, dropped, plan
+from .convert_transformers import run_llava
 
 
 # how the same tensor is called by the many ways of saving it, and how by the usual one: the official class's own names, and
@@ -477,7 +480,9 @@ def plan_conversion(
             "The configuration asks for lines of tiles that end with image_newline, which is not in the checkpoint: "
             "mm_projector.bin never holds it. Give the whole checkpoint, or patch_merge_type 'flat' or 'spatial' in --config."
         )
-    return assemble(config, model, expected, sources, getattr(checkpoint.files, "path", "the checkpoint"))
+    conversion = assemble(config, model, expected, sources, getattr(checkpoint.files, "path", "the checkpoint"))
+    conversion.left_out = dropped(table, own.shapes)
+    return conversion
 
 
 def _check_widths(checkpoint: Checkpoint, config: MLPLlavaConfig) -> None:
@@ -569,6 +574,13 @@ def _chat_template(place: str | os.PathLike) -> str | None:
     return next((template for template in given if isinstance(template, str)), None)
 
 
+def _image_fields(place: str | os.PathLike) -> dict:
+    """What an image processor's configuration says: in a file of its own or, since transformers 5, in the processor's."""
+    return _fields(place, "preprocessor_config.json") or _fields(place, "processor_config.json").get(
+        "image_processor", {}
+    )
+
+
 def load_image_processor(place: str | os.PathLike | None, side: int) -> CLIPImageProcessor:
     """The vision encoder's image processor.
 
@@ -576,7 +588,7 @@ def load_image_processor(place: str | os.PathLike | None, side: int) -> CLIPImag
         place: Where it lies; CLIP's defaults where there is none.
         side: Of the images, in pixels.
     """
-    fields = {} if place is None or os.path.isfile(place) else _fields(place, "preprocessor_config.json")
+    fields = {} if place is None or os.path.isfile(place) else _image_fields(place)
     kind = str(fields.get("image_processor_type") or fields.get("feature_extractor_type") or "CLIP")
     if not fields:
         return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
@@ -639,7 +651,7 @@ def convert_llava(
     fields, where = whole.fields, f"{whole.place}/config.json"
     theirs = "text_config" in fields
     if theirs:
-        options, ratio = _transformers_options(fields, _fields(whole.place, "preprocessor_config.json"), where)
+        options, ratio = _transformers_options(fields, _image_fields(whole.place), where)
     else:
         options, ratio = _official_options(fields)
         if alone and EMBEDDING in release.files.shapes:
@@ -687,6 +699,12 @@ def convert_llava(
     )
     conversion = plan_conversion(release, vision_files, base, model_config, len(borders))
     conversion.notes = notes
+    if theirs:
+        conversion.direction = ("transformers", "vlbridge")
+        their_class = LlavaForConditionalGeneration
+        if model_config.image_grid_pinpoints is not None:
+            their_class = LlavaNextForConditionalGeneration
+        conversion.run = lambda folder: run_llava(folder, whole.place, their_class)
     files, piece, _ = conversion.pieces[f"language_model.{EMBEDDING}"]
     model_config.dtype = files.dtypes[piece.sources[0]]  # the official code runs all parts in the language model's
 

@@ -36,7 +36,7 @@ from .convert_parts import (
     resized,
     vision_pieces,
 )
-from .convert_tables import ConversionError, Drop, Rename, Rule, Shapes, plan
+from .convert_tables import ConversionError, Drop, Rename, Rule, Shapes, dropped, plan
 
 
 # where each language model keeps its decoder layers, in the official code of the time
@@ -257,13 +257,16 @@ def plan_conversion(checkpoint, vision, language, config: PerceiverFlamingoConfi
         for name in of_language
         if re.search(r"(embed_in|embed_tokens|wte|lm_head)\.weight$", name)
     }
+    table = checkpoint_table(config, of_language)
     base = plan(language_table(config.text_config, of_language), language.shapes)
     sources = [  # what was trained counts, not what it began as
-        (trained, plan(checkpoint_table(config, of_language), trained.shapes), {}),
+        (trained, plan(table, trained.shapes), {}),
         (vision, vision_pieces(vision, [name for name in expected if name.startswith("vision_model.")]), {}),
         (language, {f"language_model.{name}": piece for name, piece in base.items()}, tables),
     ]
-    return assemble(config, model, expected, sources, getattr(checkpoint, "path", "the checkpoint"))
+    conversion = assemble(config, model, expected, sources, getattr(checkpoint, "path", "the checkpoint"))
+    conversion.left_out = dropped(table, trained.shapes)
+    return conversion
 
 
 def load_tokenizer(source: str | os.PathLike):

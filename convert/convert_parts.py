@@ -6,11 +6,14 @@ Language models: any folder in transformers' layout, as old as it may be.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from typing import ClassVar
 
 import torch
 from transformers import (
@@ -23,6 +26,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from .convert_certificate import certify
 from .convert_files import TensorFiles, write_tensors, written_whole
 from .convert_tables import ConversionError, Drop, Piece, Rename, Rule, Shapes, Split, ZeroKeyBias, check, plan, twins
 
@@ -32,6 +36,7 @@ _UNKNOWN_HEADS = (
     '{{"vision_config": {{"num_attention_heads": ...}}}}.'
 )
 BUFFER = "a buffer that the model computes by itself"
+OFFICIAL = "the official layout"
 # open_clip's vision tower, as transformers' CLIPVisionModel calls it
 _CLIP_LAYER = ("visual.transformer.resblocks.{}", "vision_model.encoder.layers.{}")
 OPEN_CLIP_TABLE: list[Rule] = [
@@ -432,6 +437,9 @@ class Renamed:
     def read(self, name: str) -> torch.Tensor:
         return self.files.read(self.keys[name])
 
+    def origin(self, name: str):
+        return self.files.origin(self.keys[name])
+
 
 class Merged:
     """Two checkpoints as one; where both have a tensor, the first one's counts."""
@@ -444,6 +452,9 @@ class Merged:
     def read(self, name: str) -> torch.Tensor:
         return (self.first if name in self.first.shapes else self.second).read(name)
 
+    def origin(self, name: str):
+        return (self.first if name in self.first.shapes else self.second).origin(name)
+
 
 class Constants:
     """Tensors that are in no file: norms that the official model does not have and nobody reads.
@@ -452,7 +463,8 @@ class Constants:
         values: From names to shape, dtype and the value everywhere.
     """
 
-    path = "constants"
+    path = label = "constants"
+    files: ClassVar[dict] = {}
 
     def __init__(self, values: Mapping[str, tuple[tuple[int, ...], torch.dtype, float]]):
         self.values = dict(values)
@@ -462,6 +474,9 @@ class Constants:
     def read(self, name: str) -> torch.Tensor:
         shape, dtype, value = self.values[name]
         return torch.full(shape, value, dtype=dtype)
+
+    def origin(self, name: str) -> Constants:
+        return self
 
 
 @dataclass
@@ -473,12 +488,20 @@ class Conversion:
         pieces: For each of its tensors: the files it comes from, how, and what is changed (`None`: nothing).
         model: The converted model on the meta device.
         notes: What the user should know about it.
+        left_out: Tensors of the checkpoint that were not taken over, and why.
+        direction: Whose layout it was and is.
+        checkpoint: The files that count most: what was trained, beside frozen parts from elsewhere.
+        run: Lets both sides answer fixed inputs, given the folder that was written; `None` where one of them can't run here.
     """
 
     config: PreTrainedConfig
     pieces: dict[str, tuple[TensorFiles, Piece, Change | None]]
     model: PreTrainedModel = field(repr=False)
     notes: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    direction: tuple[str, str] = (OFFICIAL, "vlbridge")
+    checkpoint: TensorFiles | None = None
+    run: Callable[[Path], list[dict]] | None = field(default=None, repr=False)
 
     def load(self, name: str) -> torch.Tensor:
         """One tensor of the converted model."""
@@ -486,21 +509,40 @@ class Conversion:
         tensor = piece.load(files.read)
         return tensor if change is None else change.apply(tensor)
 
-    def num_bytes(self, name: str) -> int:
-        """Its size in the written file."""
-        files, piece, _ = self.pieces[name]
-        return self.model.get_parameter_or_buffer(name).numel() * files.dtypes[piece.sources[0]].itemsize
+    def shape(self, name: str) -> tuple[int, ...]:
+        """One tensor's shape in the written file."""
+        files, piece, change = self.pieces[name]
+        shape = piece.shape(files.shapes)
+        return shape if change is None else change.shape(shape)
 
-    def write(self, output: str | os.PathLike, generation: GenerationConfig | None, processor: ProcessorMixin) -> None:
-        """Write the model with its processor, all of it or nothing.
+    def dtype(self, name: str) -> torch.dtype:
+        """Its dtype, likewise."""
+        files, piece, _ = self.pieces[name]
+        return files.dtypes[piece.sources[0]]
+
+    def num_bytes(self, name: str) -> int:
+        """Its size, likewise."""
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
+
+    def write(
+        self,
+        output: str | os.PathLike,
+        generation: GenerationConfig | None,
+        processor: ProcessorMixin,
+        verify: bool = True,
+        card: str | None = None,
+    ) -> None:
+        """Write the model with its processor and a certificate, all of it or nothing.
 
         Args:
-            output: Folder that does not hold a model yet.
+            output: Empty folder, or one that is made.
             generation: Generation defaults.
             processor: Processor that belongs to the model.
+            verify: Check what was written, see `certify`.
+            card: What its README.md begins with; `None` writes none.
 
         Raises:
-            ConversionError: The folder holds a model, or a tensor is not what it should be.
+            ConversionError: The folder is not empty, or a tensor is not what it should be.
         """
         self.config.architectures = [type(self.model).__name__]
         with written_whole(output) as folder:
@@ -511,6 +553,9 @@ class Conversion:
             if generation is not None:
                 generation.save_pretrained(folder)
             processor.save_pretrained(folder)
+            if card is not None:
+                (folder / "README.md").write_text(card, encoding="utf-8")
+            certify(self, folder, TensorFiles(folder), verify)
 
 
 def expected_tensors(model: PreTrainedModel, separate: Iterable[str] = ()) -> dict[str, tuple[int, ...]]:
@@ -545,6 +590,7 @@ def assemble(
     """
     pieces: dict[str, tuple] = {}
     shapes: dict[str, tuple[int, ...]] = {}
+    sources = list(sources)
     for files, found, changes in sources:
         for target, piece in found.items():
             if target in pieces:
@@ -553,7 +599,7 @@ def assemble(
             shape = piece.shape(files.shapes)
             shapes[target] = changes[target].shape(shape) if target in changes else shape
     check(shapes, expected, what)
-    return Conversion(config, {name: pieces[name] for name in expected}, model)
+    return Conversion(config, {name: pieces[name] for name in expected}, model, checkpoint=sources[0][0])
 
 
 def compare_twins(files, table: Iterable[Rule], conversion: Conversion) -> None:

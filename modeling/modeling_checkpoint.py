@@ -165,21 +165,24 @@ def frozen_parts_of(config: PreTrainedConfig) -> list[str]:
     return [part for part in FROZEN_PARTS if part == "vision_model" or config.text_config is not None]
 
 
-def load_frozen_part(part: str, pin: dict, config: PreTrainedConfig, **kwargs) -> PreTrainedModel:
-    """Load a frozen part from where its pin says, and make sure that it is the right one.
+def find_frozen_part(part: str, pin: dict, **hub_kwargs) -> tuple[str, dict]:
+    """Where a frozen part lies, once it is sure that it is the right one.
 
     Args:
         part: `"vision_model"` or `"language_model"`.
         pin: `{"source", "revision", "sha256"}`, and perhaps `"alternatives"`: a list of `{"source", "sha256"}` of other
             copies that are as good.
-        config: The part's configuration.
-        kwargs: For the part's `from_pretrained` (`dtype`, `quantization_config`, `token`, ...).
+        hub_kwargs: `token`, `cache_dir` and the like.
+
+    Returns:
+        Folder or Hub id, and `hub_kwargs` with the revision where there is one.
 
     Raises:
         FrozenPartError: The part can't be had, or its weights are not those that were pinned.
     """
+    if not pin.get("source"):
+        raise FrozenPartError(f"This bridge does not say where its {part} comes from.")
     source = pin["source"]
-    hub_kwargs = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
     try:
         place = where_to_load(source)
         if place == source and pin.get("revision"):
@@ -200,6 +203,22 @@ def load_frozen_part(part: str, pin: dict, config: PreTrainedConfig, **kwargs) -
                 "model> if you mean to use this one."
             )
         logger.warning_once(f"The {part} {source!r} is pinned by name only: its weights were not verified.")
+    return place, hub_kwargs
+
+
+def load_frozen_part(part: str, pin: dict, config: PreTrainedConfig, **kwargs) -> PreTrainedModel:
+    """Load a frozen part from where its pin says, and make sure that it is the right one.
+
+    Args:
+        part: As for `find_frozen_part`.
+        pin: Likewise.
+        config: The part's configuration.
+        kwargs: For the part's `from_pretrained` (`dtype`, `quantization_config`, `token`, ...).
+
+    Raises:
+        FrozenPartError: The part can't be had, or its weights are not those that were pinned.
+    """
+    place, hub_kwargs = find_frozen_part(part, pin, **{name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs})
     return auto_class_for(part, config).from_pretrained(place, config=config, **{**kwargs, **hub_kwargs})
 
 
@@ -428,4 +447,11 @@ class BridgeCheckpointMixin:
             dispatch_model(self, device_map, skip_keys=sorted(self._skip_keys_device_placement), **kwargs)
 
 
-__all__ = ["BridgeCheckpointMixin", "FrozenPartError", "checkpoint_files", "load_frozen_part", "weights_sha256"]
+__all__ = [
+    "BridgeCheckpointMixin",
+    "FrozenPartError",
+    "checkpoint_files",
+    "find_frozen_part",
+    "load_frozen_part",
+    "weights_sha256",
+]

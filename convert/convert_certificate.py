@@ -1,0 +1,346 @@
+"""What a conversion has been checked for, and with what result: `conversion.json` in the folder that it wrote.
+
+Three checks, each as far as it can be made: every tensor of the sources is put together again from the written files and
+compared bit by bit; where both sides can run here, they answer the same fixed inputs; and files are named by SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import torch
+import transformers
+from PIL import Image
+
+from ..version import __version__
+from .convert_tables import ConversionError
+
+
+CERTIFICATE = "conversion.json"
+# both models together, in float32: more is not run, as it could fill the memory of a machine that converts shard by shard
+RUN_BYTES = 8 * 1024**3
+# of the largest logit: beyond this, two models are not the same
+LARGEST_RELATIVE_DIFFERENCE = 1e-2
+NEW_TOKENS = 8
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def described_files(paths: Mapping[str, Path]) -> dict[str, dict]:
+    """Bytes and SHA-256 of files, by the name that they get in the certificate."""
+    return {name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for name, path in sorted(paths.items())}
+
+
+def versions() -> dict[str, str]:
+    """Of everything that had a hand in it."""
+    return {
+        "vlbridge": __version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "safetensors": safetensors.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def compare_back(conversion, written) -> dict:
+    """Put every source tensor together again from the written files, and compare bit by bit.
+
+    Args:
+        conversion: What was written.
+        written: `TensorFiles` of it.
+
+    Returns:
+        How many source tensors came back; how many written ones were changed on purpose (resized tables), and compared with
+        the change made anew.
+
+    Raises:
+        ConversionError: A tensor is not what it was.
+    """
+    sources: dict[tuple[int, tuple[str, ...]], list] = {}
+    changed = 0
+    for name, (files, piece, change) in conversion.pieces.items():
+        if change is not None and not torch.equal(tensor := conversion.load(name), piece.load(files.read)):
+            changed += 1
+            _same(written.read(name), tensor, name)
+        else:
+            sources.setdefault((id(files), piece.sources), []).append((name, files, piece))
+    for found in sources.values():
+        _, files, piece = found[0]
+        tensors = [files.read(key) for key in piece.sources]
+        if piece.zero_part is not None and len(tensors) > 1:
+            tensors.insert(piece.zero_part, torch.zeros_like(tensors[0]))
+        if piece.parts == 1:
+            expected = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+            for name, *_ in found:
+                _same(written.read(name).reshape(expected.shape), expected, name)
+            continue
+        given = {part.part: written.read(name) for name, _, part in found}
+        if piece.zero_part is not None:
+            given[piece.zero_part] = torch.zeros_like(next(iter(given.values())))
+        _same(torch.cat([given[part] for part in range(piece.parts)]), tensors[0], piece.sources[0])
+    return {
+        "what": "every source tensor, put together again from the written files, bit by bit",
+        "source_tensors": sum(len(sources_of) for _, sources_of in sources),
+        "changed_on_purpose": changed,
+        "largest_difference": 0.0,
+    }
+
+
+def _same(given: torch.Tensor, expected: torch.Tensor, name: str) -> None:
+    if given.dtype != expected.dtype or given.shape != expected.shape or not torch.equal(
+        given.contiguous().reshape(-1).view(torch.uint8), expected.contiguous().reshape(-1).view(torch.uint8)
+    ):  # fmt: skip
+        raise ConversionError(f"{name} was read back from the written files, and is not what was written.")
+
+
+# ---------------------------------------------------------------------- runs
+
+
+def fixed_image(height: int = 64, width: int = 96) -> Image.Image:
+    """A picture of two gradients: the same on every machine."""
+    red, green = torch.meshgrid(
+        torch.arange(width) * 255 // (width - 1), torch.arange(height) * 255 // (height - 1), indexing="xy"
+    )
+    return Image.fromarray(torch.stack([red, green, (red + green) // 2], dim=-1).to(torch.uint8).numpy())
+
+
+def compare_outputs(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> dict:
+    """Largest difference of what two models say.
+
+    Args:
+        ours: Of one model.
+        theirs: Of the other; rows of tokens that only it has may be behind.
+        what: Names it.
+
+    Raises:
+        ConversionError: They differ by more than rounding explains.
+    """
+    theirs = theirs[..., : ours.shape[-1]]
+    difference, largest = (ours - theirs).abs().max().item(), ours.abs().max().item()
+    if not difference <= LARGEST_RELATIVE_DIFFERENCE * largest:  # NaN too
+        raise ConversionError(
+            f"On the same input {what} differ by {difference:.3g} (the largest is {largest:.3g}): the two models are not the "
+            "same, and nothing was written."
+        )
+    return {"what": what, "shape": list(ours.shape), "largest_difference": difference, "largest_value": largest}
+
+
+def run_generation(model, processor, other, other_processor, prompts: tuple[str, str]) -> list[dict]:
+    """Let two models that write text answer the same picture.
+
+    Args:
+        model: Ours.
+        processor: Its processor.
+        other: Transformers'.
+        other_processor: Its processor.
+        prompts: The same prompt, as each of the processors takes it.
+
+    Returns:
+        What was compared, and the largest differences.
+
+    Raises:
+        ConversionError: Their logits differ by more than rounding explains.
+    """
+    image = fixed_image()
+    ours = processor(images=[image], text=[prompts[0]], return_tensors="pt")
+    theirs = other_processor(images=[image], text=[prompts[1]], return_tensors="pt")
+    found = []
+    same_prompt = torch.equal(ours["input_ids"], theirs["input_ids"])
+    found.append({"what": "token ids of the prompt", "equal": same_prompt, "shape": list(ours["input_ids"].shape)})
+    pixels = ours["pixel_values"], theirs["pixel_values"].reshape(ours["pixel_values"].shape)
+    found.append(
+        {"what": "pixel_values", "shape": list(pixels[0].shape),
+         "largest_difference": (pixels[0] - pixels[1]).abs().max().item()}
+    )  # fmt: skip
+    ours["pixel_values"] = pixels[1]  # the models are compared on the same pixels
+    if not same_prompt:
+        theirs["input_ids"], theirs["attention_mask"] = ours["input_ids"], ours["attention_mask"]
+    decoder = {}
+    if model.config.is_encoder_decoder:
+        start = model.config.text_config.decoder_start_token_id
+        decoder["decoder_input_ids"] = torch.tensor([[start, *range(3, 3 + NEW_TOKENS)]])
+    with torch.no_grad():
+        logits = model(**ours, **decoder).logits.float(), other(**theirs, **decoder).logits.float()
+        found.append(compare_outputs(*logits, "logits"))
+        greedy = {
+            "max_new_tokens": NEW_TOKENS,
+            "min_new_tokens": NEW_TOKENS,
+            "num_beams": 1,
+            "do_sample": False,
+            "repetition_penalty": 1.0,
+        }
+        tokens = [
+            given.generate(**inputs, **greedy)[
+                :, 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1] :
+            ]
+            for given, inputs in ((model, ours), (other, theirs))
+        ]
+    found.append(
+        {"what": "greedy tokens", "equal": tokens[0].tolist() == tokens[1].tolist(), "shape": list(tokens[0].shape)}
+    )
+    return found
+
+
+def run_retrieval(model, processor, other, other_processor, texts: tuple[str, ...]) -> list[dict]:
+    """Let two models for retrieval score a picture and texts.
+
+    Args:
+        model: Ours.
+        processor: Its processor.
+        other: Transformers'.
+        other_processor: Its processor.
+        texts: What the picture is compared with.
+
+    Raises:
+        ConversionError: Scores differ by more than rounding explains.
+    """
+    images = [fixed_image()] * len(texts)
+    ours = processor(images=images, text=list(texts), return_tensors="pt")
+    theirs = other_processor(images=images, text=list(texts), return_tensors="pt", padding=True)
+    found = [
+        {"what": "token ids of the texts", "equal": torch.equal(ours["input_ids"], theirs["input_ids"]),
+         "shape": list(ours["input_ids"].shape)}
+    ]  # fmt: skip
+    with torch.no_grad():
+        found.append(
+            compare_outputs(
+                model(**ours).itc_scores.float(), other(**ours).logits_per_image.float(), "contrastive scores"
+            )
+        )
+        heads = {"use_image_text_matching_head": True}
+        found.append(
+            compare_outputs(
+                model(**ours, **heads).itm_logits.float(),
+                other(**ours, **heads).logits_per_image.float(),
+                "matching logits",
+            )
+        )
+    return found
+
+
+# ---------------------------------------------------------------------- the certificate
+
+
+def certify(conversion, folder: Path, written, verify: bool = True) -> dict:
+    """Check what was written, and say so in `conversion.json` beside it.
+
+    Args:
+        conversion: What was written.
+        folder: Where it lies.
+        written: `TensorFiles` of it.
+        verify: Make the checks; else only names, shapes and versions are written down.
+
+    Returns:
+        What was written down.
+
+    Raises:
+        ConversionError: A check failed.
+    """
+    leaves, tensors = {}, {}
+    for name, (files, piece, change) in conversion.pieces.items():
+        leaf = files.origin(piece.sources[0])
+        label = leaf.label
+        while leaves.setdefault(label, leaf) is not leaf:  # two folders of one name
+            label += "'"
+        about = {"shape": list(conversion.shape(name)), "dtype": str(conversion.dtype(name)).removeprefix("torch."),
+                 "from": label}  # fmt: skip
+        if change is not None:
+            about["changed"] = True
+        tensors[name] = about
+    labels = {id(leaf): label for label, leaf in leaves.items()}
+    files = conversion.checkpoint
+    of_checkpoint = {id(leaf): leaf for leaf in map(files.origin, files.shapes)} if files is not None else {}
+    checks = []
+    if not verify:
+        checks.append({"what": "nothing", "why": "verification was switched off"})
+    else:
+        checks.append(compare_back(conversion, written))
+        size = 2 * 4 * sum(math.prod(about["shape"]) for about in tensors.values())
+        if conversion.run is None:
+            checks.append({"what": "no run", "why": "the code on the other side is not there to be run"})
+        elif size > RUN_BYTES:
+            checks.append(
+                {"what": "no run", "why": f"both models in float32 take {size:,} bytes; the limit is {RUN_BYTES:,}"}
+            )
+        else:
+            checks += conversion.run(folder)
+    certificate = {
+        "from": conversion.direction[0],
+        "to": conversion.direction[1],
+        "checkpoint": sorted(labels[id(leaf)] for leaf in of_checkpoint.values() if id(leaf) in labels),
+        "inputs": {
+            label: described_files(leaf.files) if verify else {name: {} for name in sorted(leaf.files)}
+            for label, leaf in sorted(leaves.items())
+        },
+        "outputs": described_files(
+            {
+                str(path.relative_to(folder)): path
+                for path in sorted(folder.rglob("*"))
+                if path.is_file() and path.name not in (CERTIFICATE, "README.md")
+            }
+        )
+        if verify
+        else {},
+        "checks": checks,
+        "notes": [re.sub(r"(?<!\S)(?:[A-Za-z]:)?[/\\]\S*[/\\](\S+)", r"\1", note) for note in conversion.notes],
+        "left_out": dict(conversion.left_out),
+        "versions": versions(),
+        "tensors": tensors,
+    }
+    (folder / CERTIFICATE).write_text(json.dumps(certificate, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    card = folder / "README.md"
+    if card.exists():
+        card.write_text(
+            card.read_text(encoding="utf-8").rstrip() + "\n\n" + card_section(certificate), encoding="utf-8"
+        )
+    return certificate
+
+
+def card_section(certificate: Mapping) -> str:
+    """The certificate in words, for a model card."""
+    lines = ["## Conversion", "", f"From {certificate['from']} to {certificate['to']} with vlbridge "
+             f"{certificate['versions']['vlbridge']} and transformers {certificate['versions']['transformers']}; the whole "
+             f"record is in `{CERTIFICATE}`.", "", "| checked | result |", "|---|---|"]  # fmt: skip
+    for check in certificate["checks"]:
+        if "why" in check:
+            result = check["why"]
+        elif "equal" in check:
+            result = "equal" if check["equal"] else "not equal"
+        else:
+            result = f"largest difference {check['largest_difference']:.3g}"
+        lines.append(f"| {check['what']} | {result} |")
+    if certificate["notes"]:
+        lines += ["", *(f"- {note}" for note in certificate["notes"])]
+    return "\n".join(lines) + "\n"
+
+
+def read_certificate(folder: str | os.PathLike) -> dict:
+    """The certificate beside a model; empty where there is none."""
+    path = Path(folder) / CERTIFICATE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+__all__ = [
+    "CERTIFICATE",
+    "card_section",
+    "certify",
+    "compare_back",
+    "read_certificate",
+    "run_generation",
+    "run_retrieval",
+]

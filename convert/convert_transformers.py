@@ -1,0 +1,538 @@
+"""BLIP-2 and InstructBLIP as transformers' own classes have them: one table, read in both directions.
+
+Source: `models/blip_2` and `models/instructblip` of transformers 5.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
+    Blip2Processor,
+    Blip2QFormerConfig,
+    Blip2VisionConfig,
+    BlipImageProcessor,
+    GenerationConfig,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipProcessor,
+    InstructBlipQFormerConfig,
+    InstructBlipVisionConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.utils import cached_file
+
+from ..configuration.configuration_bridged import BridgedConfig
+from ..configuration.configuration_qformer import QFormerBlip2Config, QFormerBlip2PreTrainingConfig, QFormerConfig
+from ..modeling.modeling_bridged import fill_vision_geometry
+from ..modeling.modeling_qformer_pretraining import QFormerBlip2ForImageTextRetrieval
+from .convert_blip2 import build_processor, model_class
+from .convert_certificate import run_generation, run_retrieval
+from .convert_files import TensorFiles
+from .convert_parts import BUFFER, Constants, Conversion, assemble, expected_tensors, language_table, resized
+from .convert_tables import ConversionError, Drop, Missing, Rename, Rule, dropped, invert, plan
+
+
+@dataclass(frozen=True)
+class Port:
+    """One of transformers' classes for BLIP-2, with what belongs to it.
+
+    Args:
+        model_class: The class.
+        config_class: Its configuration's class.
+        vision_config_class: Of the vision encoder's configuration.
+        qformer_config_class: Of the Q-Former's.
+        texts: What the names of the Q-Former's word and position embeddings begin with.
+        layer_norm: Name of the layer norm on the query tokens.
+    """
+
+    model_class: type[PreTrainedModel]
+    config_class: type[PreTrainedConfig]
+    vision_config_class: type[PreTrainedConfig]
+    qformer_config_class: type[PreTrainedConfig]
+    texts: str = "embeddings."
+    layer_norm: str = "qformer.layernorm"
+
+
+_BLIP2 = (Blip2Config, Blip2VisionConfig, Blip2QFormerConfig)
+PORTS = {
+    "generation": Port(Blip2ForConditionalGeneration, *_BLIP2),
+    "retrieval": Port(Blip2ForImageTextRetrieval, *_BLIP2),
+    "instructed": Port(
+        InstructBlipForConditionalGeneration, InstructBlipConfig, InstructBlipVisionConfig, InstructBlipQFormerConfig,
+        "qformer.embeddings.", "qformer.embeddings.layernorm",
+    ),
+}  # fmt: skip
+MODEL_TYPES = ("blip-2", "instructblip")
+# of one block; a name stands for its weight and its bias
+BLOCK = (
+    *(
+        (f"{theirs}.{end}", f"{ours}.{name}")
+        for theirs, ours in (("attention", "attention"), ("crossattention", "cross_attention"))
+        for end, name in (
+            ("attention.query", "query"),
+            ("attention.key", "key"),
+            ("attention.value", "value"),
+            ("output.dense", "dense"),
+            ("output.LayerNorm", "layer_norm"),
+        )
+    ),
+    ("intermediate_query.dense", "feed_forward_query.intermediate"),
+    ("output_query.dense", "feed_forward_query.dense"),
+    ("output_query.LayerNorm", "feed_forward_query.layer_norm"),
+    ("intermediate.dense", "feed_forward_text.intermediate"),
+    ("output.dense", "feed_forward_text.dense"),
+    ("output.LayerNorm", "feed_forward_text.layer_norm"),
+)
+HEADS = ("language_projection", "vision_projection", "text_projection", "itm_head")
+# what we have and transformers' classes have not, and what it is filled with
+ONLY_OURS = (
+    (r"vision_model\.post_layernorm\.weight", "a norm behind the encoder, which is not read", 1.0),
+    (r"vision_model\.post_layernorm\.bias", "a norm behind the encoder, which is not read", 0.0),
+    (r"bridge\.lm_head\.transform_layer_norm\.weight", "transformers' class for retrieval has no captions", 1.0),
+    (r"bridge\.lm_head\..*", "transformers' class for retrieval has no captions", 0.0),
+    (r"bridge\.temperature", "transformers' class for retrieval has no temperature", 0.07),
+)
+
+
+def port_of(config: BridgedConfig) -> str:
+    """Which of `PORTS` a model of ours belongs to.
+
+    Args:
+        config: Its configuration.
+    """
+    if isinstance(config, QFormerBlip2PreTrainingConfig):
+        return "retrieval"
+    return "instructed" if config.qformer_config.use_text else "generation"
+
+
+def port_table(config: BridgedConfig, tensors: Iterable[str], tied: Iterable[str] = ()) -> list[Rule]:
+    """What a checkpoint of transformers becomes.
+
+    Args:
+        config: Our model's configuration.
+        tensors: Names of our model's tensors.
+        tied: Names of its tensors that are second names of others.
+    """
+    port, tensors = PORTS[port_of(config)], list(tensors)
+    layers = (
+        *((f"qformer.encoder.layer.{{}}.{theirs}", f"qformer.layers.{{}}.{ours}") for theirs, ours in BLOCK),
+        (port.layer_norm, "qformer.layer_norm"),
+        ("vision_model.post_layernorm", "vision_layer_norm"),
+        *((name, name) for name in HEADS),
+    )
+    table: list[Rule] = [Rename(f"{a}.{kind}", f"bridge.{b}.{kind}") for a, b in layers for kind in ("weight", "bias")]
+    table += [
+        Rename("query_tokens", "bridge.qformer.query_tokens"),
+        *(
+            Rename(f"{port.texts}{name}.weight", f"bridge.qformer.{name}.weight")
+            for name in ("word_embeddings", "position_embeddings")
+        ),
+        Drop(f"{port.texts}position_ids", BUFFER),
+    ]
+    prefix = "language_model."
+    for name in tensors:
+        found = next((entry for entry in ONLY_OURS if re.fullmatch(entry[0], name)), None)
+        if found is not None:
+            table.append(Missing(name, *found[1:]))
+        elif name.startswith("vision_model."):
+            table.append(Rename(name, name))
+    if config.text_config is not None:
+        names = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
+        for rule in language_table(config.text_config, names, [name.removeprefix(prefix) for name in tied]):
+            if isinstance(rule, Rename):
+                table.append(Rename(prefix + rule.source, prefix + rule.target))
+            else:
+                table.append(Drop(prefix + rule.source, rule.why))
+    return table
+
+
+def _shared(fields: Mapping, config_class: type[PreTrainedConfig], **more) -> PreTrainedConfig:
+    """A configuration of those of the fields that its class has."""
+    own = set(config_class.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
+    own |= {"pad_token_id", "dtype"} & set(config_class.__dataclass_fields__)
+    return config_class(**{name: fields[name] for name in own if fields.get(name) is not None}, **more)
+
+
+# ---------------------------------------------------------------------- out
+
+
+def refuse_port(config: BridgedConfig) -> None:
+    """Say what transformers' classes for BLIP-2 can't express.
+
+    Args:
+        config: Our model's configuration.
+
+    Raises:
+        ConversionError: There is something.
+    """
+    vision = config.vision_config.model_type
+    problems = []
+    if vision not in ("blip_2_vision_model", "instructblip_vision_model"):
+        problems.append(f"their vision encoder is EVA ViT-g's architecture, this one is a {vision}")
+    elif config.vision_feature_layer != -1:
+        problems.append(
+            f"they read the encoder's last layer in front of the norm (-1), this one vision_feature_layer={config.vision_feature_layer}"
+        )
+    if config.vision_feature_select_strategy != "full":
+        problems.append("their Q-Former reads the class token too, this one patches alone")
+    if config.special_token_ids:
+        problems.append("they have no rows of special tokens beside the language model's table")
+    if config.text_config is not None and config.text_config.model_type == "mosaic_gpt":
+        problems.append("transformers has no MPT-1B (mosaic_gpt)")
+    if problems:
+        raise ConversionError(
+            f"{PORTS[port_of(config)].model_class.__name__} can't express this model: {'; '.join(problems)}. What can be "
+            "done: --to official writes LAVIS's layout; save_pretrained(bridge_only=True) makes a repository that "
+            "AutoModel loads where vlbridge is installed."
+        )
+
+
+def port_config(config: BridgedConfig, rows: int | None, generation: GenerationConfig | None) -> PreTrainedConfig:
+    """The configuration of transformers' class.
+
+    Args:
+        config: Ours.
+        rows: Rows that the language model's tables will have; `None` without one.
+        generation: Ours; `generate` of these classes asks the language model's configuration for the end of sequence.
+    """
+    kind = port_of(config)
+    port, qformer = PORTS[kind], config.qformer_config
+    fields = {}
+    if kind == "retrieval":
+        fields["image_text_hidden_size"] = config.embed_dim
+    else:
+        text_config = copy.deepcopy(config.text_config)
+        text_config.vocab_size = rows
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+            if getattr(generation, name, None) is not None:
+                setattr(text_config, name, getattr(generation, name))
+        fields.update(text_config=text_config, image_token_index=config.image_token_id)
+    more = {"use_qformer_text_input": kind == "retrieval"} if kind != "instructed" else {}
+    return port.config_class(
+        vision_config=_shared(config.vision_config.to_dict(), port.vision_config_class),
+        qformer_config=_shared(
+            qformer.to_dict(), port.qformer_config_class, initializer_range=config.initializer_range, **more
+        ),
+        num_query_tokens=qformer.num_query_tokens,
+        **fields,
+    )
+
+
+def port_tokenizer(processor: ProcessorMixin, decoder_only: bool) -> PreTrainedTokenizerBase:
+    """The language model's tokenizer as transformers' processors expect it: it begins texts by itself, as theirs put the
+    image's tokens in front of that.
+
+    Args:
+        processor: Ours.
+        decoder_only: What kind of language model it is.
+    """
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    begin = tokenizer.bos_token
+    if decoder_only and begin and processor.text_start.strip() == begin:
+        tokenizer.add_bos_token = tokenizer.init_kwargs["add_bos_token"] = True
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=[(begin, tokenizer.bos_token_id)]
+        )
+    return tokenizer
+
+
+def port_processor(config: BridgedConfig, processor: ProcessorMixin) -> ProcessorMixin:
+    """The processor of transformers' class.
+
+    Args:
+        config: Our model's configuration.
+        processor: Ours.
+    """
+    ours = processor.image_processor
+    names = ("size", "resample", "do_resize", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+    if getattr(ours, "do_center_crop", False):
+        images = ours  # BLIP's has no crop
+    else:
+        images = BlipImageProcessor(**{name: getattr(ours, name) for name in names if hasattr(ours, name)})
+    if port_of(config) == "retrieval":
+        return Blip2Processor(images, copy.deepcopy(processor.tokenizer))
+    tokenizer = port_tokenizer(processor, not config.is_encoder_decoder)
+    queries = config.qformer_config.num_query_tokens
+    if processor.qformer_tokenizer is None:
+        return Blip2Processor(images, tokenizer, num_query_tokens=queries)
+    return InstructBlipProcessor(images, tokenizer, processor.qformer_tokenizer, num_query_tokens=queries)
+
+
+def plan_port(
+    saved: Conversion, tensors, processor: ProcessorMixin, generation: GenerationConfig | None
+) -> tuple[Conversion, ProcessorMixin]:
+    """Work out what becomes of a model of ours in transformers' class; nothing is read yet.
+
+    Args:
+        saved: The model.
+        tensors: Its tensors, as a checkpoint.
+        processor: Its processor.
+        generation: Its generation defaults.
+
+    Returns:
+        The conversion, and the processor of transformers' class.
+
+    Raises:
+        ConversionError: Transformers' class can't express it.
+    """
+    config = saved.config
+    refuse_port(config)
+    rows = None
+    if config.text_config is not None:  # the placeholder is looked up before it is replaced
+        rows = max(config.text_config.vocab_size, config.image_token_id + 1)
+    new_config = port_config(config, rows, generation)
+    with torch.device("meta"):
+        model = PORTS[port_of(config)].model_class(new_config)
+    expected = expected_tensors(model, tensors.shapes)
+    table = invert(port_table(config, tensors.shapes))
+    pieces = plan(table, tensors.shapes)
+    changes = {}
+    if rows is not None and rows != config.text_config.vocab_size:
+        tables = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part}
+        of_model = dict(model.named_parameters(remove_duplicate=False))
+        changes = {name: resized(rows) for name in expected if id(of_model.get(name)) in tables}
+    conversion = assemble(new_config, model, expected, [(tensors, pieces, changes)], tensors.path)
+    conversion.left_out = dropped(table, tensors.shapes)
+    new_config.dtype = next(iter({conversion.dtype(name) for name in changes} or {conversion.dtype("query_tokens")}))
+    conversion.notes = list(_notes(config, processor, rows))
+    return conversion, port_processor(config, processor)
+
+
+def _notes(config: BridgedConfig, processor: ProcessorMixin, rows: int | None) -> Iterable[str]:
+    theirs, ours = config.vision_config.layer_norm_eps, config.vision_layer_norm_eps
+    if theirs != ours:
+        yield (
+            f"The norm on the patch features has epsilon {theirs:g} here: transformers' classes give it the vision encoder's. "
+            f"In the original it is {ours:g}."
+        )
+    if rows is None:
+        yield "The captioning head and the contrastive temperature are left out: transformers' class has neither."
+        return
+    if rows != config.text_config.vocab_size:
+        yield (
+            f"The language model's tables have {rows} rows instead of {config.text_config.vocab_size}, so that the "
+            "placeholder can be looked up. New rows are the mean of the others: greedily they are never chosen, and all "
+            "together they take less probability than one average token."
+        )
+    tokenizer = processor.tokenizer
+    begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    if not config.is_encoder_decoder and begins and not processor.text_start:
+        yield (
+            f"The order differs: here {tokenizer.bos_token} stands behind the image's tokens, in the original in front of them. "
+            "Transformers' processor has no other order."
+        )
+    yield "Prompts have one image each, which stands in front: transformers' processor puts it there."
+    yield (
+        "generate() without arguments asks the language model's own defaults, which are greedy here; pass num_beams and the "
+        "like, or pipeline(), which reads generation_config.json."
+    )
+
+
+def run_port(ours: str | os.PathLike, theirs: str | os.PathLike, config: BridgedConfig) -> list[dict]:
+    """Let our model and transformers' answer the same input, in float32.
+
+    Args:
+        ours: Folder or Hub id of ours.
+        theirs: Of theirs.
+        config: Our configuration.
+    """
+    kind = port_of(config)
+    other, info = PORTS[kind].model_class.from_pretrained(theirs, dtype=torch.float32, output_loading_info=True)
+    if any(info.values()):
+        raise ConversionError(f"Transformers' class does not find all of its tensors: {info}.")
+    processors = AutoProcessor.from_pretrained(ours), AutoProcessor.from_pretrained(theirs)
+    if kind == "retrieval":
+        model = QFormerBlip2ForImageTextRetrieval.from_pretrained(ours, dtype=torch.float32)
+        texts = ("a red and green gradient", "a dog")
+        return run_retrieval(model.eval(), processors[0], other.eval(), processors[1], texts)
+    model = AutoModel.from_pretrained(ours, dtype=torch.float32)
+    prompt = processors[0].caption_prompt
+    return run_generation(
+        model.eval(), processors[0], other.eval(), processors[1], (processors[0].image_token + prompt, prompt)
+    )
+
+
+def run_llava(ours: str | os.PathLike, theirs: str | os.PathLike, model_class) -> list[dict]:
+    """Let our LLaVA and transformers' answer the same input, in float32.
+
+    Args:
+        ours: Folder or Hub id of ours.
+        theirs: Of theirs.
+        model_class: Theirs.
+    """
+    other, info = model_class.from_pretrained(theirs, dtype=torch.float32, output_loading_info=True)
+    if any(info.values()):
+        raise ConversionError(f"Transformers' class does not find all of its tensors: {info}.")
+    model = AutoModel.from_pretrained(ours, dtype=torch.float32)
+    processors = AutoProcessor.from_pretrained(ours), AutoProcessor.from_pretrained(theirs)
+    content = [{"type": "image"}, {"type": "text", "text": processors[0].caption_prompt}]
+    prompts = tuple(
+        processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        for processor in processors
+    )
+    return run_generation(model.eval(), processors[0], other.eval(), processors[1], prompts)
+
+
+# ---------------------------------------------------------------------- in
+
+
+def is_port(place: str | os.PathLike) -> bool:
+    """Whether a folder or Hub id holds a model of transformers' classes for BLIP-2."""
+    if os.path.isfile(place):
+        return False
+    found = cached_file(place, "config.json", _raise_exceptions_for_missing_entries=False)
+    return found is not None and json.loads(Path(found).read_text(encoding="utf-8")).get("model_type") in MODEL_TYPES
+
+
+def infer_config(port: PreTrainedConfig, keys: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> BridgedConfig:
+    """Our configuration for a model of transformers' classes.
+
+    Args:
+        port: Its configuration.
+        keys: Of its checkpoint.
+        tokenizer: Its tokenizer, for special tokens that the configuration does not name.
+    """
+    vision, qformer = port.vision_config.to_dict(), port.qformer_config.to_dict()
+    retrieval = "itm_head.weight" in set(keys)
+    fields = {
+        "vision_config": _shared(vision, Blip2VisionConfig),
+        "qformer_config": _shared(
+            qformer, QFormerConfig, num_query_tokens=port.num_query_tokens,
+            use_text=retrieval or port.model_type == "instructblip",
+        ),
+        "vision_layer_norm_eps": vision["layer_norm_eps"],
+        "vision_feature_layer": -1,
+        "initializer_range": port.initializer_range,
+    }  # fmt: skip
+    if retrieval:
+        tokens = {
+            "bos_token_id": fields["qformer_config"].vocab_size - 1,  # [DEC], the last of BERT's
+            "eos_token_id": tokenizer.sep_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        return QFormerBlip2PreTrainingConfig(embed_dim=port.image_text_hidden_size, **tokens, **fields)
+    token = port.image_token_index
+    if token is None:  # of older repositories
+        token = tokenizer.convert_tokens_to_ids("<image>")
+    return QFormerBlip2Config(text_config=copy.deepcopy(port.text_config), image_token_id=token, **fields)
+
+
+def without_placeholder(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> PreTrainedTokenizerBase:
+    """BERT's tokenizer without the `<image>` that transformers' processor has added to it."""
+    if len(tokenizer) <= vocab_size:
+        return tokenizer
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < vocab_size]
+    again = copy.deepcopy(tokenizer)
+    again._tokenizer = Tokenizer.from_str(json.dumps(state))
+    return again
+
+
+def convert_port(
+    checkpoint: str | os.PathLike,
+    output: str | os.PathLike,
+    config: Mapping | None = None,
+    verify: bool = True,
+) -> Conversion:
+    """Convert a model of transformers' classes for BLIP-2 and InstructBLIP into a folder that ours loads.
+
+    Args:
+        checkpoint: Folder or Hub id.
+        output: Folder to write to.
+        config: Fields of our configuration that are to be others.
+        verify: Check what was written, see `certify`.
+
+    Raises:
+        ConversionError: A tensor is unknown or missing; nothing is written.
+    """
+    port = AutoConfig.from_pretrained(checkpoint)
+    files = TensorFiles(checkpoint)
+    if (
+        port.model_type not in MODEL_TYPES
+        or not {"itm_head.weight", "language_projection.weight"} & files.shapes.keys()
+    ):
+        raise ConversionError(
+            f"{checkpoint} holds a {port.model_type} without a projection to a language model or a head for retrieval; "
+            "expected a model of transformers' classes for BLIP-2 or InstructBLIP."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    retrieval = "itm_head.weight" in files.shapes
+    if not retrieval and "<image>" not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
+    model_config = infer_config(port, files.shapes, tokenizer)
+    for name, value in (config or {}).items():
+        setattr(model_config, name, value)
+    fill_vision_geometry(model_config)
+    with torch.device("meta"):
+        model = model_class(model_config)(model_config)
+    expected = expected_tensors(model, files.shapes)
+    tied = model.all_tied_weights_keys.keys() - files.shapes.keys()
+    table = port_table(model_config, expected, tied)
+    dtype = files.dtypes["vision_model.post_layernorm.weight"]
+    values = {rule.target: (expected[rule.target], dtype, rule.value) for rule in table if isinstance(rule, Missing)}
+    constants = Constants(values)
+    sources = [(files, plan(table, files.shapes), {}), (constants, plan([Rename(n, n) for n in values], values), {})]
+    conversion = assemble(model_config, model, expected, sources, files.path)
+    conversion.left_out = dropped(table, files.shapes)
+    conversion.direction = ("transformers", "vlbridge")
+    model_config.dtype = port.dtype
+    image_processor = AutoImageProcessor.from_pretrained(checkpoint)
+    generation = None
+    if retrieval:
+        conversion.notes.append(
+            "The captioning head and the contrastive temperature are not in the checkpoint: retrieval works, captions don't."
+        )
+        bert = without_placeholder(tokenizer, model_config.qformer_config.vocab_size)
+        bert.add_special_tokens({"bos_token": "[DEC]"})
+        processor = build_processor(model_config, None, image_processor, None, bert)
+    else:
+        bert = None
+        if model_config.qformer_config.use_text:
+            bert = AutoTokenizer.from_pretrained(checkpoint, subfolder="qformer_tokenizer")
+        kinds = {"t5": "t5", "llama": "llm"}
+        kind = kinds.get(port.text_config.model_type, "opt")
+        processor = build_processor(model_config, kind, image_processor, tokenizer, bert)
+        try:
+            generation = GenerationConfig.from_pretrained(checkpoint)
+        except OSError:
+            generation = GenerationConfig.from_model_config(port.text_config)
+    conversion.run = lambda folder: run_port(folder, checkpoint, model_config)
+    conversion.write(output, generation, processor, verify)
+    return conversion
+
+
+__all__ = [
+    "PORTS",
+    "convert_port",
+    "infer_config",
+    "is_port",
+    "plan_port",
+    "port_config",
+    "port_of",
+    "port_table",
+    "run_llava",
+    "run_port",
+]
