@@ -60,6 +60,16 @@ def _vicuna(system: str) -> str:
     )
 
 
+def _chatml(system: str) -> str:
+    return _conversation(
+        begin="'<|im_start|>system\\n' + system + '<|im_end|>'",
+        user="'<|im_start|>user\\n' + message.content + '<|im_end|>'",
+        prompt="'<|im_start|>assistant\\n'",
+        answer="message.content + '<|im_end|>'",
+        system=system,
+    )
+
+
 def _llama_2(system: str, begin_of_turn: str) -> str:
     """Llama 2's: the system prompt stands in the first question; the tokenizer begins the first turn by itself."""
     first = "(('<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' if system else '') if loop.first else '') + message.content + ' [/INST]'"
@@ -101,12 +111,9 @@ CONVERSATIONS = {
         begin_of_turn="(bos_token or '')",
     ),
     "mistral_instruct": _llama_2("", begin_of_turn="''"),
-    "chatml_direct": _conversation(
-        begin="'<|im_start|>system\\n' + system + '<|im_end|>'",
-        user="'<|im_start|>user\\n' + message.content + '<|im_end|>'",
-        prompt="'<|im_start|>assistant\\n'",
-        answer="message.content + '<|im_end|>'",
-        system="Answer the questions.",
+    "chatml_direct": _chatml("Answer the questions."),
+    "mpt": _chatml(
+        "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
     ),
     # Stage 1, `preprocess_plain` in `llava/train/train.py`: the picture, then its caption; what the user says is left out.
     "plain": _conversation(
@@ -291,12 +298,17 @@ class MLPLlavaProcessor(BridgedProcessor):
         """
         return num_llava_tokens(self, height, width)
 
-    def prepare_inputs_layout(self, *args, **kwargs):
-        images, text, videos, audio = super().prepare_inputs_layout(*args, **kwargs)
-        if self.space_after_image and text is not None:
-            token = re.escape(self.image_token)
-            text = [re.sub(rf"({token})(?!{token}|\Z)", r"\1 ", sample) for sample in text]
-        return images, text, videos, audio
+    def get_text_with_replacements(self, text: list[str], images_replacements=(), *more, **kwargs):
+        images_replacements = list(images_replacements)
+        if self.space_after_image:
+            # Here, not in the text before: transformers moves the assistant's words by what replacements add.
+            rests = [
+                sample[found.end() :] for sample in text for found in re.finditer(re.escape(self.image_token), sample)
+            ]
+            for number, rest in enumerate(rests):
+                if rest and not rest.startswith(self.image_token):
+                    images_replacements[number] += " "
+        return super().get_text_with_replacements(text, images_replacements, *more, **kwargs)
 
     def _process_images(self, images, **kwargs):
         if self.image_aspect_ratio == "square":

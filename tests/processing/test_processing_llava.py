@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -228,6 +229,8 @@ LLAVA = (
     "provides, and assist the user with a variety of tasks using natural language."
 )
 
+MPT = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+
 
 def official(name, system=None):
     """A conversation as `Conversation.get_prompt` writes it, in pieces of (text, whether the assistant says it)."""
@@ -246,8 +249,9 @@ def official(name, system=None):
         begin = "<s>" if name == "llava_llama_2" else ""
         pieces = [(f"[INST] {opening}{ASKED[0]} [/INST]", False), (f" {ANSWERED[0]} </s>", True)]
         pieces += [(f"{begin}[INST] {ASKED[1]} [/INST]", False), (f" {ANSWERED[1]} </s>", True)]
-    elif name == "chatml_direct":
-        system = "Answer the questions." if system is None else system
+    elif name in ("chatml_direct", "mpt"):
+        default = "Answer the questions." if name == "chatml_direct" else MPT
+        system = default if system is None else system
         pieces = [(f"<|im_start|>system\n{system}<|im_end|>", False)]
         for asked, answered in zip(ASKED, ANSWERED):
             pieces += [(f"<|im_start|>user\n{asked}<|im_end|><|im_start|>assistant\n", False)]
@@ -305,10 +309,14 @@ def test_texts_are_the_official_ones(name, system):
 
 
 @pytest.mark.parametrize("ratio", ["square", "anyres"])
-@pytest.mark.parametrize("name", CONVERSATIONS)
-def test_loss_masks_are_on_the_assistants_words_only(tokenizer, name, ratio):
+@pytest.mark.parametrize(
+    ("name", "space"),
+    [(name, False) for name in CONVERSATIONS] + [(name, True) for name in CONVERSATIONS if name != "plain"],
+)
+def test_loss_masks_are_on_the_assistants_words_only(tokenizer, name, space, ratio):
     """Against prefixes tokenised one by one: a piece's tokens are those that its end has more than its beginning."""
     model, processor = processor_with(tokenizer, conversation=name, image_aspect_ratio=ratio)
+    processor.space_after_image = space
     images = [tiny_image(number, size) for number, size in enumerate([(40, 33), (90, 11), (7, 8)])]
     pictures = iter(images)
     messages = [
@@ -319,8 +327,11 @@ def test_loss_masks_are_on_the_assistants_words_only(tokenizer, name, ratio):
     counts = iter(processor._get_num_multimodal_tokens([(i.height, i.width) for i in images]).num_image_tokens)
     lengths, ids, text = [], None, ""
     for piece, said in official(name):
-        for part in piece.replace("<image>", "\0<image>\0").split("\0"):
-            text += "<image>" * next(counts) if part == "<image>" else part
+        for part in re.split("(<image>)", piece):
+            if part == "<image>":
+                text += "<image>" * next(counts)
+            else:
+                text += (" " if space and part and text.endswith("<image>") else "") + part
         ids = processor.tokenizer(text)["input_ids"]
         lengths.append((len(ids), said))
     expected, done = [], 0
