@@ -114,6 +114,9 @@ class BridgedProcessor(ProcessorMixin):
                 f"tokenizer.add_special_tokens({{'extra_special_tokens': [{image_token!r}]}}), or use vlbridge.compose()."
             )
         self.image_token_id = ids[0]
+        # LLaMA's class forgets at saving how it was told to split (transformers 5.23), and would split otherwise when loaded
+        if isinstance(getattr(tokenizer, "legacy", None), bool):
+            tokenizer.init_kwargs["legacy"] = tokenizer.legacy
         self.patch_size = patch_size
         self.num_prefix_tokens = num_prefix_tokens
         self.vision_layout = vision_layout
