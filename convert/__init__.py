@@ -2,9 +2,10 @@
 
 from .convert_blip import convert_blip
 from .convert_blip2 import convert_blip2
+from .convert_export import export
 from .convert_llava import convert_llava
 from .convert_openflamingo import convert_openflamingo
 from .convert_tables import ConversionError
 
 
-__all__ = ["ConversionError", "convert_blip", "convert_blip2", "convert_llava", "convert_openflamingo"]
+__all__ = ["ConversionError", "convert_blip", "convert_blip2", "convert_llava", "convert_openflamingo", "export"]

@@ -200,6 +200,7 @@ def convert_blip(
     output: str | os.PathLike,
     tokenizer: str | os.PathLike = "google-bert/bert-base-uncased",
     config: Mapping | None = None,
+    verify: bool = True,
 ) -> Conversion:
     """Convert a captioner or an image-text matcher of BLIP into a folder that transformers' own classes load.
 
@@ -212,6 +213,7 @@ def convert_blip(
         output: Folder to write to.
         tokenizer: BERT's tokenizer: a folder or a Hub id.
         config: What shapes can't tell, see `infer_config`.
+        verify: Check what was written, see `certify`.
 
     Returns:
         What was done.
@@ -243,7 +245,7 @@ def convert_blip(
     side = model_config.vision_config.image_size
     # CLIP's mean and standard deviation and bicubic resampling are its defaults
     processor = BlipProcessor(BlipImageProcessor(size={"height": side, "width": side}), bert)
-    conversion.write(output, None, processor)
+    conversion.write(output, None, processor, verify)
     return conversion
 
 

@@ -404,11 +404,12 @@ def convert_blip2(
     tokenizer: str | os.PathLike | None = None,
     qformer_tokenizer: str | os.PathLike = "google-bert/bert-base-uncased",
     config: Mapping | None = None,
+    verify: bool = True,
 ) -> Conversion:
     """Convert a checkpoint of BLIP-2 or InstructBLIP into a folder that `from_pretrained` loads.
 
     Args:
-        checkpoint: LAVIS's file.
+        checkpoint: LAVIS's file; or a folder or Hub id of transformers' own classes, which needs no other parts.
         vision: EVA ViT-g as LAVIS uses it (`eva_vit_g.pth`), CLIP ViT-L as LAVIS or open_clip save it, or a folder or Hub id
             in transformers' layout; `None` where the checkpoint has the encoder, whose tensors count in any case.
         language: The language model: a folder or a Hub id; `None` for stage 1.
@@ -417,6 +418,7 @@ def convert_blip2(
         qformer_tokenizer: BERT's tokenizer, where the Q-Former reads text: a folder or a Hub id.
         config: What shapes can't tell, as fields of the model's configuration; `vision_config` and `qformer_config` are
             dicts of their own.
+        verify: Check what was written, see `certify`.
 
     Returns:
         What was done.
@@ -424,6 +426,10 @@ def convert_blip2(
     Raises:
         ConversionError: The parts don't fit together; nothing is written.
     """
+    from .convert_transformers import convert_port, is_port
+
+    if is_port(checkpoint):
+        return convert_port(checkpoint, output, config, verify)
     overrides = dict(config or {})
     vision_overrides = dict(overrides.pop("vision_config", {}))
     files = TensorFiles(checkpoint)
@@ -465,7 +471,7 @@ def convert_blip2(
     if prefix is not None:
         generation = generation_config(prefix, bert is not None, language_tokenizer, text_config)
     processor = build_processor(model_config, prefix, image_processor, language_tokenizer, bert)
-    conversion.write(output, generation, processor)
+    conversion.write(output, generation, processor, verify)
     return conversion
 
 

@@ -19,6 +19,8 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoProcessor,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
     GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -36,6 +38,7 @@ from ..configuration.configuration_bridged import BridgedConfig
 from ..configuration.configuration_flamingo import PerceiverFlamingoConfig
 from ..configuration.configuration_llava import MLPLlavaConfig
 from ..modeling.modeling_checkpoint import find_frozen_part, frozen_parts_of
+from .convert_blip import CAPTION_TABLE, MATCHING_TABLE
 from .convert_blip2 import LANGUAGE_MODELS as LAVIS_LANGUAGE_MODELS
 from .convert_blip2 import checkpoint_table as lavis_table
 from .convert_certificate import certify, read_certificate
@@ -60,6 +63,8 @@ from .convert_transformers import plan_port, run_llava, run_port
 
 
 TARGETS = ("transformers", "official")
+LAVIS = "LAVIS's layout"
+FROZEN = "frozen: official checkpoints have it elsewhere"
 
 
 # ---------------------------------------------------------------------- our models, as checkpoints
@@ -118,6 +123,18 @@ class Saved:
         return {name for name, about in self.certificate["tensors"].items() if about["from"] in files}
 
 
+def _model_type(place: str | os.PathLike) -> str | None:
+    """What kind of model a folder or Hub id holds.
+
+    Raises:
+        ConversionError: There is none.
+    """
+    try:
+        return PreTrainedConfig.get_config_dict(place)[0].get("model_type")
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{place} can't be exported: {str(error).splitlines()[0]}") from error
+
+
 def open_saved(place: str | os.PathLike) -> Saved:
     """Open a model of ours: whole, or a bridge whose frozen parts are fetched from where it names them.
 
@@ -128,13 +145,10 @@ def open_saved(place: str | os.PathLike) -> Saved:
         ConversionError: It is no model of ours, or its tensors are not those of its configuration.
         FrozenPartError: A frozen part is missing or changed.
     """
-    place = os.fspath(place)
-    try:
-        config = AutoConfig.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{place} can't be exported: {str(error).splitlines()[0]}") from error
+    place, kind = os.fspath(place), _model_type(place)
+    config = AutoConfig.from_pretrained(place)
     if not isinstance(config, BridgedConfig):
-        raise ConversionError(f"{place} holds a {config.model_type}; expected a model of vlbridge.")
+        raise ConversionError(f"{place} holds a {kind}; expected a model of vlbridge.")
     files = TensorFiles(place)
     with torch.device("meta"):
         model = AutoModel.from_config(config)
@@ -257,10 +271,12 @@ def plan_llava(saved: Saved) -> tuple[Conversion, ProcessorMixin]:
     tiled = config.image_grid_pinpoints is not None
     rows = max(config.text_config.vocab_size, config.image_token_id + 1)
     text_config = copy.deepcopy(config.text_config)
-    text_config.vocab_size = rows
+    text_config.vocab_size, text_config.dtype = rows, None  # the dtype is the whole model's affair
+    vision_config = copy.deepcopy(config.vision_config)
+    vision_config.dtype = None
     select = "default" if config.vision_feature_select_strategy == "patch" and config.num_prefix_tokens else "full"
     fields = {
-        "vision_config": copy.deepcopy(config.vision_config),
+        "vision_config": vision_config,
         "text_config": text_config,
         "image_token_index": config.image_token_id,
         "image_seq_length": config.num_image_tokens(config.image_size, config.image_size),
@@ -360,7 +376,13 @@ def official_flamingo(saved: Saved) -> tuple[list[Rule], re.Pattern]:
     names = [
         name.removeprefix("language_model.") for name in saved.tensors.shapes if name.startswith("language_model.")
     ]
+    if not config.freeze_vision_model:
+        raise ConversionError(
+            "This model's vision encoder was trained, which OpenFlamingo's checkpoints have no place for. What can be done: "
+            "save_pretrained()."
+        )
     table = invert(flamingo_table(config, names))
+    table += [Drop(name, FROZEN) for name in saved.tensors.shapes if name.startswith("vision_model.")]
     # the official filter keeps what was trained, and whatever has "embed" in its name; MPT's table is called wte
     return table, re.compile(r"perceiver\..*|.*\.gated_cross_attn_layer\..*|lang_encoder\..*(embed|wte).*")
 
@@ -455,7 +477,7 @@ def plan_official(saved: Saved) -> tuple[Conversion, dict[str, str]]:
         config, {target: (tensors, piece, None) for target, piece in kept.items()}, saved.conversion.model
     )
     used = {source for piece in kept.values() for source in piece.sources}
-    left_out = {name: "frozen: official checkpoints have it elsewhere" for name in tensors.shapes if name not in used}
+    left_out = {name: FROZEN for name in tensors.shapes if name not in used}
     left_out.update(dropped(table, left_out))
     return done, left_out
 
@@ -472,18 +494,57 @@ def write_official(saved: Saved, output: str | os.PathLike, verify: bool = True)
         return write_official_llava(saved, output, verify)
     done, left_out = plan_official(saved)
     flamingo = isinstance(saved.config, PerceiverFlamingoConfig)
-    done.direction = ("vlbridge", "OpenFlamingo's layout" if flamingo else "LAVIS's layout")
-    done.left_out = {name: why for name, why in left_out.items() if not why.startswith("frozen")}
+    done.direction = ("vlbridge", "OpenFlamingo's layout" if flamingo else LAVIS)
+    done.left_out = {name: why for name, why in left_out.items() if why != FROZEN}
     if len(left_out) > len(done.left_out):
         done.notes.append(
             f"{len(left_out) - len(done.left_out)} tensors of the frozen vision encoder and language model are left out, as "
             "in the official releases."
         )
+    write_torch(done, output, "checkpoint.pt" if flamingo else "checkpoint.pth", None if flamingo else "model", verify)
+    return done
+
+
+def write_torch(done: Conversion, output: str | os.PathLike, name: str, wrapper: str | None, verify: bool) -> None:
+    """Write a checkpoint with `torch.save`, and its certificate.
+
+    Args:
+        done: What is in it.
+        output: Empty folder, or one that is made.
+        name: Of the file.
+        wrapper: Key that the tensors are under; `None` for none.
+        verify: Check what was written, see `certify`.
+    """
     with written_whole(output) as folder:
-        state = {name: done.load(name) for name in done.pieces}
-        path = folder / ("checkpoint.pt" if flamingo else "checkpoint.pth")
-        torch.save(state if flamingo else {"model": state}, path)
-        certify(done, folder, TensorFiles(path), verify)
+        state = {key: done.load(key) for key in done.pieces}
+        torch.save(state if wrapper is None else {wrapper: state}, folder / name)
+        certify(done, folder, TensorFiles(folder / name), verify)
+
+
+def write_official_blip(place: str | os.PathLike, output: str | os.PathLike, verify: bool = True) -> Conversion:
+    """Write LAVIS's checkpoint of a captioner or an image-text matcher of BLIP, which are in transformers' classes here too.
+
+    Args:
+        place: Folder or Hub id.
+        output: Empty folder, or one that is made.
+        verify: Check what was written, see `certify`.
+    """
+    files = TensorFiles(place)
+    matching = "text_encoder.embeddings.word_embeddings.weight" in files.shapes
+    table = MATCHING_TABLE if matching else CAPTION_TABLE
+    # transformers' savers may write a tied tensor under both names
+    once = Renamed(
+        files,
+        {key: key for key in files.shapes if key not in {rule.source for rule in table if isinstance(rule, Twin)}},
+    )
+    table = invert(table)
+    pieces = {target: (once, piece, None) for target, piece in plan(table, once.shapes).items()}
+    with torch.device("meta"):
+        model = (BlipForImageTextRetrieval if matching else BlipForConditionalGeneration)(
+            AutoConfig.from_pretrained(place)
+        )
+    done = Conversion(model.config, pieces, model, direction=("transformers", LAVIS), checkpoint=files)
+    write_torch(done, output, "checkpoint.pth", "model", verify)
     return done
 
 
@@ -590,6 +651,8 @@ def export(
     """
     if to not in TARGETS:
         raise ConversionError(f"to is {to!r}; expected one of {', '.join(TARGETS)}.")
+    if to == "official" and _model_type(model) == "blip":
+        return write_official_blip(model, output, verify)
     saved = open_saved(model)
     config = saved.config
     if to == "official":

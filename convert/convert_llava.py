@@ -607,6 +607,7 @@ def convert_llava(
     output: str | os.PathLike,
     conversation: str | None = None,
     config: Mapping | None = None,
+    verify: bool = True,
 ) -> Conversion:
     """Convert a checkpoint of LLaVA into a folder that `AutoModel.from_pretrained` loads.
 
@@ -620,6 +621,7 @@ def convert_llava(
         output: Folder to write to.
         conversation: Name of the conversation format; `None` goes by the checkpoint.
         config: What the checkpoint doesn't tell, as fields of `MLPLlavaConfig`; `vision_config` is a dict of its own.
+        verify: Check what was written, see `certify`.
 
     Returns:
         What was done; its `notes` say what was left aside.
@@ -730,7 +732,7 @@ def convert_llava(
         pad_token_id=tokenizer.pad_token_id,
         max_new_tokens=512,
     )
-    conversion.write(output, generation, processor)
+    conversion.write(output, generation, processor, verify)
     return conversion
 
 

@@ -293,6 +293,7 @@ def convert_openflamingo(
     tokenizer: str | os.PathLike | None = None,
     cross_attn_every_n_layers: int | None = None,
     config: Mapping | None = None,
+    verify: bool = True,
 ) -> Conversion:
     """Convert a checkpoint of OpenFlamingo into a folder that `AutoModel.from_pretrained` loads.
 
@@ -304,6 +305,7 @@ def convert_openflamingo(
         tokenizer: Where the language model's tokenizer lies, if not beside it.
         cross_attn_every_n_layers: As the checkpoint was trained with; only compared with what is found in it.
         config: What shapes can't tell, as fields of `PerceiverFlamingoConfig`; `vision_config` is a dict of its own.
+        verify: Check what was written, see `certify`.
 
     Returns:
         What was done.
@@ -341,7 +343,7 @@ def convert_openflamingo(
         eos_token_id=end_of_chunk,
         pad_token_id=tokenizer.pad_token_id,
     )
-    conversion.write(output, generation, processor)
+    conversion.write(output, generation, processor, verify)
     return conversion
 
 

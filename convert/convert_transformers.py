@@ -170,7 +170,7 @@ def port_table(config: BridgedConfig, tensors: Iterable[str], tied: Iterable[str
 def _shared(fields: Mapping, config_class: type[PreTrainedConfig], **more) -> PreTrainedConfig:
     """A configuration of those of the fields that its class has."""
     own = set(config_class.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
-    own |= {"pad_token_id", "dtype"} & set(config_class.__dataclass_fields__)
+    own |= {"pad_token_id"} & set(config_class.__dataclass_fields__)
     return config_class(**{name: fields[name] for name in own if fields.get(name) is not None}, **more)
 
 
@@ -223,7 +223,7 @@ def port_config(config: BridgedConfig, rows: int | None, generation: GenerationC
         fields["image_text_hidden_size"] = config.embed_dim
     else:
         text_config = copy.deepcopy(config.text_config)
-        text_config.vocab_size = rows
+        text_config.vocab_size, text_config.dtype = rows, None  # the dtype is the whole model's affair
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
             if getattr(generation, name, None) is not None:
                 setattr(text_config, name, getattr(generation, name))

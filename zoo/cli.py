@@ -1,4 +1,4 @@
-"""The command line: `vlbridge caption`, `ask`, `info`, `capfilt` and `convert`.
+"""The command line: `vlbridge caption`, `ask`, `info`, `capfilt`, `convert`, `export` and `list`.
 
 Exit codes: 0, all went well; 1, something failed (a model, a device, some of the images); 2, the command line is wrong;
 130, interrupted. Results go to stdout, everything else to stderr.
@@ -16,6 +16,7 @@ from textwrap import shorten
 from typing import Annotated
 
 import typer
+import typer.core
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -651,14 +652,32 @@ def capfilt(
 
 BERT = "google-bert/bert-base-uncased"  # whose tokenizer all of BLIP uses
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
+
+
+class _Converters(typer.core.TyperGroup):
+    """`convert FAMILY ...` for a checkpoint at hand, `convert NAME OUTPUT` for a release of the catalogue."""
+
+    def resolve_command(self, ctx, args):
+        if args and args[0] not in self.commands:
+            args = ["release", *args]
+        return super().resolve_command(ctx, args)
+
+
 converters = typer.Typer(
-    name="convert", help="Convert official checkpoints.", no_args_is_help=True, rich_markup_mode=None
+    name="convert",
+    cls=_Converters,
+    help="Convert official checkpoints: a release by its name (`vlbridge list`), or the files of a family.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 app.add_typer(converters)
 
 OutputOption = Annotated[Path, typer.Option(help="Folder to write to.")]
 TokenizerOption = Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with the language model.")]
 ConfigOption = Annotated[Path | None, typer.Option(help="JSON file: what shapes can't tell, such as head counts.")]
+VerifyOption = Annotated[
+    bool, typer.Option("--verify/--no-verify", help="Check what was written, and say so in conversion.json.")
+]
 
 
 def _fields(path: Path | None) -> dict:
@@ -703,10 +722,42 @@ def _convert(converter: str, checkpoint: Path | str, output: Path, config: Path 
         done = getattr(convert, converter)(checkpoint, output=output, config=fields, **options)
     except (OSError, ValueError, TypeError) as error:
         raise CommandError(f"cannot convert {checkpoint}: {_one_line(error)}") from error
+    _say_converted(done, output)
+
+
+def _say_converted(done, output: Path) -> None:
     for note in done.notes:
         _print(note, sys.stderr)
     parameters = sum(parameter.numel() for parameter in done.model.parameters())
     _print(f"{output}: {done.config.model_type}, {parameters:,} parameters", sys.stdout)
+
+
+@converters.command("release", hidden=True)
+@_exit_codes()
+def convert_release(
+    name: Annotated[str, typer.Argument(help="Of a release, as `vlbridge list` shows it.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write to.")],
+    vision: Annotated[str | None, typer.Option(help="Another place of the vision encoder.")] = None,
+    language: Annotated[str | None, typer.Option(help="Another place of the language model.")] = None,
+    tokenizer: TokenizerOption = None,
+    config: ConfigOption = None,
+    verify: VerifyOption = True,
+) -> None:
+    """An official release: what belongs to it is fetched from where its publishers put it."""
+    from .catalogue import convert_release, find
+
+    fields = _fields(config)
+    try:
+        release = find(name)
+    except ValueError as error:
+        raise CommandError(str(error), exit_code=2) from error
+    _quiet_libraries()
+    given = {"vision": vision, "language": language, "tokenizer": tokenizer, "config": fields or None, "verify": verify}
+    try:
+        done = convert_release(release, output, **given)
+    except Exception as error:  # which ones a download raises depends on the HTTP client
+        raise CommandError(f"cannot convert {name}: {_one_line(error)}") from error
+    _say_converted(done, output)
 
 
 @converters.command("openflamingo")
@@ -721,18 +772,21 @@ def convert_openflamingo(
         int | None, typer.Option(min=1, help="Checked against the checkpoint.")
     ] = None,
     config: ConfigOption = None,
+    verify: VerifyOption = True,
 ) -> None:
     """OpenFlamingo: 3B, 4B, 9B, the first 9B, and checkpoints of its training code."""
     _convert(
         "convert_openflamingo", checkpoint, output, config, vision=vision, language=language, tokenizer=tokenizer,
-        cross_attn_every_n_layers=cross_attn_every_n_layers,
+        cross_attn_every_n_layers=cross_attn_every_n_layers, verify=verify,
     )  # fmt: skip
 
 
 @converters.command("blip2")
 @_exit_codes()
 def convert_blip2(
-    checkpoint: Annotated[Path, typer.Option(help="LAVIS's file.")],
+    checkpoint: Annotated[
+        str, typer.Option(help="LAVIS's file; or a folder or Hub id of transformers' BLIP-2 or InstructBLIP.")
+    ],
     output: OutputOption,
     vision: Annotated[
         str | None,
@@ -748,11 +802,12 @@ def convert_blip2(
         str, typer.Option(help="BERT's tokenizer, for Q-Formers that read text: a folder or Hub id.")
     ] = BERT,
     config: ConfigOption = None,
+    verify: VerifyOption = True,
 ) -> None:
     """BLIP-2 and InstructBLIP: stage 1, OPT, FlanT5, Vicuna, with EVA ViT-g or CLIP ViT-L."""
     _convert(
         "convert_blip2", checkpoint, output, config, vision=vision, language=language, tokenizer=tokenizer,
-        qformer_tokenizer=qformer_tokenizer,
+        qformer_tokenizer=qformer_tokenizer, verify=verify,
     )  # fmt: skip
 
 
@@ -763,9 +818,10 @@ def convert_blip(
     output: OutputOption,
     tokenizer: Annotated[str, typer.Option(help="BERT's tokenizer: a folder or Hub id.")] = BERT,
     config: ConfigOption = None,
+    verify: VerifyOption = True,
 ) -> None:
     """BLIP (2022), for transformers' BlipForConditionalGeneration and BlipForImageTextRetrieval."""
-    _convert("convert_blip", checkpoint, output, config, tokenizer=tokenizer)
+    _convert("convert_blip", checkpoint, output, config, tokenizer=tokenizer, verify=verify)
 
 
 @converters.command("llava")
@@ -800,9 +856,63 @@ def convert_llava(
         Path | None,
         typer.Option(help="JSON file: fields of MLPLlavaConfig that are to be others than the checkpoint's."),
     ] = None,
+    verify: VerifyOption = True,
 ) -> None:
     """LLaVA v1, v1.5 and v1.6 (NeXT): whole, projector alone, LoRA, and transformers' llava-hf."""
-    _convert("convert_llava", checkpoint, output, config, vision=vision, language=language, conversation=conversation)
+    _convert(
+        "convert_llava", checkpoint, output, config, vision=vision, language=language, conversation=conversation,
+        verify=verify,
+    )  # fmt: skip
+
+
+@app.command()
+@_exit_codes()
+def export(
+    model: Annotated[str, typer.Argument(help="A model of vlbridge: a folder or Hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="transformers: the native class, for whatever knows transformers; official: the layout of the family's own "
+            "code."
+        ),
+    ] = "transformers",
+    verify: VerifyOption = True,
+) -> None:
+    """Write a model for those who have no vlbridge."""
+    _quiet_libraries()
+    from .convert import export
+    from .convert.convert_export import TARGETS
+
+    if to not in TARGETS:
+        raise CommandError(f"--to is {to!r}; expected one of {', '.join(TARGETS)}", exit_code=2)
+    try:
+        done = export(model, output, to, verify=verify)
+    except (OSError, ValueError, TypeError) as error:
+        raise CommandError(f"cannot export {model}: {_one_line(error)}") from error
+    _say_converted(done, output)
+
+
+@app.command("list")
+@_exit_codes()
+def list_releases(as_json: JsonOption = False) -> None:
+    """The official releases that `vlbridge convert NAME OUTPUT` knows."""
+    from .catalogue import CATALOGUE, rows
+
+    if as_json:
+        for row in rows():
+            _print(json.dumps(row), sys.stdout)
+        return
+    width = max(map(len, CATALOGUE))
+    for release in CATALOGUE.values():
+        figures = ", ".join(
+            f"{what} {value}" for what, value in release.published.items() if isinstance(value, (int, float))
+        )
+        shots = {what: value for what, value in release.published.items() if isinstance(value, dict)}
+        figures = figures or ", ".join(
+            f"{what} {' / '.join(map(str, value.values()))}" for what, value in list(shots.items())[:2]
+        )
+        _print(f"{release.name:{width}}  {release.title}" + (f"  ({figures})" if figures else ""), sys.stdout)
 
 
 # ---------------------------------------------------------------------- entry
