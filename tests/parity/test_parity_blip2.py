@@ -10,17 +10,13 @@ from PIL import Image
 from transformers import (
     AutoModel,
     AutoProcessor,
-    Blip2Config,
-    Blip2ForConditionalGeneration,
-    Blip2ForImageTextRetrieval,
-    InstructBlipConfig,
-    InstructBlipForConditionalGeneration,
     LogitsProcessor,
     LogitsProcessorList,
 )
 
 from vlbridge.convert import convert_blip2
-from vlbridge.convert.convert_tables import Rename, plan
+from vlbridge.convert.convert_tables import invert, plan
+from vlbridge.convert.convert_transformers import PORTS, port_config, port_of, port_table
 from vlbridge.modeling import QFormerBlip2ForConditionalGeneration
 from vlbridge.modeling.modeling_qformer_pretraining import (
     QFormerBlip2ForImageTextRetrieval,
@@ -368,75 +364,25 @@ def test_stage1_captions(case, stage1):
 
 # ---------------------------------------------------------------------- transformers' own classes
 
-PORT_LAYER = {
-    "attention.query": "attention.attention.query",
-    "attention.key": "attention.attention.key",
-    "attention.value": "attention.attention.value",
-    "attention.dense": "attention.output.dense",
-    "attention.layer_norm": "attention.output.LayerNorm",
-    "feed_forward_query.intermediate": "intermediate_query.dense",
-    "feed_forward_query.dense": "output_query.dense",
-    "feed_forward_query.layer_norm": "output_query.LayerNorm",
-    "feed_forward_text.intermediate": "intermediate.dense",
-    "feed_forward_text.dense": "output.dense",
-    "feed_forward_text.layer_norm": "output.LayerNorm",
-}
-PORT_LAYER.update(
-    {f"cross_{ours}": f"cross{theirs}" for ours, theirs in PORT_LAYER.items() if ours.startswith("attention.")}
-)
 
-
-def port_of(model):
-    """Transformers' own class with the same weights."""
-    config, stage1 = model.config, isinstance(model, QFormerBlip2ForPreTraining)
-    instructed = config.qformer_config.use_text and not stage1
-    texts = "qformer.embeddings." if instructed else "embeddings."
-    names = {
-        **{
-            f"qformer.layers.{{}}.{ours}": f"qformer.encoder.layer.{{}}.{theirs}" for ours, theirs in PORT_LAYER.items()
-        },
-        "qformer.layer_norm": "qformer.embeddings.layernorm" if instructed else "qformer.layernorm",
-        "qformer.word_embeddings": f"{texts}word_embeddings",
-        "qformer.position_embeddings": f"{texts}position_embeddings",
-        "vision_layer_norm": "vision_model.post_layernorm",
-        **{name: name for name in ("language_projection", "vision_projection", "text_projection", "itm_head")},
-    }
-    table = [Rename(f"bridge.{a}.{kind}", f"{b}.{kind}") for a, b in names.items() for kind in ("weight", "bias")]
-    table.append(Rename("bridge.qformer.query_tokens", "query_tokens"))
-    unknown = ("bridge.lm_head.", "bridge.temperature", "vision_model.post_layernorm.")  # the port has none of these
-    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(unknown)}
-    table += [Rename(name, name) for name in weights if not name.startswith("bridge.")]
-    qformer_config = {
-        name: value for name, value in config.qformer_config.to_dict().items() if name not in ("model_type", "use_text")
-    }
-    classes = (InstructBlipConfig, InstructBlipForConditionalGeneration)
-    if not instructed:
-        qformer_config["use_qformer_text_input"] = stage1
-        classes = (Blip2Config, Blip2ForImageTextRetrieval if stage1 else Blip2ForConditionalGeneration)
-    options = {} if stage1 else {"text_config": config.text_config.to_dict()}
-    if stage1:
-        options["image_text_hidden_size"] = config.embed_dim
-    port = classes[1](
-        classes[0](
-            vision_config={**config.vision_config.to_dict(), "model_type": classes[0]().vision_config.model_type},
-            qformer_config=qformer_config,
-            num_query_tokens=config.qformer_config.num_query_tokens,
-            image_token_index=None if stage1 else config.image_token_id,
-            **options,
-        )
-    ).eval()
+def port_with(model):
+    """Transformers' own class with the same weights, by the table that `export` goes by."""
+    config, weights = model.config, model.state_dict()
+    rows = None if config.text_config is None else config.text_config.vocab_size
+    port = PORTS[port_of(config)].model_class(port_config(config, rows, None)).eval()
     if "language_model.lm_head.weight" in weights and config.is_encoder_decoder:
         # transformers ties T5's head by itself, and unties it when it loads a checkpoint where it differs
         head = port.language_model.lm_head
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
-    port.load_state_dict({name: piece.load(weights.__getitem__) for name, piece in plan(table, weights).items()})
+    pieces = plan(invert(port_table(config, weights)), weights)
+    port.load_state_dict({name: piece.load(weights.__getitem__) for name, piece in pieces.items()})
     return port
 
 
 @pytest.fixture(scope="module")
 def port(case, converted):
     model, *_ = converted
-    return port_of(model)
+    return port_with(model)
 
 
 def test_the_port_reads_images_alike(case, converted, port):
