@@ -31,8 +31,11 @@ from transformers import (
     LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedConfig,
+    PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, apply_renamings
 
 from ..configuration.configuration_bridged import BridgedConfig
 from ..configuration.configuration_flamingo import PerceiverFlamingoConfig
@@ -135,6 +138,18 @@ def _model_type(place: str | os.PathLike) -> str | None:
         raise ConversionError(f"{place} can't be exported: {str(error).splitlines()[0]}") from error
 
 
+def todays_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """From names in files to a model's own: transformers goes on saving some models under the names that they once had.
+
+    Args:
+        model: On the meta device.
+        keys: Of its files.
+    """
+    renamings = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
+    own = set(model.state_dict())
+    return {key: key if key in own else apply_renamings(key, renamings) for key in keys}
+
+
 def open_saved(place: str | os.PathLike) -> Saved:
     """Open a model of ours: whole, or a bridge whose frozen parts are fetched from where it names them.
 
@@ -163,6 +178,7 @@ def open_saved(place: str | os.PathLike) -> Saved:
             inside = TensorFiles(where, **hub_kwargs)
         else:
             inside = Renamed(files, {key: key.removeprefix(prefix) for key in files.shapes if key.startswith(prefix)})
+        inside = Renamed(inside, todays_names(getattr(model, part), inside.shapes))
         names = [name for name in expected if name.startswith(prefix)]
         if part == "vision_model":
             pieces = vision_pieces(inside, names)
@@ -186,15 +202,18 @@ def open_saved(place: str | os.PathLike) -> Saved:
 
 # language models whose logits are more than their last hidden state times one matrix: transformers' LLaVA has that only
 HEAD_FIELDS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0}
+# encoders whose files have one level more than their classes, as they had it until transformers 5
+NESTED = ("clip_vision_model", "siglip_vision_model")
 # encoders whose last hidden state is `hidden_states[-1]` too
 ENDS_BARE = ("clip_vision_model",)
 
 
-def refuse_llava(config: MLPLlavaConfig) -> None:
+def refuse_llava(config: MLPLlavaConfig, language_model: PreTrainedModel) -> None:
     """Say what transformers' classes for LLaVA can't express.
 
     Args:
         config: Our model's configuration.
+        language_model: Its language model, on the meta device.
 
     Raises:
         ConversionError: There is something.
@@ -221,6 +240,12 @@ def refuse_llava(config: MLPLlavaConfig) -> None:
         problems.append(f"they merge tiles as 'spatial_unpad', this model as {config.patch_merge_type!r}")
     if config.is_encoder_decoder:
         problems.append(f"their language model is a decoder, this one is a {config.text_config.model_type}")
+    elif language_model.get_input_embeddings() is not getattr(
+        getattr(language_model, "model", None), "embed_tokens", None
+    ):
+        problems.append(
+            f"they look for the language model's table at model.embed_tokens, where a {config.text_config.model_type} has none"
+        )
     for name, neutral in HEAD_FIELDS.items():
         if getattr(config.text_config, name, neutral) not in (neutral, None):
             problems.append(f"their logits are one matrix times the last hidden state, this language model has {name}")
@@ -239,24 +264,6 @@ def refuse_llava(config: MLPLlavaConfig) -> None:
         )
 
 
-def llava_table(config: MLPLlavaConfig, tensors: Iterable[str], language_model) -> list[Rule]:
-    """What a checkpoint of transformers' LLaVA becomes, as `checkpoint_table` of `convert_llava` has it; a language model's
-    decoder is always called `model` there.
-
-    Args:
-        config: Our model's configuration.
-        tensors: Names of our model's tensors.
-        language_model: Our language model.
-    """
-    decoder = f"language_model.{language_model.base_model_prefix}."
-    table = []
-    for rule in llava_checkpoint_table(config, tensors, "transformers"):
-        if isinstance(rule, Rename) and rule.target.startswith(decoder):
-            rule = Rename(rule.source.replace(decoder, "language_model.model.", 1), rule.target)
-        table.append(rule)
-    return table
-
-
 def plan_llava(saved: Saved) -> tuple[Conversion, ProcessorMixin]:
     """Work out what becomes of an MLP-LLaVA in transformers' class; nothing is read yet.
 
@@ -267,7 +274,8 @@ def plan_llava(saved: Saved) -> tuple[Conversion, ProcessorMixin]:
         ConversionError: Transformers' class can't express it.
     """
     config, tensors = saved.config, saved.tensors
-    refuse_llava(config)
+    language_model = saved.conversion.model.language_model
+    refuse_llava(config, language_model)
     tiled = config.image_grid_pinpoints is not None
     rows = max(config.text_config.vocab_size, config.image_token_id + 1)
     text_config = copy.deepcopy(config.text_config)
@@ -293,9 +301,12 @@ def plan_llava(saved: Saved) -> tuple[Conversion, ProcessorMixin]:
     new_config: PreTrainedConfig = config_class(**fields)
     with torch.device("meta"):
         model = model_class(new_config)
-    language_model = saved.conversion.model.language_model
-    table = invert(llava_table(config, tensors.shapes, language_model))
+    table = invert(llava_checkpoint_table(config, tensors.shapes, "transformers"))
     pieces = plan(table, tensors.shapes)
+    if config.vision_config.model_type not in NESTED:
+        pieces = {
+            name.replace("vision_tower.vision_model.", "vision_tower.", 1): piece for name, piece in pieces.items()
+        }
     changes = {}
     if rows != config.text_config.vocab_size:
         of_model = {
@@ -381,7 +392,10 @@ def official_flamingo(saved: Saved) -> tuple[list[Rule], re.Pattern]:
             "This model's vision encoder was trained, which OpenFlamingo's checkpoints have no place for. What can be done: "
             "save_pretrained()."
         )
-    table = invert(flamingo_table(config, names))
+    rules = flamingo_table(config, names)
+    # where two names lead to one tensor, the last is the one of the official code's time
+    last = {rule.target: rule for rule in rules if isinstance(rule, Rename)}
+    table = invert([rule for rule in rules if not isinstance(rule, Rename) or last[rule.target] is rule])
     table += [Drop(name, FROZEN) for name in saved.tensors.shapes if name.startswith("vision_model.")]
     # the official filter keeps what was trained, and whatever has "embed" in its name; MPT's table is called wte
     return table, re.compile(r"perceiver\..*|.*\.gated_cross_attn_layer\..*|lang_encoder\..*(embed|wte).*")
@@ -404,6 +418,8 @@ def official_blip2(saved: Saved) -> tuple[list[Rule], re.Pattern]:
     tied = {name: of for name, of in model.all_tied_weights_keys.items() if name not in saved.tensors.shapes}
     table = lavis_table(model, language, tied)
     others = tuple(f"{other}_proj." for other in LAVIS_LANGUAGE_MODELS if other != language)
+    if language is not None:
+        others += ("Qformer.cls.",)
     table = [rule for rule in table if not rule.source.startswith(others)]
     kinds = {"blip_2_vision_model": EVA_TABLE, "clip_vision_model": OPEN_CLIP_TABLE}
     vision = kinds.get(config.vision_config.model_type)

@@ -403,7 +403,10 @@ def is_port(place: str | os.PathLike) -> bool:
     """Whether a folder or Hub id holds a model of transformers' classes for BLIP-2."""
     if os.path.isfile(place):
         return False
-    found = cached_file(place, "config.json", _raise_exceptions_for_missing_entries=False)
+    try:
+        found = cached_file(place, "config.json", _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):  # who reads the weights says what is wrong
+        return False
     return found is not None and json.loads(Path(found).read_text(encoding="utf-8")).get("model_type") in MODEL_TYPES
 
 

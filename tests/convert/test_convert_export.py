@@ -27,19 +27,32 @@ from vlbridge.convert.convert_certificate import CERTIFICATE, card_section, file
 from vlbridge.convert.convert_files import TensorFiles
 from vlbridge.convert.convert_llava import open_checkpoint
 from vlbridge.convert.convert_openflamingo import usual_names
-from vlbridge.convert.convert_parts import Renamed
+from vlbridge.convert.convert_parts import BUFFER, Renamed
 
 
 CASES = Path(__file__).parents[1] / "parity" / "cases"
 NEW_TOKENS = 6
 
 
+def has_native_class(case: Path) -> bool:
+    """BLIP is in transformers' classes to begin with; Flamingo, CLIP with a Q-Former and a linear projector have none."""
+    return case.parent.name in ("blip2", "llava") and case.name not in ("stage1_clipL", "v1_linear")
+
+
 def pytest_generate_tests(metafunc):
-    """Every official case; those of the tests below that go by `native_case` need a class of transformers for it."""
+    """Every official case that a test applies to."""
+    if "case" not in metafunc.fixturenames:
+        return
     root = Path(metafunc.config.getoption("--parity-root") or CASES)
     found = [path.parent for path in sorted(root.glob("*/*/meta.json"))]
-    if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", found, ids=lambda path: f"{path.parent.name}-{path.name}", scope="module")
+    assert found, f"no cases in {root}"
+    if "native" in metafunc.fixturenames:
+        found = [case for case in found if has_native_class(case)]
+    if "speaks" in metafunc.function.__name__:
+        found = [case for case in found if not case.name.startswith("stage1")]
+    if "refused" in metafunc.function.__name__:
+        found = [case for case in found if case.parent.name != "blip" and not has_native_class(case)]
+    metafunc.parametrize("case", found, ids=lambda path: f"{path.parent.name}-{path.name}", scope="module")
 
 
 def convert(case: Path, output: Path) -> None:
@@ -108,46 +121,33 @@ def official_of(case: Path):
 def test_official_layouts_come_back(case, ours, tmp_path):
     """Bit by bit, names and dtypes included, but for buffers, which models compute by themselves."""
     done = export(ours, tmp_path / "official", to="official")
-    back = TensorFiles(tmp_path / "official" / "checkpoint.pt" if (tmp_path / "official" / "checkpoint.pt").exists()
-                       else tmp_path / "official" / "checkpoint.pth" if case.parent.name != "llava"
-                       else tmp_path / "official")  # fmt: skip
+    folder = tmp_path / "official"
+    back = TensorFiles(next(folder.glob("checkpoint.pt*"), folder))
     if case.name == "v15_lora":  # merged into its language model, it is a whole checkpoint
         convert_llava(tmp_path / "official", case / "clip_vision_tower", output=tmp_path / "again")
         same_tensors(TensorFiles(ours), TensorFiles(tmp_path / "again"))
         return
     official = official_of(case)
     gone = official.shapes.keys() - back.shapes.keys()
-    reasons = {} if case.parent.name == "blip" else json.loads((ours / CERTIFICATE).read_text())["left_out"]
-    if case.parent.name == "blip":
-        reasons = dict.fromkeys(
-            ["text_decoder.bert.embeddings.position_ids"], "a buffer that the model computes by itself"
-        )
-    assert {reasons[name] for name in gone} <= {"a buffer that the model computes by itself"}
+    reasons = json.loads((ours / CERTIFICATE).read_text())["left_out"]
+    assert {reasons[name] for name in gone} <= {BUFFER}
     same_tensors(Renamed(official, {name: name for name in official.shapes if name not in gone}), back)
     check = json.loads((tmp_path / "official" / CERTIFICATE).read_text())["checks"][0]
     assert check["largest_difference"] == 0.0 and done.pieces
 
 
-def exported(ours: Path, output: Path) -> Path | None:
-    """In transformers' class, or `None` where it says that there is none."""
-    try:
-        export(ours, output)
-    except ConversionError as error:
-        assert "What can be done" in str(error)
-        assert not output.exists()
-        return None
+@pytest.fixture(scope="module")
+def native(case, ours, tmp_path_factory) -> Path:
+    """The case's model in transformers' class."""
+    output = tmp_path_factory.mktemp("native") / case.name
+    export(ours, output)
     return output
 
 
-@pytest.fixture(scope="module")
-def native(case, ours, tmp_path_factory) -> Path:
-    if case.parent.name == "blip":
-        pytest.skip("BLIP is converted to transformers' classes to begin with")
-    found = exported(ours, tmp_path_factory.mktemp("native") / case.name)
-    if found is None:
-        assert case.parent.name == "openflamingo" or case.name in ("stage1_clipL", "v1_linear")
-        pytest.skip("transformers has no class for it, and export says so")
-    return found
+def test_cases_without_a_native_class_are_refused(case, ours, tmp_path):
+    with pytest.raises(ConversionError, match="What can be done"):
+        export(ours, tmp_path / "native")
+    assert not (tmp_path / "native").exists()
 
 
 def test_native_layouts_come_back(case, native, tmp_path):
@@ -202,10 +202,8 @@ print(json.dumps({"class": type(model).__name__, "ids": ids[0, start:].tolist(),
 """
 
 
-def test_exported_models_speak_without_this_package(case, ours, native, tmp_path):
+def test_an_exported_model_speaks_without_this_package(case, ours, native, tmp_path):
     """The same tokens through the Auto classes, and the same text through the pipeline."""
-    if case.name.startswith("stage1"):
-        pytest.skip("retrieval models write nothing; their scores are compared below")
     image = tiny_image(3, (48, 33))
     image.save(tmp_path / "image.png")
     model, processor = AutoModel.from_pretrained(ours), AutoProcessor.from_pretrained(ours)
@@ -254,3 +252,159 @@ def test_certificates_hold(case, ours, native):
         assert {name: tuple(about["shape"]) for name, about in certificate["tensors"].items()} == files.shapes
         assert certificate["versions"]["vlbridge"] == vlbridge.__version__
     assert card_section(json.loads((native / CERTIFICATE).read_text())) in (native / "README.md").read_text()
+
+
+# ---------------------------------------------------------------------- models that were composed here
+
+
+def saved(folder: Path, *args, **options) -> Path:
+    model, processor = tiny_model(*args, **options)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def checks_of(folder: Path) -> dict[str, dict]:
+    return {check["what"]: check for check in json.loads((folder / CERTIFICATE).read_text())["checks"]}
+
+
+@pytest.mark.parametrize(
+    "language, vision, options",
+    [
+        *(
+            (language, "clip", {})
+            for language in ("llama", "llama_tied", "mistral", "qwen2", "qwen3", "phi3", "smollm3")
+        ),
+        ("llama", "siglip", {"vision_feature_layer": -2}),
+        ("llama", "vit", {"vision_feature_layer": -2}),
+        ("llama", "dinov2", {"vision_feature_layer": -2}),
+        ("llama", "clip", {"vision_feature_layer": [-1, -2]}),
+        ("llama", "clip", {"vision_feature_select_strategy": "full", "projector_bias": False}),
+        ("llama", "clip", {"image_aspect_ratio": "pad"}),
+        ("llama", "clip", {"image_aspect_ratio": "anyres"}),
+    ],
+)
+def test_composed_llavas_speak_alike(language, vision, options, tmp_path):
+    export(saved(tmp_path / "ours", "mlp", language, vision, **options), tmp_path / "native")
+    found = checks_of(tmp_path / "native")
+    assert found["token ids of the prompt"]["equal"] and found["greedy tokens"]["equal"]
+    assert found["logits"]["largest_difference"] < 1e-5
+    assert found["pixel_values"]["largest_difference"] < 0.02  # one grey level: transformers resizes with torchvision
+
+
+@pytest.mark.parametrize(
+    "args, options, reason",
+    [
+        (("mlp", "llama", "resnet"), {}, "this one is a CNN"),
+        (("mlp", "llama", "siglip"), {}, "behind its last norm"),
+        (("mlp", "llama", "clip"), {"projector_type": "linear"}, "this one is linear"),
+        (("mlp", "llama", "clip"), {"projector_hidden_size": 24}, "this one 24"),
+        (("mlp", "llama", "clip"), {"pooling": "average", "pooling_factor": 2}, "don't pool"),
+        (("mlp", "llama", "clip"), {"image_aspect_ratio": "anyres", "patch_merge_type": "flat"}, "'flat'"),
+        (("mlp", "t5", "clip"), {}, "this one is a t5"),
+        (("mlp", "gpt2", "clip"), {}, "model.embed_tokens"),
+        (("mlp", "gemma2", "clip"), {}, "final_logit_softcapping"),
+        (("qformer", "opt", "clip"), {}, "this one is a clip_vision_model"),
+        (("perceiver", "llama", "clip"), {}, "no class for Perceiver-Flamingo"),
+    ],
+)
+def test_what_native_classes_can_not_express(args, options, reason, tmp_path):
+    """It is said before anything is written, with what can be done."""
+    ours = saved(tmp_path / "ours", *args, **options)
+    with pytest.raises(ConversionError, match=reason) as error:
+        export(ours, tmp_path / "native")
+    assert "What can be done" in str(error.value)
+    assert not (tmp_path / "native").exists()
+
+
+@pytest.mark.parametrize(
+    "args, reason",
+    [(("mlp", "qwen2", "clip"), "this one is a qwen2"), (("mlp", "llama", "siglip"), "vision tower is CLIP's"),
+     (("qformer", "gpt2", "clip"), "OPT, T5 and LLaMA"), (("perceiver", "llama", "clip"), "rows of this model's special tokens")],
+)  # fmt: skip
+def test_what_official_layouts_can_not_express(args, reason, tmp_path):
+    ours = saved(tmp_path / "ours", *args)
+    with pytest.raises(ConversionError, match=reason):
+        export(ours, tmp_path / "official", to="official")
+    assert not (tmp_path / "official").exists()
+
+
+def test_retrieval_scores_without_this_package(tmp_path):
+    """Stage 1 of a fresh Q-Former on CLIP has no class; on EVA ViT-g's architecture it scores alike."""
+    model, processor = tiny_stage1()
+    model.save_pretrained(tmp_path / "clip")
+    processor.save_pretrained(tmp_path / "clip")
+    with pytest.raises(ConversionError, match="this one is a clip_vision_model"):
+        export(tmp_path / "clip", tmp_path / "native")
+    case = CASES / "blip2" / "stage1_qformer"
+    convert(case, tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "native")
+    found = checks_of(tmp_path / "native")
+    assert found["token ids of the texts"]["equal"]
+    assert found["contrastive scores"]["largest_difference"] < 1e-5
+    assert found["matching logits"]["largest_difference"] < 1e-4
+
+
+def test_a_bridge_fetches_its_frozen_parts(tmp_path):
+    """What is exported from a bridge alone is what is exported from the whole model."""
+    model, processor = tiny_model("mlp")
+    parts = {"vision": tmp_path / "clip", "language": tmp_path / "llama"}
+    model.vision_model.save_pretrained(parts["vision"])
+    model.language_model.save_pretrained(parts["language"])
+    composed, processor = vlbridge.compose(
+        str(parts["vision"]), str(parts["language"]), "mlp", tokenizer=processor.tokenizer,
+        image_processor=processor.image_processor,
+    )  # fmt: skip
+    for name, bridge_only in (("bridge", True), ("whole", False)):
+        composed.save_pretrained(tmp_path / name, bridge_only=bridge_only)
+        processor.save_pretrained(tmp_path / name)
+        export(tmp_path / name, tmp_path / f"{name}_native")
+    same_tensors(TensorFiles(tmp_path / "bridge_native"), TensorFiles(tmp_path / "whole_native"))
+    changed = AutoModel.from_pretrained(parts["language"])
+    with torch.no_grad():
+        changed.embed_tokens.weight[0] += 1
+    changed.save_pretrained(parts["language"])
+    with pytest.raises(vlbridge.FrozenPartError, match="not the one"):
+        export(tmp_path / "bridge", tmp_path / "never")
+
+
+def test_nothing_is_overwritten(tmp_path):
+    ours = saved(tmp_path / "ours", "mlp")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    with pytest.raises(ConversionError, match="not empty"):
+        export(ours, tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "ours"]
+
+
+def test_different_models_are_not_certified(tmp_path, monkeypatch):
+    """A class that computes something else is noticed, and nothing is left behind."""
+    from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+    ours = saved(tmp_path / "ours", "mlp")
+    forward = LlavaMultiModalProjector.forward
+    monkeypatch.setattr(LlavaMultiModalProjector, "forward", lambda self, features: 2 * forward(self, features))
+    with pytest.raises(ConversionError, match="logits differ"):
+        export(ours, tmp_path / "native")
+    assert not (tmp_path / "native").exists()
+
+
+def test_command_line(tmp_path):
+    ours = saved(tmp_path / "ours", "mlp")
+    done = CliRunner().invoke(app, ["export", str(ours), "--output", str(tmp_path / "native"), "--no-verify"])
+    assert done.exit_code == 0, done.output
+    certificate = json.loads((tmp_path / "native" / CERTIFICATE).read_text())
+    assert certificate["checks"] == [{"what": "nothing", "why": "verification was switched off"}]
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "native")
+    done = CliRunner().invoke(app, ["export", str(ours), "--to", "official", "--output", str(tmp_path / "official")])
+    assert done.exit_code == 0, done.output
+    for arguments, code in (
+        (["export", str(ours), "--to", "elsewhere", "-o", str(tmp_path / "x")], 2),
+        (["export", str(tmp_path / "nothing"), "-o", str(tmp_path / "x")], 1),
+        (["export", str(tmp_path / "native"), "-o", str(tmp_path / "x")], 1),
+    ):
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == code, done.output
+        assert "Traceback" not in done.output
+    assert not (tmp_path / "x").exists()
