@@ -67,6 +67,7 @@ from .convert_transformers import plan_port, run_llava, run_port
 
 TARGETS = ("transformers", "official")
 LAVIS = "LAVIS's layout"
+LAVIS_EPSILON = 1e-5  # torch's default, which the official code leaves as it is
 FROZEN = "frozen: official checkpoints have it elsewhere"
 
 
@@ -512,6 +513,11 @@ def write_official(saved: Saved, output: str | os.PathLike, verify: bool = True)
     flamingo = isinstance(saved.config, PerceiverFlamingoConfig)
     done.direction = ("vlbridge", "OpenFlamingo's layout" if flamingo else LAVIS)
     done.left_out = {name: why for name, why in left_out.items() if why != FROZEN}
+    epsilon = getattr(saved.config, "vision_layer_norm_eps", LAVIS_EPSILON)
+    if epsilon != LAVIS_EPSILON:
+        done.notes.append(
+            f"LAVIS's norm on the patch features has epsilon {LAVIS_EPSILON:g}; in this model it is {epsilon:g}."
+        )
     if len(left_out) > len(done.left_out):
         done.notes.append(
             f"{len(left_out) - len(done.left_out)} tensors of the frozen vision encoder and language model are left out, as "
