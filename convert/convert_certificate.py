@@ -6,7 +6,6 @@ compared bit by bit; where both sides can run here, they answer the same fixed i
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -21,6 +20,7 @@ import transformers
 from PIL import Image
 
 from ..version import __version__
+from .convert_files import FINISHED, file_sha256, finished_shards
 from .convert_tables import ConversionError
 
 
@@ -32,18 +32,13 @@ LARGEST_RELATIVE_DIFFERENCE = 1e-2
 NEW_TOKENS = 8
 
 
-def file_sha256(path: str | os.PathLike) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def described_files(paths: Mapping[str, Path]) -> dict[str, dict]:
-    """Bytes and SHA-256 of files, by the name that they get in the certificate."""
-    return {name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for name, path in sorted(paths.items())}
+def described_files(paths: Mapping[str, Path], known: Mapping[str, dict] | None = None) -> dict[str, dict]:
+    """Bytes and SHA-256 of files, by the name that they get in the certificate; what is known already is not read again."""
+    known = known or {}
+    return {
+        name: known.get(name) or {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for name, path in sorted(paths.items())
+    }
 
 
 def versions() -> dict[str, str]:
@@ -278,7 +273,7 @@ def certify(conversion, folder: Path, written, verify: bool = True) -> dict:
                 {"what": "no run", "why": f"both models in float32 take {size:,} bytes; the limit is {RUN_BYTES:,}"}
             )
         else:
-            checks += conversion.run(folder)
+            checks += _run(conversion, folder)
     certificate = {
         "from": conversion.direction[0],
         "to": conversion.direction[1],
@@ -291,13 +286,14 @@ def certify(conversion, folder: Path, written, verify: bool = True) -> dict:
             {
                 str(path.relative_to(folder)): path
                 for path in sorted(folder.rglob("*"))
-                if path.is_file() and path.name not in (CERTIFICATE, "README.md")
-            }
+                if path.is_file() and path.name not in (CERTIFICATE, "README.md", FINISHED)
+            },
+            finished_shards(folder),
         )
         if verify
         else {},
         "checks": checks,
-        "notes": [re.sub(r"(?<!\S)(?:[A-Za-z]:)?[/\\]\S*[/\\](\S+)", r"\1", note) for note in conversion.notes],
+        "notes": [_without_folders(note) for note in conversion.notes],
         "left_out": dict(conversion.left_out),
         "versions": versions(),
         "tensors": tensors,
@@ -309,6 +305,24 @@ def certify(conversion, folder: Path, written, verify: bool = True) -> dict:
             card.read_text(encoding="utf-8").rstrip() + "\n\n" + card_section(certificate), encoding="utf-8"
         )
     return certificate
+
+
+def _run(conversion, folder: Path) -> list[dict]:
+    """Let both sides answer. Where a repository that comes in can't be run that is its own affair; what goes out must run."""
+    try:
+        return conversion.run(folder)
+    except ConversionError:
+        raise
+    except Exception as error:  # whatever other people's files make transformers say
+        why = _without_folders(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        if conversion.direction[0] == "vlbridge":
+            raise ConversionError(f"What was exported can't be run, and nothing was written: {why}") from error
+        return [{"what": "no run", "why": f"the source can't be run as it is. {why}"}]
+
+
+def _without_folders(text: str) -> str:
+    """Absolute paths say nothing to others: their last part stays."""
+    return re.sub(r"(?<!\S)(?:[A-Za-z]:)?[/\\]\S*[/\\](\S+)", r"\1", text)
 
 
 def card_section(certificate: Mapping) -> str:

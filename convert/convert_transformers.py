@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -386,14 +387,24 @@ def run_llava(ours: str | os.PathLike, theirs: str | os.PathLike, model_class) -
         raise ConversionError(f"Transformers' class does not find all of its tensors: {info}.")
     model = AutoModel.from_pretrained(ours, dtype=torch.float32)
     processors = AutoProcessor.from_pretrained(ours), AutoProcessor.from_pretrained(theirs)
-    content = [{"type": "image"}, {"type": "text", "text": processors[0].caption_prompt}]
-    prompts = tuple(
-        processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-        for processor in processors
-    )
+    prompts = _llava_prompts(*processors)
     return run_generation(model.eval(), processors[0], other.eval(), processors[1], prompts)
+
+
+def _llava_prompts(ours: ProcessorMixin, theirs: ProcessorMixin) -> tuple[str, str]:
+    """The same question as each of the processors takes it: as a conversation, where both know one that shows an image."""
+    asked, token = ours.caption_prompt, ours.image_token
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": asked}]}]
+    try:
+        prompts = tuple(
+            processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            for processor in (ours, theirs)
+        )
+        if all(prompt.count(token) == 1 for prompt in prompts):
+            return prompts
+    except (ValueError, TemplateError):  # no template, or one that wants other messages
+        pass
+    return f"{token}\n{asked}", f"{token}{' ' if ours.space_after_image else ''}\n{asked}"
 
 
 # ---------------------------------------------------------------------- in

@@ -153,6 +153,7 @@ def test_the_bridges_table_leads_back(release):
     there = plan(BRIDGE_TABLE, keys)
     # three names of the projection to the language model, of which one is this checkpoint's
     others = tuple(f"{other}_proj." for other in ("opt", "t5", "llm") if other != name)
+    others += ("Qformer.cls.",) if name else ()  # a head that stage 1 alone has
     table = [rule for rule in BRIDGE_TABLE if not rule.source.startswith(others)]
     back = plan(invert(table), there)
     sources = {key: piece.sources[0] for key, piece in back.items()}
@@ -187,8 +188,7 @@ def test_blips_tables_lead_back(name, table):
     keys = torch.load(CASES / "blip" / "blip_caption_itm" / f"{name}.pth")["model"].keys()
     there = plan(table, keys)
     back = plan(invert(table), there)
-    second = ("position_ids", "predictions.decoder.weight", "predictions.decoder.bias")
-    assert back.keys() == {key for key in keys if not key.endswith(second)}
+    assert back.keys() == {key for key in keys if not key.endswith("position_ids")}
 
 
 def test_positions_for_another_size():

@@ -98,6 +98,22 @@ def test_what_is_written_down(written, monkeypatch):
     assert "the limit is 100" in certify(conversion, folder, TensorFiles(folder))["checks"][1]["why"]
 
 
+def test_a_run_that_fails(written):
+    """A source that can't be run is no reason not to take its weights; what goes out must run."""
+    conversion, tensors, folder = written
+    save_file(tensors, folder / "model.safetensors")
+
+    def run(given):
+        raise TypeError(f"no patch_size in {folder}/processor_config.json")
+
+    conversion.run = run
+    found = certify(conversion, folder, TensorFiles(folder))["checks"][1]
+    assert "no patch_size in processor_config.json" in found["why"]
+    conversion.direction = ("vlbridge", "elsewhere")
+    with pytest.raises(ConversionError, match="can't be run"):
+        certify(conversion, folder, TensorFiles(folder))
+
+
 def test_differences_beyond_rounding_are_refused():
     ours = torch.tensor([1.0, -10.0])
     assert compare_outputs(ours, ours + 1e-3, "logits")["largest_difference"] == pytest.approx(1e-3, rel=1e-2)
