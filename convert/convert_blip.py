@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .convert_files import TensorFiles
+from .convert_files import TensorFiles, dimensions
 from .convert_parts import (
     BUFFER,
     EVA_TABLE,
@@ -130,16 +130,16 @@ def infer_config(shapes: Shapes, overrides: Mapping | None = None) -> BlipConfig
             "The checkpoint has no visual_encoder, or neither text_decoder (captioners) nor text_encoder (matchers): it is "
             "not one of BLIP's."
         )
-    width, _, patch_size, _ = shapes["visual_encoder.patch_embed.proj.weight"]
-    vocab_size, text_width = shapes[f"{text}.embeddings.word_embeddings.weight"]
+    width, _, patch_size, _ = dimensions(shapes, "visual_encoder.patch_embed.proj.weight", 4)
+    vocab_size, text_width = dimensions(shapes, f"{text}.embeddings.word_embeddings.weight", 2)
     block = f"{text}.encoder.layer.0"
     found = {
         "vision_config": {
             "hidden_size": width,
             "patch_size": patch_size,
-            "image_size": round((shapes["visual_encoder.pos_embed"][1] - 1) ** 0.5) * patch_size,
+            "image_size": round((dimensions(shapes, "visual_encoder.pos_embed", 3)[1] - 1) ** 0.5) * patch_size,
             "num_hidden_layers": len(layer_numbers(shapes, r"visual_encoder\.blocks\.(\d+)\.")),
-            "intermediate_size": shapes["visual_encoder.blocks.0.mlp.fc1.weight"][0],
+            "intermediate_size": dimensions(shapes, "visual_encoder.blocks.0.mlp.fc1.weight", 2)[0],
             "layer_norm_eps": 1e-6,  # transformers' default is another
             "initializer_range": 0.02,
             **({"num_attention_heads": HEADS[width]} if width in HEADS else {}),
@@ -148,10 +148,10 @@ def infer_config(shapes: Shapes, overrides: Mapping | None = None) -> BlipConfig
         "text_config": {
             "vocab_size": vocab_size,
             "hidden_size": text_width,
-            "encoder_hidden_size": shapes[f"{block}.crossattention.self.key.weight"][1],
-            "intermediate_size": shapes[f"{block}.intermediate.dense.weight"][0],
+            "encoder_hidden_size": dimensions(shapes, f"{block}.crossattention.self.key.weight", 2)[1],
+            "intermediate_size": dimensions(shapes, f"{block}.intermediate.dense.weight", 2)[0],
             "num_hidden_layers": len(layer_numbers(shapes, text.replace(".", r"\.") + r"\.encoder\.layer\.(\d+)\.")),
-            "max_position_embeddings": shapes[f"{text}.embeddings.position_embeddings.weight"][0],
+            "max_position_embeddings": dimensions(shapes, f"{text}.embeddings.position_embeddings.weight", 2)[0],
             "label_smoothing": 0.1,
             **({"num_attention_heads": HEADS[text_width]} if text_width in HEADS else {}),
             **overrides.pop("text_config", {}),
@@ -165,7 +165,7 @@ def infer_config(shapes: Shapes, overrides: Mapping | None = None) -> BlipConfig
                 f'{{"{part}": {{"num_attention_heads": ...}}}}.'
             )
     if "vision_proj.weight" in shapes:
-        found["image_text_hidden_size"] = shapes["vision_proj.weight"][0]
+        found["image_text_hidden_size"] = dimensions(shapes, "vision_proj.weight", 2)[0]
     return BlipConfig(**{**found, **overrides})
 
 

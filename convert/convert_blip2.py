@@ -31,7 +31,7 @@ from ..modeling.modeling_bridged import fill_vision_geometry
 from ..modeling.modeling_qformer import QFormerBlip2ForConditionalGeneration
 from ..modeling.modeling_qformer_pretraining import QFormerBlip2ForPreTraining
 from ..processing.processing_qformer import QFormerBlip2PreTrainingProcessor, QFormerBlip2Processor
-from .convert_files import TensorFiles
+from .convert_files import TensorFiles, dimensions
 from .convert_parts import (
     BUFFER,
     LAVIS_ENCODERS,
@@ -170,7 +170,7 @@ def infer_qformer_config(shapes: Shapes, **overrides) -> QFormerConfig:
     Raises:
         ConversionError: The number of heads is not known, or the blocks are not those of a Q-Former.
     """
-    _, num_query_tokens, width = shapes["query_tokens"]
+    _, num_query_tokens, width = dimensions(shapes, "query_tokens", 3)
     block = r"Qformer\.bert\.encoder\.layer\.(\d+)\."
     layers, crossed = layer_numbers(shapes, block), layer_numbers(shapes, block + "crossattention")
     every = crossed[1] - crossed[0] if len(crossed) > 1 else overrides.get("cross_attention_frequency", 2)
@@ -188,14 +188,15 @@ def infer_qformer_config(shapes: Shapes, **overrides) -> QFormerConfig:
         "hidden_size": width,
         "num_hidden_layers": len(layers),
         "num_attention_heads": QFORMER_HEADS.get(width),
-        "intermediate_size": shapes["Qformer.bert.encoder.layer.0.intermediate_query.dense.weight"][0],
+        "intermediate_size": dimensions(shapes, "Qformer.bert.encoder.layer.0.intermediate_query.dense.weight", 2)[0],
         "cross_attention_frequency": every,
         "num_query_tokens": num_query_tokens,
         "use_text": "Qformer.bert.embeddings.word_embeddings.weight" in shapes,
     }
     if found["use_text"]:
-        found["vocab_size"] = shapes["Qformer.bert.embeddings.word_embeddings.weight"][0]
-        found["max_position_embeddings"] = shapes["Qformer.bert.embeddings.position_embeddings.weight"][0]
+        found["vocab_size"] = dimensions(shapes, "Qformer.bert.embeddings.word_embeddings.weight", 2)[0]
+        positions = dimensions(shapes, "Qformer.bert.embeddings.position_embeddings.weight", 2)
+        found["max_position_embeddings"] = positions[0]
     return QFormerConfig(**{**found, **overrides})
 
 
@@ -246,7 +247,7 @@ def infer_config(
         if text_config is not None:
             raise ConversionError("The checkpoint is one of stage 1, which has no language model: leave it out.")
         fields.setdefault("bos_token_id", fields["qformer_config"].vocab_size - 1)  # [DEC], the last of BERT's tokens
-        return QFormerBlip2PreTrainingConfig(embed_dim=shapes["vision_proj.weight"][0], **fields)
+        return QFormerBlip2PreTrainingConfig(embed_dim=dimensions(shapes, "vision_proj.weight", 2)[0], **fields)
     if text_config is None:
         raise ConversionError(f"The checkpoint has {language}_proj: it needs its language model.")
     if text_config.model_type not in LANGUAGE_MODELS[language]:
@@ -455,9 +456,9 @@ def convert_blip2(
     elif language is not None:
         text_config = read_text_config(language)
     bert = None
-    words = files.shapes.get("Qformer.bert.embeddings.word_embeddings.weight")
-    if words is not None:
-        bert = load_qformer_tokenizer(qformer_tokenizer, words[0], prefix is not None)
+    words = "Qformer.bert.embeddings.word_embeddings.weight"
+    if words in files.shapes:
+        bert = load_qformer_tokenizer(qformer_tokenizer, dimensions(files.shapes, words, 2)[0], prefix is not None)
     if prefix is None and bert is not None:
         overrides = {"eos_token_id": bert.sep_token_id, "pad_token_id": bert.pad_token_id, **overrides}
     model_config = infer_config(files.shapes, vision_config, text_config, **overrides)

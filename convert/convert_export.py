@@ -602,8 +602,8 @@ def write_official_llava(saved: Saved, output: str | os.PathLike, verify: bool =
         done.notes.append(
             f"The vision tower is left out, as in the official releases: config.json names it, {fields['mm_vision_tower']!r}."
         )
-    with written_whole(output) as folder:
-        write_tensors(folder, ((name, done.num_bytes(name), lambda name=name: done.load(name)) for name in done.pieces))
+    with written_whole(output, done.fingerprint()) as folder:
+        write_tensors(folder, done.entries())
         (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
         if saved.generation is not None:
             saved.generation.save_pretrained(folder)

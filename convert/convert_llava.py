@@ -35,7 +35,7 @@ from ..configuration.configuration_llava import MLPLlavaConfig
 from ..modeling.modeling_bridged import fill_vision_geometry
 from ..modeling.modeling_llava import MLPLlavaForConditionalGeneration
 from ..processing.processing_llava import MLPLlavaProcessor
-from .convert_files import TensorFiles
+from .convert_files import TensorFiles, dimensions
 from .convert_parts import (
     BUFFER,
     Change,
@@ -357,8 +357,9 @@ def infer_projector(shapes: Shapes, layout: str, declared: str | None = None) ->
         "projector_type": "linear" if linear else f"mlp{len(layers)}x_gelu",
         "projector_bias": any(f"{layer}.bias" in shapes for layer in layers),
     }
-    if len(layers) > 1 and shapes[f"{layers[0]}.weight"][0] != shapes[f"{layers[-1]}.weight"][0]:
-        found["projector_hidden_size"] = shapes[f"{layers[0]}.weight"][0]
+    first, last = (dimensions(shapes, f"{layers[end]}.weight", 2)[0] for end in (0, -1))
+    if len(layers) > 1 and first != last:
+        found["projector_hidden_size"] = first
     return found
 
 
@@ -490,7 +491,10 @@ def _check_widths(checkpoint: Checkpoint, config: MLPLlavaConfig) -> None:
     shapes = checkpoint.files.shapes
     layers = projector_layers(shapes, checkpoint.layout)
     given, made = config.vision_feature_size, config.text_config.hidden_size
-    taken, gives = (shapes[f"{layers[0]}.weight"][1], shapes[f"{layers[-1]}.weight"][0]) if layers else (made, given)
+    taken, gives = made, given
+    if layers:
+        taken = dimensions(shapes, f"{layers[0]}.weight", 2)[1]
+        gives = dimensions(shapes, f"{layers[-1]}.weight", 2)[0]
     if taken != given:
         raise ConversionError(
             f"The projector takes features of width {taken}, but the vision encoder gives {given}: it was trained with "
@@ -677,7 +681,9 @@ def convert_llava(
     place = next((place for place in places if any(_file(place, name) for name in TOKENIZER_FILES)), None)
     if place is None:
         raise ConversionError(f"There is no tokenizer in {' or '.join(places)}: put the language model's there.")
-    rows = release.files.shapes.get(EMBEDDING, (text_config.vocab_size,))[0]
+    rows = text_config.vocab_size
+    if EMBEDDING in release.files.shapes:
+        rows = dimensions(release.files.shapes, EMBEDDING, 2)[0]
     tokenizer = load_tokenizer(place, fields, text_config, rows)
     borders = IMAGE_BORDERS if fields.get("mm_use_im_start_end") else ()
     wanted = max((tokenizer.convert_tokens_to_ids(token) + 1 for token in borders), default=0)

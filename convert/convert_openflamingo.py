@@ -22,7 +22,7 @@ from ..configuration.configuration_flamingo import PerceiverFlamingoConfig
 from ..modeling.modeling_bridged import fill_vision_geometry
 from ..modeling.modeling_flamingo import PerceiverFlamingoForConditionalGeneration
 from ..processing.processing_flamingo import PerceiverFlamingoProcessor
-from .convert_files import TensorFiles
+from .convert_files import ShapeTable, TensorFiles, dimensions
 from .convert_parts import (
     Conversion,
     Renamed,
@@ -185,18 +185,20 @@ def infer_config(
             f"{text_config.num_hidden_layers} layers want it in front of "
             f"{list(range((cross_attn_every_n_layers or every) - 1, text_config.num_hidden_layers, cross_attn_every_n_layers or every))}."
         )
-    num_latents, vision_dim = shapes["perceiver.latents"]
+    num_latents, vision_dim = dimensions(shapes, "perceiver.latents", 2)
     block = f"lang_encoder.{layers}.{conditioned[0]}.gated_cross_attn_layer"
-    resampler_inner, cross_inner = shapes["perceiver.layers.0.0.to_q.weight"][0], shapes[f"{block}.attn.to_q.weight"][0]
+    resampler_inner = dimensions(shapes, "perceiver.layers.0.0.to_q.weight", 2)[0]
+    cross_inner = dimensions(shapes, f"{block}.attn.to_q.weight", 2)[0]
+    frames, times = "perceiver.frame_embs", "perceiver.media_time_embs"
     found = {
         "num_latents": num_latents,
         "resampler_depth": len(layer_numbers(shapes, r"perceiver\.layers\.(\d+)\.")),
         "resampler_head_dim": 64,
         "cross_attention_head_dim": 64,
         "cross_attention_every_n_layers": every,
-        "feed_forward_multiplier": shapes["perceiver.layers.0.1.1.weight"][0] // vision_dim,
-        "max_num_frames": shapes.get("perceiver.frame_embs", (None,))[0],
-        "max_num_media": shapes.get("perceiver.media_time_embs", (None,))[0],
+        "feed_forward_multiplier": dimensions(shapes, "perceiver.layers.0.1.1.weight", 2)[0] // vision_dim,
+        "max_num_frames": dimensions(shapes, frames, 2)[0] if frames in shapes else None,
+        "max_num_media": dimensions(shapes, times, 3)[0] if times in shapes else None,
         **overrides,
     }
     found.setdefault("resampler_num_heads", resampler_inner // found["resampler_head_dim"])
@@ -219,8 +221,8 @@ def resized_text_config(text_config: PreTrainedConfig, shapes: Shapes, num_token
         ConversionError: The checkpoint's tables have another length.
     """
     tables = {
-        name: shape[0]
-        for name, shape in shapes.items()
+        name: dimensions(shapes, name, 2)[0]
+        for name in shapes
         if re.fullmatch(r"lang_encoder\..*(embed_in|embed_out|embed_tokens|wte|lm_head)\.weight", name)
     }
     for name, rows in tables.items():
@@ -318,7 +320,7 @@ def convert_openflamingo(
     checkpoint, vision_files, language_files = TensorFiles(checkpoint), TensorFiles(vision), TensorFiles(language)
     language_config = read_text_config(language)
     trained = usual_names(checkpoint.shapes, _layers_of(language_config))
-    shapes = {name: checkpoint.shapes[key] for key, name in trained.items()}
+    shapes = ShapeTable(checkpoint.path, {name: checkpoint.shapes[key] for key, name in trained.items()})
 
     tokenizer = load_tokenizer(tokenizer or language)
     language_config = resized_text_config(language_config, shapes, len(tokenizer))

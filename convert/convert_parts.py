@@ -6,10 +6,11 @@ Language models: any folder in transformers' layout, as old as it may be.
 
 from __future__ import annotations
 
-import math
+import hashlib
+import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,8 +27,17 @@ from transformers import (
     ProcessorMixin,
 )
 
+from ..version import __version__
 from .convert_certificate import certify
-from .convert_files import TensorFiles, write_tensors, written_whole
+from .convert_files import (
+    Entry,
+    ShapeTable,
+    TensorFiles,
+    dimensions,
+    require_finite,
+    write_tensors,
+    written_whole,
+)
 from .convert_tables import ConversionError, Drop, Piece, Rename, Rule, Shapes, Split, ZeroKeyBias, check, plan, twins
 
 
@@ -35,6 +45,7 @@ _UNKNOWN_HEADS = (
     "Shapes don't tell how many attention heads a vision encoder of width {} has: give it in --config, as "
     '{{"vision_config": {{"num_attention_heads": ...}}}}.'
 )
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 BUFFER = "a buffer that the model computes by itself"
 OFFICIAL = "the official layout"
 # open_clip's vision tower, as transformers' CLIPVisionModel calls it
@@ -229,15 +240,14 @@ def lora_changes(files, settings: Mapping) -> dict[str, Change]:
     for module, keys in pairs.items():
         if len(keys) < 2:
             raise ConversionError(f"The adapter has only one of LoRA's two matrices for {module}.")
-        rank = files.shapes[keys["A"]][0]
+        (rank, taken), (gives, _) = (dimensions(files.shapes, keys[part], 2) for part in "AB")
         alpha = settings["lora_alpha"]
         for pattern, value in (settings.get("alpha_pattern") or {}).items():
             if re.fullmatch(rf"(.*\.)?({pattern})", module):
                 alpha = value
         scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
         transposed = bool(settings.get("fan_in_fan_out"))
-        shape = files.shapes[keys["B"]][0], files.shapes[keys["A"]][1]
-        shape = shape[::-1] if transposed else shape
+        shape = (taken, gives) if transposed else (gives, taken)
 
         def apply(weight, keys=keys, scale=scale, transposed=transposed):
             update = scale * files.read(keys["B"]).float() @ files.read(keys["A"]).float()
@@ -286,8 +296,8 @@ def open_clip_config(shapes: Shapes, **overrides) -> CLIPVisionConfig:
         raise ConversionError(
             "There is no vision transformer of open_clip in the vision checkpoint (visual.conv1.weight)."
         )
-    width, channels, patch_size, _ = shapes["visual.conv1.weight"]
-    patches = shapes["visual.positional_embedding"][0] - 1
+    width, channels, patch_size, _ = dimensions(shapes, "visual.conv1.weight", 4)
+    patches = dimensions(shapes, "visual.positional_embedding", 2)[0] - 1
     if "num_attention_heads" not in overrides and width % 64:
         raise ConversionError(_UNKNOWN_HEADS.format(width))
     found = {
@@ -297,7 +307,7 @@ def open_clip_config(shapes: Shapes, **overrides) -> CLIPVisionConfig:
         "image_size": round(patches**0.5) * patch_size,
         "num_hidden_layers": len(layer_numbers(shapes, r"visual\.transformer\.resblocks\.(\d+)\.")),
         "num_attention_heads": width // 64,
-        "intermediate_size": shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"][0],
+        "intermediate_size": dimensions(shapes, "visual.transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
         "hidden_act": "quick_gelu",
         "layer_norm_eps": 1e-5,
     }
@@ -314,16 +324,16 @@ def eva_config(shapes: Shapes, **overrides) -> Blip2VisionConfig:
     Raises:
         ConversionError: The number of attention heads is not known for an encoder of this width.
     """
-    width, _, patch_size, _ = shapes["patch_embed.proj.weight"]
+    width, _, patch_size, _ = dimensions(shapes, "patch_embed.proj.weight", 4)
     known = LAVIS_ENCODERS.get(("eva", width), {})
     if "num_attention_heads" not in {**known, **overrides}:
         raise ConversionError(_UNKNOWN_HEADS.format(width))
     found = {
         "hidden_size": width,
         "patch_size": patch_size,
-        "image_size": round((shapes["pos_embed"][1] - 1) ** 0.5) * patch_size,
+        "image_size": round((dimensions(shapes, "pos_embed", 3)[1] - 1) ** 0.5) * patch_size,
         "num_hidden_layers": len(layer_numbers(shapes, r"blocks\.(\d+)\.")),
-        "intermediate_size": shapes["blocks.0.mlp.fc1.weight"][0],
+        "intermediate_size": dimensions(shapes, "blocks.0.mlp.fc1.weight", 2)[0],
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-6,
         "qkv_bias": True,
@@ -431,7 +441,7 @@ class Renamed:
     def __init__(self, files, names: Mapping[str, str]):
         self.path = getattr(files, "path", "the checkpoint")
         self.files, self.keys = files, {name: key for key, name in names.items()}
-        self.shapes = {name: tuple(files.shapes[key]) for key, name in names.items()}
+        self.shapes = ShapeTable(self.path, {name: tuple(files.shapes[key]) for key, name in names.items()})
         self.dtypes = {name: files.dtypes[key] for key, name in names.items()}
 
     def read(self, name: str) -> torch.Tensor:
@@ -446,7 +456,7 @@ class Merged:
 
     def __init__(self, first, second):
         self.path, self.first, self.second = first.path, first, second
-        self.shapes = {**second.shapes, **first.shapes}
+        self.shapes = ShapeTable(self.path, {**second.shapes, **first.shapes})
         self.dtypes = {**second.dtypes, **first.dtypes}
 
     def read(self, name: str) -> torch.Tensor:
@@ -504,10 +514,18 @@ class Conversion:
     run: Callable[[Path], list[dict]] | None = field(default=None, repr=False)
 
     def load(self, name: str) -> torch.Tensor:
-        """One tensor of the converted model."""
+        """One tensor of the converted model.
+
+        Raises:
+            ConversionError: There is NaN or infinity in it or in what it is made from.
+        """
         files, piece, change = self.pieces[name]
         tensor = piece.load(files.read)
-        return tensor if change is None else change.apply(tensor)
+        require_finite(tensor, " and ".join(piece.sources))
+        if change is not None:
+            tensor = change.apply(tensor)
+            require_finite(tensor, name)
+        return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """One tensor's shape in the written file."""
@@ -520,9 +538,29 @@ class Conversion:
         files, piece, _ = self.pieces[name]
         return files.dtypes[piece.sources[0]]
 
-    def num_bytes(self, name: str) -> int:
-        """Its size, likewise."""
-        return math.prod(self.shape(name)) * self.dtype(name).itemsize
+    def entries(self) -> Iterator[Entry]:
+        """What `write_tensors` takes."""
+        for name in self.pieces:
+            yield name, self.shape(name), self.dtype(name), partial(self.load, name)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what goes in, as far as names, sizes and times of files tell, and of what is done with it."""
+        leaves = {
+            id(leaf): leaf for leaf in (files.origin(piece.sources[0]) for files, piece, _ in self.pieces.values())
+        }
+        files = {path.resolve() for leaf in leaves.values() for path in leaf.files.values()}
+        # what says how they are to be read: settings of adapters, for one
+        files |= {path.resolve() for file in files for path in file.parent.glob("*.json")}
+        about = {
+            "version": __version__,
+            "config": self.config.to_dict(),
+            "files": sorted([str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files),
+            "tensors": [
+                [name, repr(piece), list(self.shape(name)), str(self.dtype(name)), change is not None]
+                for name, (_, piece, change) in self.pieces.items()
+            ],
+        }
+        return hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()
 
     def write(
         self,
@@ -533,6 +571,8 @@ class Conversion:
         card: str | None = None,
     ) -> None:
         """Write the model with its processor and a certificate, all of it or nothing.
+
+        After an interruption the same call goes on where the last one stopped, see `written_whole`.
 
         Args:
             output: Empty folder, or one that is made.
@@ -545,10 +585,8 @@ class Conversion:
             ConversionError: The folder is not empty, or a tensor is not what it should be.
         """
         self.config.architectures = [type(self.model).__name__]
-        with written_whole(output) as folder:
-            write_tensors(
-                folder, ((name, self.num_bytes(name), lambda name=name: self.load(name)) for name in self.pieces)
-            )
+        with written_whole(output, self.fingerprint()) as folder:
+            write_tensors(folder, self.entries())
             self.config.save_pretrained(folder)
             if generation is not None:
                 generation.save_pretrained(folder)
@@ -586,11 +624,12 @@ def assemble(
         what: Names the checkpoint in errors.
 
     Raises:
-        ConversionError: A tensor is missing or left over, or has another shape.
+        ConversionError: A tensor is missing or left over, has another shape, or is none of floats.
     """
     pieces: dict[str, tuple] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     sources = list(sources)
+    wanted = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     for files, found, changes in sources:
         for target, piece in found.items():
             if target in pieces:
@@ -599,7 +638,23 @@ def assemble(
             shape = piece.shape(files.shapes)
             shapes[target] = changes[target].shape(shape) if target in changes else shape
     check(shapes, expected, what)
+    for name in expected:
+        files, piece, _ = pieces[name]
+        _check_dtypes(files, piece, wanted.get(name))
     return Conversion(config, {name: pieces[name] for name in expected}, model, checkpoint=sources[0][0])
+
+
+def _check_dtypes(files: TensorFiles, piece: Piece, wanted: torch.dtype | None) -> None:
+    """Weights are floats that can be calculated with: integers and 8-bit floats need scales, which are not known here."""
+    for source in piece.sources:
+        dtype = files.dtypes[source]
+        if wanted is not None and wanted.is_floating_point and dtype not in WEIGHT_DTYPES:
+            raise ConversionError(
+                f"{source} is {dtype}, expected one of {', '.join(map(str, WEIGHT_DTYPES))}: quantised weights are not "
+                "converted, give the original ones."
+            )
+        if dtype != files.dtypes[piece.sources[0]]:
+            raise ConversionError(f"{source} is {dtype}, but {piece.sources[0]} is {files.dtypes[piece.sources[0]]}.")
 
 
 def compare_twins(files, table: Iterable[Rule], conversion: Conversion) -> None:

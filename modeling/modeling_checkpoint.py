@@ -65,11 +65,11 @@ def _shard_names(index: Path) -> list[str]:
     """
     try:
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FrozenPartError(f"{index} is no index of weight files: it has no weight_map.") from error
     for shard in shards:
         path = PurePosixPath(str(shard).replace("\\", "/"))
-        if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+        if not path.parts or path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
             raise FrozenPartError(f"{index} names {shard!r}, which is not beside it: such a file is not read.")
     return shards
 

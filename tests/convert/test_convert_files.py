@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -87,9 +88,7 @@ def test_shards_read_back(shard_bytes, tmp_path):
         alive.append(name)
         return TENSORS[name]
 
-    entries = [
-        (name, tensor.numel() * tensor.itemsize, lambda name=name: read(name)) for name, tensor in TENSORS.items()
-    ]
+    entries = [(name, tuple(tensor.shape), tensor.dtype, partial(read, name)) for name, tensor in TENSORS.items()]
     assert write_tensors(tmp_path, entries, shard_bytes) == 24 + 8 + 1
     assert alive == list(TENSORS)
     assert len(list(tmp_path.glob("*.safetensors"))) == (1 if shard_bytes > 24 else 2)
