@@ -12,6 +12,7 @@ import os
 import platform
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import safetensors
@@ -260,11 +261,16 @@ def certify(conversion, folder: Path, written, verify: bool = True) -> dict:
     labels = {id(leaf): label for label, leaf in leaves.items()}
     files = conversion.checkpoint
     of_checkpoint = {id(leaf): leaf for leaf in map(files.origin, files.shapes)} if files is not None else {}
-    checks = []
+    checks, inputs = [], {label: {name: {} for name in sorted(leaf.files)} for label, leaf in sorted(leaves.items())}
     if not verify:
         checks.append({"what": "nothing", "why": "verification was switched off"})
     else:
-        checks.append(compare_back(conversion, written))
+        with ThreadPoolExecutor(1) as other:  # both read the same files: what one has read the other finds in the cache
+            described = other.submit(
+                lambda: {label: described_files(leaf.files) for label, leaf in sorted(leaves.items())}
+            )
+            checks.append(compare_back(conversion, written))
+            inputs = described.result()
         size = 2 * 4 * sum(math.prod(about["shape"]) for about in tensors.values())
         if conversion.run is None:
             checks.append({"what": "no run", "why": "the code on the other side is not there to be run"})
@@ -278,10 +284,7 @@ def certify(conversion, folder: Path, written, verify: bool = True) -> dict:
         "from": conversion.direction[0],
         "to": conversion.direction[1],
         "checkpoint": sorted(labels[id(leaf)] for leaf in of_checkpoint.values() if id(leaf) in labels),
-        "inputs": {
-            label: described_files(leaf.files) if verify else {name: {} for name in sorted(leaf.files)}
-            for label, leaf in sorted(leaves.items())
-        },
+        "inputs": inputs,
         "outputs": described_files(
             {
                 str(path.relative_to(folder)): path
