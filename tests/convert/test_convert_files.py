@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from vlbridge.convert.convert_files import TensorFiles, write_tensors, written_whole
+from vlbridge.convert import convert_blip, convert_parts
+from vlbridge.convert.convert_files import (
+    FINISHED,
+    TensorFiles,
+    file_sha256,
+    finished_shards,
+    write_tensors,
+    written_whole,
+)
 from vlbridge.convert.convert_tables import ConversionError
 
 
@@ -107,3 +119,185 @@ def test_a_failure_leaves_nothing_behind(tmp_path):
         pass
     with pytest.raises(ConversionError, match="is a file"), written_whole(tmp_path / "model" / "config.json"):
         pass
+
+
+# ---------------------------------------------------------------------- interruptions
+
+
+def entries(read: list[str], stop: str | None = None):
+    """What `write_tensors` takes, as three shards of 24, 8 and 1 bytes; the user interrupts at one of them."""
+
+    def give(name):
+        if name == stop:
+            raise KeyboardInterrupt
+        read.append(name)
+        return TENSORS[name]
+
+    return [(name, tuple(tensor.shape), tensor.dtype, partial(give, name)) for name, tensor in TENSORS.items()]
+
+
+def interrupt(output: Path, key: str) -> Path:
+    with pytest.raises(KeyboardInterrupt), written_whole(output, key) as folder:
+        write_tensors(folder, entries([], stop="c"), 1)
+    assert not output.exists()
+    return folder
+
+
+@pytest.mark.parametrize("damage", [None, "bits", "length", "record", "half"])
+def test_an_interrupted_run_goes_on(damage, tmp_path):
+    """Finished shards are kept, and written again only where they are not what they were."""
+    folder = interrupt(tmp_path / "model", "0" * 64)
+    first = folder / "model-00001-of-00003.safetensors"
+    assert sorted(finished_shards(folder)) == ["model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"]
+    if damage == "bits":
+        first.write_bytes(first.read_bytes()[:-1] + b"x")
+    elif damage == "length":
+        first.write_bytes(first.read_bytes()[:-1])
+    elif damage == "record":
+        (folder / FINISHED).write_text("[")
+    else:
+        (folder / "model-00003-of-00003.safetensors.part").write_text("half")
+    read = []
+    with written_whole(tmp_path / "model", "0" * 64) as folder:
+        write_tensors(folder, entries(read), 1)
+        (folder / "config.json").write_text("{}")
+    assert read == {None: ["c"], "half": ["c"], "record": ["a", "b", "c"]}.get(damage, ["a", "c"])
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert not list((tmp_path / "model").glob(".*")) and not list((tmp_path / "model").glob("*.part"))
+    files = TensorFiles(tmp_path / "model")
+    assert all(torch.equal(files.read(name), tensor) for name, tensor in TENSORS.items())
+
+
+def test_other_inputs_begin_anew(tmp_path):
+    interrupt(tmp_path / "model", "0" * 64)
+    read = []
+    with written_whole(tmp_path / "model", "1" * 64) as folder:
+        write_tensors(folder, entries(read), 1)
+    assert read == ["a", "b", "c"]
+
+
+def test_an_error_is_no_interruption(tmp_path):
+    with pytest.raises(RuntimeError), written_whole(tmp_path / "model", "0" * 64) as folder:
+        write_tensors(folder, entries([]), 1)
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+def test_two_runs_do_not_write_the_same(tmp_path):
+    with written_whole(tmp_path / "model", "0" * 64) as folder:
+        with pytest.raises(ConversionError, match="Another process"), written_whole(tmp_path / "model", "0" * 64):
+            pass
+        (folder / "config.json").write_text("{}")
+    assert (tmp_path / "model" / "config.json").exists()
+
+
+BLIP = Path(__file__).parents[1] / "parity" / "cases" / "blip" / "blip_caption_itm"
+HEADS = {"vision_config": {"num_attention_heads": 4}, "text_config": {"num_attention_heads": 4}}
+KILLED = """
+import json, os, signal, sys
+from functools import partial
+from vlbridge.convert import convert_blip, convert_parts
+from vlbridge.convert.convert_files import finished_shards
+
+def write(folder, entries):
+    def dying(name, read):
+        if len(finished_shards(folder)) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read()
+    convert_files_write(folder, [(*entry[:3], partial(dying, entry[0], entry[3])) for entry in entries], 40_000)
+
+convert_files_write, convert_parts.write_tensors = convert_parts.write_tensors, write
+convert_blip(sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no SIGKILL")
+def test_a_killed_conversion_goes_on(tmp_path, monkeypatch):
+    """Of a real converter, in a process of its own, killed while it writes its fourth shard."""
+    bert = BLIP / "bert-base-uncased"
+    arguments = [BLIP / "itm.pth", tmp_path / "model", bert, json.dumps(HEADS)]
+    done = subprocess.run([sys.executable, "-c", KILLED, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".model-") and left.name.endswith(".partial")
+    before = {path.name: path.stat().st_mtime_ns for path in left.glob("*.safetensors")}
+    assert len(before) == 3
+
+    # with other settings it is another conversion
+    other = {**HEADS, "text_config": {"num_attention_heads": 2}}
+    monkeypatch.setattr(convert_parts, "write_tensors", partial(write_tensors, shard_bytes=40_000))
+    convert_blip(BLIP / "itm.pth", tmp_path / "other", bert, other)
+    assert left.is_dir()
+    convert_blip(BLIP / "itm.pth", tmp_path / "model", bert, HEADS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "other"]
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "model").glob("*.safetensors")}
+    assert len(after) > 3 and {name: after[name] for name in before} == before
+    certificate = json.loads((tmp_path / "model" / "conversion.json").read_text())
+    for name in after:
+        assert certificate["outputs"][name]["sha256"] == file_sha256(tmp_path / "model" / name)
+        assert file_sha256(tmp_path / "model" / name) == file_sha256(tmp_path / "other" / name)
+
+
+# ---------------------------------------------------------------------- what is written
+
+
+def test_others_read_what_is_written(tmp_path):
+    """safetensors' own reader, also where dtypes of several sizes are in one file."""
+    given = {**TENSORS, "d": torch.arange(3, dtype=torch.int8), "\u00e9": torch.ones(2, 2, dtype=torch.float64).T}
+    write_tensors(
+        tmp_path,
+        [(name, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor) for name, tensor in given.items()],
+    )
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert loaded.keys() == given.keys() and all(torch.equal(loaded[name], given[name]) for name in given)
+    assert finished_shards(tmp_path)["model.safetensors"]["sha256"] == file_sha256(tmp_path / "model.safetensors")
+
+
+def test_a_tensor_that_is_not_what_was_announced_is_refused(tmp_path):
+    for shape, dtype in (((7,), torch.float32), ((6,), torch.float64)):
+        with pytest.raises(ConversionError, match="a is .* expected"):
+            write_tensors(tmp_path, [("a", shape, dtype, lambda: torch.ones(6))])
+
+
+# ---------------------------------------------------------------------- what torch.save can hold
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_views_of_one_storage(zipped, tmp_path):
+    storage = torch.arange(24.0)
+    given = {"all": storage, "part": storage[3:9].view(2, 3), "turned": storage.view(4, 6).T, "steps": storage[::5],
+             "parameter": torch.nn.Parameter(torch.ones(2)), "none": torch.tensor(2.0)}  # fmt: skip
+    torch.save(given, tmp_path / "views.pt", _use_new_zipfile_serialization=zipped)
+    files = TensorFiles(tmp_path / "views.pt")
+    for name, tensor in given.items():
+        assert files.shapes[name] == tuple(tensor.shape) and torch.equal(files.read(name), tensor), name
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_small_file_that_says_it_is_large_is_refused(zipped, tmp_path):
+    torch.save({"a": torch.ones(1).expand(10**12)}, tmp_path / "bomb.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ConversionError, match=r"a is \[1000000000000\] of torch.float32, but its storage has 4 bytes"):
+        TensorFiles(tmp_path / "bomb.pt")
+
+
+def test_one_flipped_bit_is_found_where_there_are_checksums(tmp_path):
+    torch.save(TENSORS, tmp_path / "a.pt")
+    data = bytearray((tmp_path / "a.pt").read_bytes())
+    place = data.index(TENSORS["a"].numpy().tobytes())
+    data[place + 9] ^= 1
+    (tmp_path / "a.pt").write_bytes(data)
+    files = TensorFiles(tmp_path / "a.pt")
+    assert torch.equal(files.read("b"), TENSORS["b"])
+    with pytest.raises(ConversionError, match="a: .*a.pt is damaged"):
+        files.read("a")
+
+
+@pytest.mark.parametrize("content", [{1: torch.ones(1)}, {"a": torch.ones(2).to_sparse()}, {"a": torch.ones(2) * 1j}])
+def test_other_contents_are_named(content, tmp_path):
+    torch.save({"b": torch.ones(1), **content}, tmp_path / "odd.pt")
+    if torch.is_complex(next(iter(content.values()))):
+        assert TensorFiles(tmp_path / "odd.pt").dtypes["a"] == torch.complex64  # refused where it would be a weight
+    else:
+        with pytest.raises(ConversionError, match="odd.pt"):
+            TensorFiles(tmp_path / "odd.pt")
