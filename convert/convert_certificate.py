@@ -247,18 +247,18 @@ def certify(conversion, folder: Path, written, verify: bool = True) -> dict:
     Raises:
         ConversionError: A check failed.
     """
-    leaves, tensors = {}, {}
-    for name, (files, piece, change) in conversion.pieces.items():
-        leaf = files.origin(piece.sources[0])
+    leaves, tensors, labels = {}, {}, {}
+    for leaf in conversion.leaves():
         label = leaf.label
         while leaves.setdefault(label, leaf) is not leaf:  # two folders of one name
             label += "'"
+        labels[id(leaf)] = label
+    for name, (files, piece, change) in conversion.pieces.items():
         about = {"shape": list(conversion.shape(name)), "dtype": str(conversion.dtype(name)).removeprefix("torch."),
-                 "from": label}  # fmt: skip
+                 "from": labels[id(files.origin(piece.sources[0]))]}  # fmt: skip
         if change is not None:
             about["changed"] = True
         tensors[name] = about
-    labels = {id(leaf): label for label, leaf in leaves.items()}
     files = conversion.checkpoint
     of_checkpoint = {id(leaf): leaf for leaf in map(files.origin, files.shapes)} if files is not None else {}
     checks, inputs = [], {label: {name: {} for name in sorted(leaf.files)} for label, leaf in sorted(leaves.items())}

@@ -429,7 +429,7 @@ def new_rows(files, key: str, rows: int, num_tokens: int) -> Change:
         trained = files.read(key)[-num_tokens:].to(table.dtype)
         return torch.cat([with_rows(table, rows)[:-num_tokens], trained])
 
-    return Change(apply, lambda shape: (rows, *shape[1:]))
+    return Change(apply, lambda shape: (rows, *shape[1:]), (files,))
 
 
 def plan_conversion(

@@ -261,7 +261,7 @@ def lora_changes(files, settings: Mapping) -> dict[str, Change]:
                 )
             return tuple(given)
 
-        changes[f"{module}.weight"] = Change(apply, checked)
+        changes[f"{module}.weight"] = Change(apply, checked, (files,))
     return changes
 
 
@@ -424,10 +424,12 @@ class Change:
     Args:
         apply: From the tensor to the changed one.
         shape: From its shape to the changed one's.
+        reads: Other files that it takes something from.
     """
 
     apply: Callable[[torch.Tensor], torch.Tensor]
     shape: Callable[[tuple[int, ...]], tuple[int, ...]]
+    reads: tuple[TensorFiles, ...] = ()
 
 
 class Renamed:
@@ -543,12 +545,17 @@ class Conversion:
         for name in self.pieces:
             yield name, self.shape(name), self.dtype(name), partial(self.load, name)
 
+    def leaves(self) -> list[TensorFiles]:
+        """Everything that something is read from."""
+        found = {}
+        for files, piece, change in self.pieces.values():
+            read = [(files, piece.sources), *((other, other.shapes) for other in (change.reads if change else ()))]
+            found.update((id(leaf), leaf) for files, names in read for leaf in map(files.origin, names))
+        return list(found.values())
+
     def fingerprint(self) -> str:
         """SHA-256 of what goes in, as far as names, sizes and times of files tell, and of what is done with it."""
-        leaves = {
-            id(leaf): leaf for leaf in (files.origin(piece.sources[0]) for files, piece, _ in self.pieces.values())
-        }
-        files = {path.resolve() for leaf in leaves.values() for path in leaf.files.values()}
+        files = {path.resolve() for leaf in self.leaves() for path in leaf.files.values()}
         # what says how they are to be read: settings of adapters, for one
         files |= {path.resolve() for file in files for path in file.parent.glob("*.json")}
         about = {

@@ -455,6 +455,8 @@ def test_lora_on_a_llava(parts, tmp_path):
     name = "model.layers.1.mlp.down_proj.weight"
     torch.testing.assert_close(loaded.language_model.state_dict()[name], merged.state_dict()[name], atol=1e-6, rtol=0)
     assert torch.equal(loaded.bridge.linear_2.weight, model.bridge.linear_2.weight)
+    inputs = json.loads((tmp_path / "out" / "conversion.json").read_text())["inputs"]
+    assert inputs.keys() == {"clip", "llava", "adapter_model.safetensors"}
 
 
 @pytest.mark.parametrize(
