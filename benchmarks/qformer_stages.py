@@ -278,9 +278,9 @@ def draw(report: dict, file: Path) -> None:
         left.bar_label(bars, [f"{share:.0f}" if share else "" for share in shares], fontsize="small")
     left.set_xticks(range(len(rows)), [row["objectives"] for row in rows])
     left.set_ylabel("recall@1, new scene to caption (%)")
-    left.set_ylim(0, 108)
+    left.set_ylim(0, 120)
     left.set_title("stage 1", fontsize="medium")
-    left.legend(loc="lower right")
+    left.legend(loc="upper center", ncols=2)
     for row in report["stage2"]:
         right.plot(*zip(*row["loss"]), label=row["begins_as"])
     right.set_xlabel("step of stage 2")
