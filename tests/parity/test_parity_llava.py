@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,20 @@ def load(output):
     model = AutoModel.from_pretrained(output)
     assert isinstance(model, MLPLlavaForConditionalGeneration)
     return model, AutoProcessor.from_pretrained(output)
+
+
+def projector_of(case) -> Path:
+    """Stage 1's file, which some cases have."""
+    return case.folder / "stage1" / "mm_projector.bin"
+
+
+def applies(case, fixtures) -> bool:
+    return "projector" not in fixtures or projector_of(case).is_file()
+
+
+@pytest.fixture
+def projector(case) -> Path:
+    return projector_of(case)
 
 
 @pytest.fixture(scope="module")
@@ -224,14 +239,11 @@ def test_generation_defaults(case, converted):
 # ---------------------------------------------------------------------- layouts
 
 
-def test_a_projector_alone(case, tmp_path):
+def test_a_projector_alone(case, projector, tmp_path):
     """Stage 1's file with the language model that it was trained with is the same model."""
-    if not (case.folder / "stage1").is_dir():
-        pytest.skip("no stage 1 in this case")
     language = shutil.copytree(case.folder / "checkpoint", tmp_path / "language")
     if (case.folder / "base_llm").is_dir():
         shutil.copytree(case.folder / "base_llm", language, dirs_exist_ok=True)
-    projector = case.folder / "stage1" / "mm_projector.bin"
     convert_llava(projector, case.folder / "clip_vision_tower", language, output=tmp_path / "out")
     model, _ = load(tmp_path / "out")
     compare_logits(case, model, "one")

@@ -485,7 +485,9 @@ class TestProcess:
     @pytest.mark.skipif(sys.platform == "win32", reason="no pipes that break, no SIGINT")
     def test_interrupt(self, pictures):
         code = (
-            "import time\n"
+            "import signal, time\n"
+            # background jobs of a shell are started with this signal ignored
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             "cli._device_and_dtype = lambda *a: None\n"
             "def answers(files, *a):\n"
             "    yield files[0], 'first', None\n"
