@@ -56,27 +56,36 @@ from .convert_tables import ConversionError, Drop, Rename, Reshape, Rule, Shapes
 
 # what the official classes call their language model, and the types of model that it can be
 LANGUAGE_MODELS = {"opt": ("opt",), "t5": ("t5",), "llm": ("llama",)}
-# of one block; a name stands for its weight and its bias
-BLOCK = (
-    *(
-        (f"{official}.{end}", f"{ours}.{name}")
-        for official, ours in (("attention", "attention"), ("crossattention", "cross_attention"))
-        for end, name in (
-            ("self.query", "query"),
-            ("self.key", "key"),
-            ("self.value", "value"),
-            ("output.dense", "dense"),
-            ("output.LayerNorm", "layer_norm"),
-        )
-    ),
-    ("intermediate_query.dense", "feed_forward_query.intermediate"),
-    ("output_query.dense", "feed_forward_query.dense"),
-    ("output_query.LayerNorm", "feed_forward_query.layer_norm"),
-    ("intermediate.dense", "feed_forward_text.intermediate"),
-    ("output.dense", "feed_forward_text.dense"),
-    ("output.LayerNorm", "feed_forward_text.layer_norm"),
-)
-# outside the blocks; likewise
+
+
+def block_names(projections: str) -> tuple[tuple[str, str], ...]:
+    """Names in one block of BERT's layout with feed-forwards for queries, and ours; each stands for a weight and a bias.
+
+    Args:
+        projections: What holds the projections of an attention: `"self"` in LAVIS, `"attention"` in transformers' port.
+    """
+    return (
+        *(
+            (f"{theirs}.{end}", f"{ours}.{name}")
+            for theirs, ours in (("attention", "attention"), ("crossattention", "cross_attention"))
+            for end, name in (
+                (f"{projections}.query", "query"),
+                (f"{projections}.key", "key"),
+                (f"{projections}.value", "value"),
+                ("output.dense", "dense"),
+                ("output.LayerNorm", "layer_norm"),
+            )
+        ),
+        ("intermediate_query.dense", "feed_forward_query.intermediate"),
+        ("output_query.dense", "feed_forward_query.dense"),
+        ("output_query.LayerNorm", "feed_forward_query.layer_norm"),
+        ("intermediate.dense", "feed_forward_text.intermediate"),
+        ("output.dense", "feed_forward_text.dense"),
+        ("output.LayerNorm", "feed_forward_text.layer_norm"),
+    )
+
+
+# outside the blocks; a name stands for its weight and its bias
 LAYERS = (
     ("ln_vision", "bridge.vision_layer_norm"),
     ("Qformer.bert.embeddings.LayerNorm", "bridge.qformer.layer_norm"),
@@ -105,7 +114,7 @@ BRIDGE_TABLE: list[Rule] = [
             *LAYERS,
             *(
                 (f"Qformer.bert.encoder.layer.{{}}.{name}", f"bridge.qformer.layers.{{}}.{ours}")
-                for name, ours in BLOCK
+                for name, ours in block_names("self")
             ),
         )
         for kind in ("weight", "bias")

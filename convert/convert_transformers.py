@@ -47,7 +47,7 @@ from ..configuration.configuration_bridged import BridgedConfig
 from ..configuration.configuration_qformer import QFormerBlip2Config, QFormerBlip2PreTrainingConfig, QFormerConfig
 from ..modeling.modeling_bridged import fill_vision_geometry
 from ..modeling.modeling_qformer_pretraining import QFormerBlip2ForImageTextRetrieval
-from .convert_blip2 import build_processor, model_class
+from .convert_blip2 import block_names, build_processor, model_class
 from .convert_certificate import run_generation, run_retrieval
 from .convert_files import TensorFiles
 from .convert_parts import BUFFER, Constants, Conversion, assemble, expected_tensors, language_table, resized
@@ -85,26 +85,6 @@ PORTS = {
     ),
 }  # fmt: skip
 MODEL_TYPES = ("blip-2", "instructblip")
-# of one block; a name stands for its weight and its bias
-BLOCK = (
-    *(
-        (f"{theirs}.{end}", f"{ours}.{name}")
-        for theirs, ours in (("attention", "attention"), ("crossattention", "cross_attention"))
-        for end, name in (
-            ("attention.query", "query"),
-            ("attention.key", "key"),
-            ("attention.value", "value"),
-            ("output.dense", "dense"),
-            ("output.LayerNorm", "layer_norm"),
-        )
-    ),
-    ("intermediate_query.dense", "feed_forward_query.intermediate"),
-    ("output_query.dense", "feed_forward_query.dense"),
-    ("output_query.LayerNorm", "feed_forward_query.layer_norm"),
-    ("intermediate.dense", "feed_forward_text.intermediate"),
-    ("output.dense", "feed_forward_text.dense"),
-    ("output.LayerNorm", "feed_forward_text.layer_norm"),
-)
 HEADS = ("language_projection", "vision_projection", "text_projection", "itm_head")
 # what we have and transformers' classes have not, and what it is filled with
 ONLY_OURS = (
@@ -137,7 +117,10 @@ def port_table(config: BridgedConfig, tensors: Iterable[str], tied: Iterable[str
     """
     port, tensors = PORTS[port_of(config)], list(tensors)
     layers = (
-        *((f"qformer.encoder.layer.{{}}.{theirs}", f"qformer.layers.{{}}.{ours}") for theirs, ours in BLOCK),
+        *(
+            (f"qformer.encoder.layer.{{}}.{theirs}", f"qformer.layers.{{}}.{ours}")
+            for theirs, ours in block_names("attention")
+        ),
         (port.layer_norm, "qformer.layer_norm"),
         ("vision_model.post_layernorm", "vision_layer_norm"),
         *((name, name) for name in HEADS),
