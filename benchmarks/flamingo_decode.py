@@ -85,12 +85,12 @@ NAMES = {
     "attn.to_q.weight": "query.weight",
     "attn.to_kv.weight": "key_value.weight",
     "attn.to_out.weight": "out.weight",
-    "attn_gate": "attn_gate",
+    "attn_gate": "attn_gate.weight",
     "ff.0.weight": "feed_forward.layer_norm.weight",
     "ff.0.bias": "feed_forward.layer_norm.bias",
     "ff.1.weight": "feed_forward.linear_in.weight",
     "ff.3.weight": "feed_forward.linear_out.weight",
-    "ff_gate": "ff_gate",
+    "ff_gate": "ff_gate.weight",
 }
 
 # ---------------------------------------------------------------------- models

@@ -149,7 +149,7 @@ def spread_weights(model, seed: int = 0) -> None:
     for name, parameter in model.named_parameters():
         if parameter.device not in generators:
             generators[parameter.device] = torch.Generator(parameter.device).manual_seed(seed)
-        if name.endswith("gate"):
+        if name.endswith("_gate.weight"):
             parameter.fill_(0.5)
         elif parameter.ndim > 1:
             is_table = any(part in name for part in ("embed", "_rows", "query_tokens", "latents"))

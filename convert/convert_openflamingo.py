@@ -76,8 +76,8 @@ RESAMPLER_TABLE: list[Rule] = [
 ]
 # of one cross-attention block
 BLOCK = (
-    ("attn_gate", "attn_gate"),
-    ("ff_gate", "ff_gate"),
+    ("attn_gate", "attn_gate.weight"),
+    ("ff_gate", "ff_gate.weight"),
     ("attn.norm.weight", "layer_norm.weight"),
     ("attn.norm.bias", "layer_norm.bias"),
     *((f"attn.{official}", ours) for official, ours in ATTENTION),

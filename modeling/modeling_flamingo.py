@@ -163,6 +163,20 @@ class PerceiverResampler(nn.Module):
         return self.layer_norm(latents)
 
 
+class TanhGate(nn.Module):
+    """Lets nothing through at first. A module, not a bare parameter, so that adapters can train it (`modules_to_save`)."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def init_parameters(self, config: PerceiverFlamingoConfig) -> None:
+        init.zeros_(self.weight)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.weight.tanh() * hidden_states
+
+
 class GatedCrossAttentionLayer(GradientCheckpointingLayer):
     """Text attends to visual tokens; two tanh gates, shut at first, let it in. Source: Flamingo, figure 4."""
 
@@ -174,13 +188,9 @@ class GatedCrossAttentionLayer(GradientCheckpointingLayer):
         self.query = nn.Linear(dim, inner, bias=False)
         self.key_value = nn.Linear(vision_dim, 2 * inner, bias=False)
         self.out = nn.Linear(inner, dim, bias=False)
-        self.attn_gate = nn.Parameter(torch.zeros(1))
+        self.attn_gate = TanhGate()
         self.feed_forward = FeedForward(dim, config.feed_forward_multiplier)
-        self.ff_gate = nn.Parameter(torch.zeros(1))
-
-    def init_parameters(self, config: PerceiverFlamingoConfig) -> None:
-        init.zeros_(self.attn_gate)
-        init.zeros_(self.ff_gate)
+        self.ff_gate = TanhGate()
 
     def project(self, visual_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of `(batch, visual_tokens, vision_dim)`, each `(batch, heads, visual_tokens, head_dim)`."""
@@ -206,7 +216,7 @@ class GatedCrossAttentionLayer(GradientCheckpointingLayer):
             sees_image: `(rows, tokens)`, false for text before any image.
         """
         dtype = hidden_states.dtype
-        states = hidden_states.to(self.attn_gate.dtype)
+        states = hidden_states.to(self.attn_gate.weight.dtype)
         if key is not None:
             rows, tokens = states.shape[:2]
             batch = key.shape[0]
@@ -218,8 +228,8 @@ class GatedCrossAttentionLayer(GradientCheckpointingLayer):
             )
             attended = attended.unflatten(2, (rows // batch, tokens)).transpose(1, 2).flatten(0, 1)
             attended = self.out(attended.transpose(1, 2).flatten(2))  # (rows, tokens, dim)
-            states = states + self.attn_gate.tanh() * attended * sees_image[..., None].to(states.dtype)
-        states = states + self.ff_gate.tanh() * self.feed_forward(states)
+            states = states + self.attn_gate(attended) * sees_image[..., None].to(states.dtype)
+        states = states + self.ff_gate(self.feed_forward(states))
         return states.to(dtype)
 
 
@@ -289,9 +299,14 @@ class VisualStates(ModelOutput):
 
 @dataclass
 class Conditioning:
-    """What one forward pass hands to its hooks: nothing stays on the model between calls."""
+    """What one forward pass hands to its hooks: nothing stays on the model between calls.
+
+    It holds the cross-attention layers too: another bridge may be set before a backward pass recomputes this one.
+    """
 
     model: PreTrainedModel
+    blocks: nn.ModuleList
+    every_n_layers: int
     key_states: tuple[torch.Tensor, ...] | None
     value_states: tuple[torch.Tensor, ...] | None
     mask: torch.Tensor | None
@@ -360,11 +375,8 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
         if language_model is not None:
             language_model = as_conditionable(language_model)
         super().__init__(config, vision_model, language_model)
-        every = config.cross_attention_every_n_layers
         for index, layer in enumerate(decoder_layers(self.language_model)):
-            number, rest = divmod(index + 1, every)
-            hook = partial(self._condition_layer, None if rest else number - 1)
-            layer.register_forward_pre_hook(hook, with_kwargs=True)
+            layer.register_forward_pre_hook(partial(self._condition_layer, index), with_kwargs=True)
 
     @classmethod
     def check_language_model(cls, language_model: PreTrainedModel) -> None:
@@ -399,19 +411,18 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
             "layers. Use bridge='mlp' or 'qformer', or another language model."
         )
 
-    def _condition_layer(self, number: int | None, layer: nn.Module, args: tuple, kwargs: dict):
+    def _condition_layer(self, index: int, layer: nn.Module, args: tuple, kwargs: dict):
         conditioning = kwargs.get(CONDITIONING)
         if conditioning is None or conditioning.model is not self:
             return None  # the language model alone, or on behalf of another model that shares it
         kwargs = {name: value for name, value in kwargs.items() if name != CONDITIONING}
-        if number is not None:
-            # looked up now: PEFT may have put a trained copy of the bridge here
-            block = self.bridge.cross_attention_layers[number]
+        number, rest = divmod(index + 1, conditioning.every_n_layers)
+        if rest == 0:
             keys, values = conditioning.key_states, conditioning.value_states
-            hidden_states = block(
+            hidden_states = conditioning.blocks[number - 1](
                 args[0] if args else kwargs["hidden_states"],
-                None if keys is None else keys[number],
-                None if values is None else values[number],
+                None if keys is None else keys[number - 1],
+                None if values is None else values[number - 1],
                 conditioning.mask,
                 conditioning.sees_image,
             )
@@ -471,6 +482,8 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
         )
 
     def _visual_conditioning(self, input_ids, image_features, visual_states):
+        # looked up now: PEFT may have put a trained copy of the bridge here, or another bridge may have been set
+        bridge = self, self.bridge.cross_attention_layers, self.config.cross_attention_every_n_layers
         if image_features is not None:
             if input_ids is None:
                 raise ValueError("Images need input_ids: <image> can't be found in inputs_embeds.")
@@ -479,7 +492,7 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
             if input_ids is not None and not torch.compiler.is_compiling() and input_ids.shape[1] > 1:
                 if bool((input_ids == self.config.image_token_id).any()):
                     raise ValueError("There are <image> tokens in input_ids, but no images were given.")
-            return {CONDITIONING: Conditioning(self, None, None, None, None)}, None
+            return {CONDITIONING: Conditioning(*bridge, None, None, None, None)}, None
         if input_ids is None:
             raise ValueError("visual_states need input_ids: <image> can't be found in inputs_embeds.")
         # Rows are the samples' beams; a generated <image> shows nothing, so the count stops at the sample's images.
@@ -498,7 +511,7 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
             mask = text_time[..., None] >= media_time
         sees_image = text_time > 0
         mask = mask | ~sees_image[..., None]  # a row that sees nothing would be NaN; its result is dropped
-        conditioning = Conditioning(self, visual_states.key_states, visual_states.value_states, mask, sees_image)
+        conditioning = Conditioning(*bridge, visual_states.key_states, visual_states.value_states, mask, sees_image)
         return {CONDITIONING: conditioning}, VisualStates(
             key_states=visual_states.key_states,
             value_states=visual_states.value_states,

@@ -158,7 +158,7 @@ def spread_weights(model) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("gate"):
+            if name.endswith("_gate.weight"):
                 parameter.fill_(0.7)
             elif parameter.ndim > 1:
                 parameter.normal_(0, 0.15, generator=generator)

@@ -270,7 +270,7 @@ def test_the_trained_copy_of_the_bridge_is_the_one_that_is_used(composed):
     copied = wrapped.base_model.model.bridge.modules_to_save["default"]
     with torch.no_grad():
         before = wrapped(**inputs).logits
-        copied.cross_attention_layers[0].attn_gate.fill_(-0.7)
+        copied.cross_attention_layers[0].attn_gate.weight.fill_(-0.7)
         assert not torch.allclose(wrapped(**inputs).logits, before, atol=1e-3)
     wrapped(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert all(parameter.grad is not None for parameter in copied.cross_attention_layers.parameters())
