@@ -1,6 +1,7 @@
 """Reading image files of any kind as 8-bit RGB, and finding them in folders and globs."""
 
 import glob
+import io
 import os
 import stat
 import threading
@@ -74,27 +75,49 @@ def load_image(path: str | os.PathLike) -> Image.Image:
         raise ImageError(path, "is not a regular file")
     if status.st_size == 0:
         raise ImageError(path, "the file is empty (0 bytes)")
+    return _decode(path, path)
+
+
+def decode_image(data: bytes, name: str | os.PathLike) -> Image.Image:
+    """Read an image file that is in memory, as `load_image` does.
+
+    Args:
+        data: What the file holds.
+        name: What errors call it.
+
+    Returns:
+        The image in mode `"RGB"`.
+
+    Raises:
+        ImageError: It is not an image, is damaged or too large.
+    """
+    if not data:
+        raise ImageError(name, "the file is empty (0 bytes)")
+    return _decode(io.BytesIO(data), name)
+
+
+def _decode(file: Path | io.BytesIO, name: str | os.PathLike) -> Image.Image:
     try:
-        with _open(path) as image:
+        with _open(file) as image:
             image.load()
             # Asked after loading: TIFF applies its orientation by itself, and drops the tag.
             orientation = _orientation(image)
             rgb = _to_rgb(image)
     except UnidentifiedImageError as error:
-        raise ImageError(path, "not an image, or not in a format that Pillow can read") from error
+        raise ImageError(name, "not an image, or not in a format that Pillow can read") from error
     except PermissionError as error:
-        raise ImageError(path, "permission denied") from error
+        raise ImageError(name, "permission denied") from error
     except Exception as error:  # decoders of damaged files raise nearly anything: SyntaxError, struct.error, KeyError
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ImageError(path, f"cannot be read as an image: {reason}") from error
+        raise ImageError(name, f"cannot be read as an image: {reason}") from error
     return rgb.transpose(_ORIENTATIONS[orientation]) if orientation in _ORIENTATIONS else rgb
 
 
-def _open(path: Path) -> Image.Image:
+def _open(file: Path | io.BytesIO) -> Image.Image:
     """Open, with Pillow's warning about decompression bombs as an error."""
     with _warning_filters, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(path)
+        return Image.open(file)
 
 
 def _orientation(image: Image.Image) -> int | None:
@@ -199,4 +222,4 @@ def _images_in_folder(folder: str, recursive: bool) -> list[str]:
     return files
 
 
-__all__ = ["ImageError", "expand_paths", "load_image"]
+__all__ = ["ImageError", "decode_image", "expand_paths", "load_image"]

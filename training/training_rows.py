@@ -1,0 +1,102 @@
+"""Rows of JSON, JSON Lines, CSV, TSV and Parquet files, each with the words to name it by."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+FORMATS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """Rows of a table, in order.
+
+    Args:
+        path: One of `FORMATS`; JSON holds a list of objects (or one object). All but Parquet may be gzipped (`.jsonl.gz`).
+
+    Yields:
+        Where the row is, for errors; and the row.
+
+    Raises:
+        ValueError: The file is of another kind or not in UTF-8, or a row is no object.
+        OSError: It can't be read.
+    """
+    name = path.name.lower().removesuffix(".gz")
+    kind = Path(name).suffix
+    if kind in (".csv", ".tsv"):
+        with _open(path, newline="") as file:
+            for number, row in enumerate(csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ","), 1):
+                yield f"{path}, row {number}", row
+    elif kind in (".jsonl", ".ndjson"):
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    place = f"{path}, line {number}"
+                    yield place, as_object(parse_json(line, place), place)
+    elif kind == ".parquet":
+        import pyarrow.parquet
+
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+    elif kind == ".json":
+        content = read_json(path)
+        for number, row in enumerate(content if isinstance(content, list) else [content]):
+            place = f"{path}, row {number}"
+            yield place, as_object(row, place)
+    else:
+        raise ValueError(f"{path}: expected {', '.join(FORMATS)}.")
+
+
+@contextmanager
+def _open(path: Path, **options):
+    opener = gzip.open if path.name.lower().endswith(".gz") else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", **options) as file:  # spreadsheets begin their CSV with a mark
+            yield file
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8: {error}. Convert it first.") from error
+
+
+def read_json(path: Path):
+    """What a JSON file, gzipped or not, holds.
+
+    Raises:
+        ValueError: It is no JSON.
+        OSError: It can't be read.
+    """
+    with _open(path) as file:
+        return parse_json(file.read(), str(path))
+
+
+def parse_json(text: str, place: str):
+    """What a JSON text holds.
+
+    Raises:
+        ValueError: It is no JSON; `place` says where it came from.
+    """
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{place} is no JSON: {error}") from error
+
+
+def as_object(row, place: str) -> dict:
+    """The row itself.
+
+    Raises:
+        ValueError: It is no object.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"{place} is a {type(row).__name__}; expected an object.")
+    return row
+
+
+__all__ = ["FORMATS", "as_object", "parse_json", "read_json", "read_rows"]
