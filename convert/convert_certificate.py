@@ -11,17 +11,19 @@ import math
 import os
 import platform
 import re
+import threading
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import safetensors
 import torch
 import transformers
 from PIL import Image
 
 from ..version import __version__
-from .convert_files import FINISHED, file_sha256, finished_shards
+from .convert_files import BLOCK_BYTES, FINISHED, Stored, TensorFiles, file_sha256, finished_shards
 from .convert_tables import ConversionError
 
 
@@ -33,13 +35,9 @@ LARGEST_RELATIVE_DIFFERENCE = 1e-2
 NEW_TOKENS = 8
 
 
-def described_files(paths: Mapping[str, Path], known: Mapping[str, dict] | None = None) -> dict[str, dict]:
-    """Bytes and SHA-256 of files, by the name that they get in the certificate; what is known already is not read again."""
-    known = known or {}
-    return {
-        name: known.get(name) or {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for name, path in sorted(paths.items())
-    }
+def described_file(path: Path, stop: threading.Event | None = None) -> dict:
+    """Bytes and SHA-256 of a file."""
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path, stop)}
 
 
 def versions() -> dict[str, str]:
@@ -53,55 +51,192 @@ def versions() -> dict[str, str]:
     }
 
 
-def compare_back(conversion, written) -> dict:
-    """Put every source tensor together again from the written files, and compare bit by bit.
+class Comparison:
+    """Puts every source tensor together again from written files, and compares bit by bit.
 
     Args:
-        conversion: What was written.
-        written: `TensorFiles` of it.
-
-    Returns:
-        How many source tensors came back; how many written ones were changed on purpose (resized tables), and compared with
-        the change made anew.
-
-    Raises:
-        ConversionError: A tensor is not what it was.
+        conversion: What is written.
     """
-    sources: dict[tuple[int, tuple[str, ...]], list] = {}
-    changed = 0
-    for name, (files, piece, change) in conversion.pieces.items():
-        if change is not None and not torch.equal(tensor := conversion.load(name), piece.load(files.read)):
-            changed += 1
-            _same(written.read(name), tensor, name)
+
+    def __init__(self, conversion):
+        self.conversion = conversion
+        self.changed = self.equal = 0
+        # what comes from the same source tensors is compared together
+        self.groups: dict[tuple[int, tuple[str, ...]], list[str]] = {}
+        self.written: dict[str, TensorFiles] = {}
+        self.buffers = bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)
+        for name, (files, piece, change) in conversion.pieces.items():
+            if change is None:
+                self.groups.setdefault((id(files), piece.sources), []).append(name)
+
+    def add(self, written: TensorFiles) -> None:
+        """Compare what is written by now.
+
+        Args:
+            written: One of the files, or all.
+
+        Raises:
+            ConversionError: A tensor is not what it was.
+        """
+        self.written.update(dict.fromkeys(written.shapes, written))
+        touched = {}
+        for name in written.shapes:
+            files, piece, change = self.conversion.pieces[name]
+            if change is not None:
+                self._compare_changed(name)
+            else:
+                touched[id(files), piece.sources] = True
+        for key in touched:
+            if all(name in self.written for name in self.groups[key]):
+                self._compare(self.groups[key])
+                self.equal += len(key[1])
+
+    def result(self) -> dict:
+        """How many source tensors came back; how many written ones were changed on purpose, and compared with the change
+        made anew.
+
+        Raises:
+            ConversionError: Something has not been written.
+        """
+        if missing := [name for name in self.conversion.pieces if name not in self.written]:
+            raise ConversionError(f"{len(missing)} tensors were not written, {missing[0]} is one of them.")
+        return {
+            "what": "every source tensor, put together again from the written files, bit by bit",
+            "source_tensors": self.equal,
+            "changed_on_purpose": self.changed,
+            "largest_difference": 0.0,
+        }
+
+    def _compare_changed(self, name: str) -> None:
+        files, piece, _ = self.conversion.pieces[name]
+        expected = self.conversion.load(name)
+        if torch.equal(expected, piece.load(files.read)):  # the change did nothing here
+            self.equal += len(piece.sources)
         else:
-            sources.setdefault((id(files), piece.sources), []).append((name, files, piece))
-    for found in sources.values():
-        _, files, piece = found[0]
+            self.changed += 1
+        _same(self.written[name].read(name), expected, name)
+
+    def _compare(self, names: list[str]) -> None:
+        files, piece, _ = self.conversion.pieces[names[0]]
+        if piece.whole:
+            for name in names:
+                self._compare_stored(self.written[name].stored(name), files.stored(piece.sources[0]), name)
+            return
         tensors = [files.read(key) for key in piece.sources]
         if piece.zero_part is not None and len(tensors) > 1:
             tensors.insert(piece.zero_part, torch.zeros_like(tensors[0]))
         if piece.parts == 1:
-            expected = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-            for name, *_ in found:
-                _same(written.read(name).reshape(expected.shape), expected, name)
-            continue
-        given = {part.part: written.read(name) for name, _, part in found}
+            expected = torch.cat(tensors)
+            for name in names:
+                _same(self.written[name].read(name).reshape(expected.shape), expected, name)
+            return
+        given = {self.conversion.pieces[name][1].part: self.written[name].read(name) for name in names}
         if piece.zero_part is not None:
             given[piece.zero_part] = torch.zeros_like(next(iter(given.values())))
         _same(torch.cat([given[part] for part in range(piece.parts)]), tensors[0], piece.sources[0])
-    return {
-        "what": "every source tensor, put together again from the written files, bit by bit",
-        "source_tensors": sum(len(sources_of) for _, sources_of in sources),
-        "changed_on_purpose": changed,
-        "largest_difference": 0.0,
-    }
+
+    def _compare_stored(self, given: Stored | torch.Tensor, expected: Stored | torch.Tensor, name: str) -> None:
+        """Two tensors that need not both be in memory."""
+        if not (isinstance(given, Stored) and isinstance(expected, Stored) and given.plain and expected.plain):
+            given, expected = (each.read(set()) if isinstance(each, Stored) else each for each in (given, expected))
+            return _same(given.reshape(expected.shape), expected, name)
+        if given.dtype != expected.dtype or math.prod(given.shape) != math.prod(expected.shape):
+            raise _differs(name)
+        for sizes in zip(given.blocks(self.buffers[0]), expected.blocks(self.buffers[1]), strict=True):
+            if not sizes[0] == sizes[1] == BLOCK_BYTES:
+                if self.buffers[0][: sizes[0]] != self.buffers[1][: sizes[1]]:
+                    raise _differs(name)
+            elif self.buffers[0] != self.buffers[1]:
+                raise _differs(name)
+
+
+def compare_back(conversion, written: TensorFiles) -> dict:
+    """Compare all that was written at once, see `Comparison`."""
+    comparison = Comparison(conversion)
+    comparison.add(written)
+    return comparison.result()
+
+
+def _differs(name: str) -> ConversionError:
+    return ConversionError(f"{name} was read back from the written files, and is not what was written.")
 
 
 def _same(given: torch.Tensor, expected: torch.Tensor, name: str) -> None:
-    if given.dtype != expected.dtype or given.shape != expected.shape or not torch.equal(
-        given.contiguous().reshape(-1).view(torch.uint8), expected.contiguous().reshape(-1).view(torch.uint8)
-    ):  # fmt: skip
-        raise ConversionError(f"{name} was read back from the written files, and is not what was written.")
+    if given.dtype != expected.dtype or given.shape != expected.shape:
+        raise _differs(name)
+    bits = (each.contiguous().reshape(-1).view(torch.uint8).numpy() for each in (given, expected))
+    if not np.array_equal(*bits):
+        raise _differs(name)
+
+
+class Checks:
+    """What can be checked while a conversion is still being written, when its files are in the system's cache anyway.
+
+    Args:
+        conversion: What is written.
+        verify: Check anything at all.
+    """
+
+    def __init__(self, conversion, verify: bool = True):
+        self.verify = verify
+        self.labels = labels_of(conversion)
+        self.inputs: dict[str, dict] = {label: {name: {} for name in sorted(leaf.files)} for label, leaf in self.labels}
+        self._comparison = Comparison(conversion) if verify else None
+        self._stop = threading.Event()
+
+    def __enter__(self) -> Checks:
+        # one thread reads the sources from their beginning, the other follows the writing
+        self._pools = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._compared: list[Future] = []
+        if self.verify:
+            self._described = self._pools[0].submit(self._describe)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._stop.set()
+        for pool in self._pools:
+            pool.shutdown(cancel_futures=True)
+
+    def _describe(self) -> None:
+        for label, leaf in self.labels:
+            for name, path in sorted(leaf.files.items()):
+                self.inputs[label][name] = described_file(path, self._stop)
+
+    def file(self, path: Path) -> None:
+        """One of the files is whole.
+
+        Args:
+            path: The file.
+
+        Raises:
+            ConversionError: One that was whole before is not what was meant to be written.
+        """
+        if not self.verify:
+            return
+        self._compared.append(self._pools[1].submit(lambda: self._comparison.add(TensorFiles(path))))
+        for future in self._compared:
+            if future.done():
+                future.result()
+
+    def result(self) -> dict:
+        """What the comparison found; after it, `inputs` tells of all files that were read.
+
+        Raises:
+            ConversionError: Something is not what was meant to be written.
+        """
+        for future in (*self._compared, self._described):
+            future.result()
+        return self._comparison.result()
+
+
+def labels_of(conversion) -> list[tuple[str, TensorFiles]]:
+    """What certificates call the files that a conversion reads, sorted."""
+    found: dict[str, TensorFiles] = {}
+    for leaf in conversion.leaves():
+        label = leaf.label
+        while found.setdefault(label, leaf) is not leaf:  # two folders of one name
+            label += "'"
+    return sorted(found.items())
 
 
 # ---------------------------------------------------------------------- runs
@@ -232,14 +367,13 @@ def run_retrieval(model, processor, other, other_processor, texts: tuple[str, ..
 # ---------------------------------------------------------------------- the certificate
 
 
-def certify(conversion, folder: Path, written, verify: bool = True) -> dict:
+def certify(conversion, folder: Path, checks: Checks) -> dict:
     """Check what was written, and say so in `conversion.json` beside it.
 
     Args:
         conversion: What was written.
         folder: Where it lies.
-        written: `TensorFiles` of it.
-        verify: Make the checks; else only names, shapes and versions are written down.
+        checks: Has been told of every file with tensors.
 
     Returns:
         What was written down.
@@ -247,12 +381,7 @@ def certify(conversion, folder: Path, written, verify: bool = True) -> dict:
     Raises:
         ConversionError: A check failed.
     """
-    leaves, tensors, labels = {}, {}, {}
-    for leaf in conversion.leaves():
-        label = leaf.label
-        while leaves.setdefault(label, leaf) is not leaf:  # two folders of one name
-            label += "'"
-        labels[id(leaf)] = label
+    tensors, labels = {}, {id(leaf): label for label, leaf in checks.labels}
     for name, (files, piece, change) in conversion.pieces.items():
         about = {"shape": list(conversion.shape(name)), "dtype": str(conversion.dtype(name)).removeprefix("torch."),
                  "from": labels[id(files.origin(piece.sources[0]))]}  # fmt: skip
@@ -261,41 +390,34 @@ def certify(conversion, folder: Path, written, verify: bool = True) -> dict:
         tensors[name] = about
     files = conversion.checkpoint
     of_checkpoint = {id(leaf): leaf for leaf in map(files.origin, files.shapes)} if files is not None else {}
-    checks, inputs = [], {label: {name: {} for name in sorted(leaf.files)} for label, leaf in sorted(leaves.items())}
-    if not verify:
-        checks.append({"what": "nothing", "why": "verification was switched off"})
+    found = []
+    if not checks.verify:
+        found.append({"what": "nothing", "why": "verification was switched off"})
     else:
-        with ThreadPoolExecutor(1) as other:  # both read the same files: what one has read the other finds in the cache
-            described = other.submit(
-                lambda: {label: described_files(leaf.files) for label, leaf in sorted(leaves.items())}
-            )
-            checks.append(compare_back(conversion, written))
-            inputs = described.result()
+        found.append(checks.result())
         size = 2 * 4 * sum(math.prod(about["shape"]) for about in tensors.values())
         if conversion.run is None:
-            checks.append({"what": "no run", "why": "the code on the other side is not there to be run"})
+            found.append({"what": "no run", "why": "the code on the other side is not there to be run"})
         elif size > RUN_BYTES:
-            checks.append(
+            found.append(
                 {"what": "no run", "why": f"both models in float32 take {size:,} bytes; the limit is {RUN_BYTES:,}"}
             )
         else:
-            checks += _run(conversion, folder)
+            found += _run(conversion, folder)
+    known = finished_shards(folder)
     certificate = {
         "from": conversion.direction[0],
         "to": conversion.direction[1],
         "checkpoint": sorted(labels[id(leaf)] for leaf in of_checkpoint.values() if id(leaf) in labels),
-        "inputs": inputs,
-        "outputs": described_files(
-            {
-                str(path.relative_to(folder)): path
-                for path in sorted(folder.rglob("*"))
-                if path.is_file() and path.name not in (CERTIFICATE, "README.md", FINISHED)
-            },
-            finished_shards(folder),
-        )
-        if verify
+        "inputs": checks.inputs,
+        "outputs": {
+            str(path.relative_to(folder)): known.get(path.name) or described_file(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name not in (CERTIFICATE, "README.md", FINISHED)
+        }
+        if checks.verify
         else {},
-        "checks": checks,
+        "checks": found,
         "notes": [_without_folders(note) for note in conversion.notes],
         "left_out": dict(conversion.left_out),
         "versions": versions(),
@@ -354,6 +476,8 @@ def read_certificate(folder: str | os.PathLike) -> dict:
 
 __all__ = [
     "CERTIFICATE",
+    "Checks",
+    "Comparison",
     "card_section",
     "certify",
     "compare_back",

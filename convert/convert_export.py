@@ -44,8 +44,8 @@ from ..modeling.modeling_checkpoint import find_frozen_part, frozen_parts_of
 from .convert_blip import CAPTION_TABLE, MATCHING_TABLE
 from .convert_blip2 import LANGUAGE_MODELS as LAVIS_LANGUAGE_MODELS
 from .convert_blip2 import checkpoint_table as lavis_table
-from .convert_certificate import certify, read_certificate
-from .convert_files import TensorFiles, write_tensors, written_whole
+from .convert_certificate import Checks, certify, read_certificate
+from .convert_files import Stored, TensorFiles, write_tensors, written_whole
 from .convert_llava import LANGUAGE_MODELS as LLAVA_LANGUAGE_MODELS
 from .convert_llava import checkpoint_table as llava_checkpoint_table
 from .convert_openflamingo import checkpoint_table as flamingo_table
@@ -85,6 +85,10 @@ class Tensors:
         self.conversion, self.path = conversion, path
         self.shapes = {name: conversion.shape(name) for name in conversion.pieces}
         self.dtypes = {name: conversion.dtype(name) for name in conversion.pieces}
+
+    def stored(self, name: str) -> Stored | torch.Tensor:
+        files, piece, change = self.conversion.pieces[name]
+        return files.stored(piece.sources[0]) if piece.whole and change is None else self.read(name)
 
     def read(self, name: str) -> torch.Tensor:
         return self.conversion.load(name)
@@ -537,10 +541,12 @@ def write_torch(done: Conversion, output: str | os.PathLike, name: str, wrapper:
         wrapper: Key that the tensors are under; `None` for none.
         verify: Check what was written, see `certify`.
     """
-    with written_whole(output) as folder:
+    with written_whole(output) as folder, Checks(done, verify) as checks:
         state = {key: done.load(key) for key in done.pieces}
         torch.save(state if wrapper is None else {wrapper: state}, folder / name)
-        certify(done, folder, TensorFiles(folder / name), verify)
+        del state
+        checks.file(folder / name)
+        certify(done, folder, checks)
 
 
 def write_official_blip(place: str | os.PathLike, output: str | os.PathLike, verify: bool = True) -> Conversion:
@@ -602,13 +608,13 @@ def write_official_llava(saved: Saved, output: str | os.PathLike, verify: bool =
         done.notes.append(
             f"The vision tower is left out, as in the official releases: config.json names it, {fields['mm_vision_tower']!r}."
         )
-    with written_whole(output, done.fingerprint()) as folder:
-        write_tensors(folder, done.entries())
+    with written_whole(output, done.fingerprint()) as folder, Checks(done, verify) as checks:
+        write_tensors(folder, done.entries(), when_written=checks.file)
         (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
         if saved.generation is not None:
             saved.generation.save_pretrained(folder)
         processor.tokenizer.save_pretrained(folder)
-        certify(done, folder, TensorFiles(folder), verify)
+        certify(done, folder, checks)
     return done
 
 

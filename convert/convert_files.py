@@ -15,9 +15,11 @@ import math
 import os
 import shutil
 import tempfile
+import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,12 +45,17 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FINISHED = ".finished.json"
 
 
-def file_sha256(path: str | os.PathLike) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
+def file_sha256(path: str | os.PathLike, stop: threading.Event | None = None) -> str:
+    """Hexadecimal SHA-256 of a file.
+
+    Args:
+        path: The file.
+        stop: Once it is set the rest is not read, and the result is of no use.
+    """
+    digest, buffer = hashlib.sha256(), bytearray(BLOCK_BYTES)
     with open(path, "rb", buffering=0) as stream:
-        while block := stream.read(BLOCK_BYTES):
-            digest.update(block)
+        while (count := stream.readinto(buffer)) and not (stop is not None and stop.is_set()):
+            digest.update(memoryview(buffer)[:count])
     return digest.hexdigest()
 
 
@@ -140,6 +147,32 @@ class Stored:
     shape: tuple[int, ...]
     stride: tuple[int, ...] | None = None
     offset: int = 0  # elements
+
+    @property
+    def plain(self) -> bool:
+        """Do its elements lie one after the other, and nothing between them?"""
+        expected = 1
+        for size, step in zip(reversed(self.shape), reversed(self.stride or ())):
+            if size > 1 and step != expected:
+                return False
+            expected *= size
+        return True
+
+    def blocks(self, buffer: bytearray) -> Iterator[int]:
+        """Read a plain tensor's bytes block by block into a buffer; yields how many it holds."""
+        view = memoryview(buffer)
+        with open(self.record.file, "rb", buffering=0) as stream:
+            stream.seek(self.record.start + self.offset * self.dtype.itemsize)
+            left = math.prod(self.shape) * self.dtype.itemsize
+            while left:
+                filled, wanted = 0, min(left, len(buffer))
+                while filled < wanted:
+                    count = stream.readinto(view[filled:wanted])
+                    if not count:
+                        raise ConversionError(f"{self.record.file} has become shorter while it was read.")
+                    filled += count
+                left -= filled
+                yield filled
 
     def read(self, checked: set[Record]) -> torch.Tensor:
         """The tensor.
@@ -371,6 +404,10 @@ class TensorFiles:
             found[name] = Stored(record, tensor.dtype, tuple(tensor.shape), stride, offset)
         return found
 
+    def stored(self, name: str) -> Stored | torch.Tensor:
+        """Where a tensor lies; the tensor itself, where it is in memory anyway."""
+        return self._tensors[name]
+
     def read(self, name: str) -> torch.Tensor:
         tensor = self._tensors[name]
         if isinstance(tensor, torch.Tensor):
@@ -495,8 +532,13 @@ def require_finite(tensor: torch.Tensor, name: str) -> None:
 Entry = tuple[str, tuple[int, ...], torch.dtype, Callable[[], torch.Tensor]]
 
 
-def write_tensors(folder: Path, tensors: Iterable[Entry], shard_bytes: int = SHARD_BYTES) -> int:
-    """Write tensors as `model.safetensors`, or as shards with an index; one tensor lies in memory at a time.
+def write_tensors(
+    folder: Path,
+    tensors: Iterable[Entry],
+    shard_bytes: int = SHARD_BYTES,
+    when_written: Callable[[Path], None] = lambda path: None,
+) -> int:
+    """Write tensors as `model.safetensors`, or as shards with an index; two tensors lie in memory at a time.
 
     Shards that are there already, by `finished_shards` and their SHA-256, are not written again.
 
@@ -504,6 +546,7 @@ def write_tensors(folder: Path, tensors: Iterable[Entry], shard_bytes: int = SHA
         folder: Where to.
         tensors: Name, shape, dtype, and a function that gives the tensor; it is called when it is written.
         shard_bytes: Largest shard; a larger tensor gets a shard of its own.
+        when_written: Called with every shard as soon as it is whole, and with those that were there already.
 
     Returns:
         Bytes altogether.
@@ -534,6 +577,7 @@ def write_tensors(folder: Path, tensors: Iterable[Entry], shard_bytes: int = SHA
                 and file_sha256(path) == known["sha256"]
             ):
                 progress.update(sum(size for _, size in shard))
+                when_written(path)
                 continue
             part = folder / f"{name}.part"
             digest = _write_shard(part, shard, progress)
@@ -542,6 +586,7 @@ def write_tensors(folder: Path, tensors: Iterable[Entry], shard_bytes: int = SHA
             finished[name] = {"bytes": path.stat().st_size, "sha256": digest}
             (folder / f"{FINISHED}.part").write_text(json.dumps(finished))
             os.replace(folder / f"{FINISHED}.part", folder / FINISHED)
+            when_written(path)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
@@ -559,7 +604,8 @@ def _write_shard(path: Path, shard: list[tuple[Entry, int]], progress) -> str:
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
     digest = hashlib.sha256()
-    with open(path, "wb", buffering=0) as stream:
+    # the next tensor is read while one is written
+    with open(path, "wb", buffering=0) as stream, ThreadPoolExecutor(1) as reader:
 
         def write(data) -> None:
             view = memoryview(data)
@@ -568,8 +614,10 @@ def _write_shard(path: Path, shard: list[tuple[Entry, int]], progress) -> str:
                 view = view[stream.write(view) :]
 
         write(len(raw).to_bytes(8, "little") + raw)
-        for (name, shape, dtype, read), size in shard:
-            tensor = read().detach()
+        following = reader.submit(shard[0][0][3])
+        for number, ((name, shape, dtype, _), size) in enumerate(shard, start=1):
+            tensor = following.result().detach()
+            following = reader.submit(shard[number][0][3]) if number < len(shard) else None
             if (tuple(tensor.shape), tensor.dtype) != (tuple(shape), dtype):
                 raise ConversionError(
                     f"{name} is {list(tensor.shape)} of {tensor.dtype}, expected {list(shape)} of {dtype}."

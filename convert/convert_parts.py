@@ -28,10 +28,11 @@ from transformers import (
 )
 
 from ..version import __version__
-from .convert_certificate import certify
+from .convert_certificate import Checks, certify
 from .convert_files import (
     Entry,
     ShapeTable,
+    Stored,
     TensorFiles,
     dimensions,
     require_finite,
@@ -446,6 +447,9 @@ class Renamed:
         self.shapes = ShapeTable(self.path, {name: tuple(files.shapes[key]) for key, name in names.items()})
         self.dtypes = {name: files.dtypes[key] for key, name in names.items()}
 
+    def stored(self, name: str) -> Stored | torch.Tensor:
+        return self.files.stored(self.keys[name])
+
     def read(self, name: str) -> torch.Tensor:
         return self.files.read(self.keys[name])
 
@@ -461,11 +465,17 @@ class Merged:
         self.shapes = ShapeTable(self.path, {**second.shapes, **first.shapes})
         self.dtypes = {**second.dtypes, **first.dtypes}
 
+    def _has(self, name: str):
+        return self.first if name in self.first.shapes else self.second
+
+    def stored(self, name: str) -> Stored | torch.Tensor:
+        return self._has(name).stored(name)
+
     def read(self, name: str) -> torch.Tensor:
-        return (self.first if name in self.first.shapes else self.second).read(name)
+        return self._has(name).read(name)
 
     def origin(self, name: str):
-        return (self.first if name in self.first.shapes else self.second).origin(name)
+        return self._has(name).origin(name)
 
 
 class Constants:
@@ -486,6 +496,8 @@ class Constants:
     def read(self, name: str) -> torch.Tensor:
         shape, dtype, value = self.values[name]
         return torch.full(shape, value, dtype=dtype)
+
+    stored = read
 
     def origin(self, name: str) -> Constants:
         return self
@@ -592,15 +604,15 @@ class Conversion:
             ConversionError: The folder is not empty, or a tensor is not what it should be.
         """
         self.config.architectures = [type(self.model).__name__]
-        with written_whole(output, self.fingerprint()) as folder:
-            write_tensors(folder, self.entries())
+        with written_whole(output, self.fingerprint()) as folder, Checks(self, verify) as checks:
+            write_tensors(folder, self.entries(), when_written=checks.file)
             self.config.save_pretrained(folder)
             if generation is not None:
                 generation.save_pretrained(folder)
             processor.save_pretrained(folder)
             if card is not None:
                 (folder / "README.md").write_text(card, encoding="utf-8")
-            certify(self, folder, TensorFiles(folder), verify)
+            certify(self, folder, checks)
 
 
 def expected_tensors(model: PreTrainedModel, separate: Iterable[str] = ()) -> dict[str, tuple[int, ...]]:

@@ -123,6 +123,11 @@ class Piece:
     zero_part: int | None = None
     reshaped: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
+    @property
+    def whole(self) -> bool:
+        """Is it one source, with nothing but its name (and shape) changed?"""
+        return len(self.sources) == self.parts == 1
+
     def shape(self, shapes: Shapes) -> tuple[int, ...]:
         """Shape of the target.
 

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from vlbridge.convert.convert_certificate import (
     CERTIFICATE,
+    Checks,
     card_section,
     certify,
     compare_back,
@@ -53,6 +54,12 @@ def written(tmp_path):
     return conversion, {name: conversion.load(name) for name in pieces}, tmp_path / "out"
 
 
+def certified(conversion, folder):
+    with Checks(conversion) as checks:
+        checks.file(folder / "model.safetensors")
+        return certify(conversion, folder, checks)
+
+
 def test_everything_comes_back(written):
     conversion, tensors, folder = written
     save_file(tensors, folder / "model.safetensors")
@@ -70,13 +77,38 @@ def test_a_changed_tensor_is_noticed(written, name):
         compare_back(conversion, TensorFiles(folder))
 
 
+def test_files_are_compared_as_they_come(written):
+    """A group of tensors that lies in two files is compared when both are there; one that never comes is missed."""
+    conversion, tensors, folder = written
+    first = {name: tensors[name] for name in ("x", "q", "v", "v_bias")}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in first}
+    save_file(first, folder / "one.safetensors")
+    save_file(rest, folder / "two.safetensors")
+    with Checks(conversion) as checks:
+        checks.file(folder / "one.safetensors")
+        with pytest.raises(ConversionError, match="were not written"):
+            checks.result()
+        checks.file(folder / "two.safetensors")
+        assert checks.result()["source_tensors"] == 6
+        assert checks.inputs["source.safetensors"]["source.safetensors"]["sha256"] == file_sha256(
+            folder.parent / "source.safetensors"
+        )
+    tensors["k"] = tensors["k"] + 1
+    save_file({name: tensors[name] for name in rest}, folder / "two.safetensors")
+    with Checks(conversion) as checks:
+        checks.file(folder / "one.safetensors")
+        checks.file(folder / "two.safetensors")
+        with pytest.raises(ConversionError, match="qkv was read back"):
+            checks.result()
+
+
 def test_what_is_written_down(written, monkeypatch):
     conversion, tensors, folder = written
     save_file(tensors, folder / "model.safetensors")
     (folder / "README.md").write_text("# A model\n")
     conversion.notes = [f"see {folder}/model.safetensors, and owner/name on the Hub"]
     conversion.run = lambda given: [{"what": "logits", "shape": [1], "largest_difference": 2e-6, "largest_value": 1.0}]
-    certificate = certify(conversion, folder, TensorFiles(folder))
+    certificate = certified(conversion, folder)
     assert certificate == json.loads((folder / CERTIFICATE).read_text())
     assert str(folder) not in json.dumps(certificate)
     assert certificate["notes"] == ["see model.safetensors, and owner/name on the Hub"]
@@ -95,7 +127,7 @@ def test_what_is_written_down(written, monkeypatch):
     )
     # too large to be run: said, not done
     monkeypatch.setattr("vlbridge.convert.convert_certificate.RUN_BYTES", 100)
-    assert "the limit is 100" in certify(conversion, folder, TensorFiles(folder))["checks"][1]["why"]
+    assert "the limit is 100" in certified(conversion, folder)["checks"][1]["why"]
 
 
 def test_a_run_that_fails(written):
@@ -107,11 +139,11 @@ def test_a_run_that_fails(written):
         raise TypeError(f"no patch_size in {folder}/processor_config.json")
 
     conversion.run = run
-    found = certify(conversion, folder, TensorFiles(folder))["checks"][1]
+    found = certified(conversion, folder)["checks"][1]
     assert "no patch_size in processor_config.json" in found["why"]
     conversion.direction = ("vlbridge", "elsewhere")
     with pytest.raises(ConversionError, match="can't be run"):
-        certify(conversion, folder, TensorFiles(folder))
+        certified(conversion, folder)
 
 
 def test_differences_beyond_rounding_are_refused():

@@ -200,12 +200,13 @@ from functools import partial
 from vlbridge.convert import convert_blip, convert_parts
 from vlbridge.convert.convert_files import finished_shards
 
-def write(folder, entries):
+def write(folder, entries, **options):
     def dying(name, read):
         if len(finished_shards(folder)) == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         return read()
-    convert_files_write(folder, [(*entry[:3], partial(dying, entry[0], entry[3])) for entry in entries], 40_000)
+    entries = [(*entry[:3], partial(dying, entry[0], entry[3])) for entry in entries]
+    convert_files_write(folder, entries, 40_000, **options)
 
 convert_files_write, convert_parts.write_tensors = convert_parts.write_tensors, write
 convert_blip(sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4]))
