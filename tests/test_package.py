@@ -47,6 +47,9 @@ def test_the_wheel_holds_every_file(built):
                 assert f"{package.replace('.', '/')}/{path.name}" in held
     bridge = ROOT / "zoo" / "assets" / "easy_vqa_mlp"
     assert {f"vlbridge/assets/easy_vqa_mlp/{path.name}" for path in bridge.iterdir()} <= held
+    assert [name for name in held if name.startswith("vlbridge/model_cards/") and name.endswith(".md")] == [
+        "vlbridge/model_cards/template.md"
+    ]
     assert not [name for name in held if name.startswith(("tests", "benchmarks", "notebooks"))]
 
 

@@ -7,9 +7,11 @@ Sources: `README.md` and the model cards of open_flamingo and its paper (arXiv 2
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Release:
         vision: The frozen vision encoder, likewise; `None` where the checkpoint has it or names it.
         language: The frozen language model: a Hub id; `None` where the checkpoint has it or there is none.
         tokenizer: Where the language model's tokenizer lies, if not beside it.
+        holds: Names of the vision encoder and the language model that the checkpoint has or was made from, as far as they
+            are not named above; in this order, Hub ids where there are some.
         licence: Of the weights, as their publishers name it; `None` where they don't.
         prompts: What to ask with, by task.
         generation: Generation defaults of the official code or evaluation.
@@ -54,6 +58,7 @@ class Release:
     vision: File | str | None = None
     language: str | None = None
     tokenizer: str | None = None
+    holds: tuple[str, ...] = ()
     licence: str | None = None
     prompts: Mapping[str, str] = field(default_factory=dict)
     generation: Mapping[str, object] = field(default_factory=dict)
@@ -112,7 +117,8 @@ OPENFLAMINGO = (
     Release(
         "openflamingo/OpenFlamingo-9B-deprecated", "openflamingo", "OpenFlamingo 9B, first release (LLaMA-7B)",
         File("openflamingo/OpenFlamingo-9B-deprecated", "checkpoint.pt"), CLIP_L, None,
-        licence="academic research only, as LLaMA's", prompts=_FLAMINGO_PROMPTS, generation=_FLAMINGO_GENERATION,
+        holds=("LLaMA-7B",), licence="academic research only, as LLaMA's", prompts=_FLAMINGO_PROMPTS,
+        generation=_FLAMINGO_GENERATION,
         published={"COCO CIDEr": dict(zip(SHOTS, (65.52, 74.28, 79.26, 81.84, 84.52))),
                    "VQAv2": dict(zip(SHOTS, (43.55, 44.05, 47.5, 48.87, 50.34)))},
         note="LLaMA-7B is not on the Hub for everyone: give it with --language.",
@@ -124,6 +130,7 @@ OPENFLAMINGO = (
 LAVIS_FILES = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/"
 EVA = File(f"{LAVIS_FILES}BLIP2/eva_vit_g.pth")
 CLIP_L_LAVIS = File(f"{LAVIS_FILES}BLIP2/clip_vit_L.pth")
+_EVA_NAME = "EVA-CLIP ViT-g/14"
 _BLIP2_PROMPTS = {"caption": "a photo of", "vqa": "Question: {question} Answer:"}
 _BLIP2_GENERATION = {"num_beams": 5, "max_new_tokens": 30, "repetition_penalty": 1.0, "length_penalty": 1.0}
 _INSTRUCT_GENERATION = {"num_beams": 5, "max_new_tokens": 256, "repetition_penalty": 1.5, "length_penalty": 1.0}
@@ -143,11 +150,11 @@ def _zero_shot(val: float, test: float, okvqa: float, gqa: float) -> dict:
     return {"VQAv2 val": val, "VQAv2 test-dev": test, "OK-VQA": okvqa, "GQA": gqa}
 
 
-def _instruct(kind: str, title: str, file: str, language: str | None, note: str | None = None) -> Release:
+def _instruct(kind: str, title: str, file: str, language: str | None, **more) -> Release:
     architecture = "blip2_t5_instruct" if language else "blip2_vicuna_instruct"
     return Release(
         f"{architecture}/{kind}", "blip2", title, File(f"{LAVIS_FILES}InstructBLIP/{file}.pth"), EVA, language,
-        prompts={"caption": "A short image description:"}, generation=_INSTRUCT_GENERATION, note=note,
+        prompts={"caption": "A short image description:"}, generation=_INSTRUCT_GENERATION, **more,
     )  # fmt: skip
 
 
@@ -155,15 +162,15 @@ _VICUNA_NOTE = "Vicuna v1.1 is made from LLaMA's weights and its published diffe
 BLIP2 = (
     _blip2("pretrain", "BLIP-2, stage 1 (ViT-g)", "blip2_pretrained"),
     _blip2("pretrain_vitL", "BLIP-2, stage 1 (ViT-L)", "blip2_pretrained_vitL", vision=CLIP_L_LAVIS),
-    _blip2("coco", "BLIP-2, retrieval on COCO", "blip2_finetune_coco", vision=None),
+    _blip2("coco", "BLIP-2, retrieval on COCO", "blip2_finetune_coco", vision=None, holds=(_EVA_NAME,)),
     _blip2("pretrain_opt2.7b", "BLIP-2 (OPT-2.7B)", "blip2_pretrained_opt2.7b", "facebook/opt-2.7b",
            published=_zero_shot(53.5, 52.3, 31.7, 34.6)),
     _blip2("pretrain_opt6.7b", "BLIP-2 (OPT-6.7B)", "blip2_pretrained_opt6.7b", "facebook/opt-6.7b",
            published=_zero_shot(54.3, 52.6, 36.4, 36.4)),
     _blip2("caption_coco_opt2.7b", "BLIP-2, captions on COCO (OPT-2.7B)", "blip2_caption_opt2.7b", "facebook/opt-2.7b",
-           vision=None, published={"COCO CIDEr": 145.8}),
+           vision=None, holds=(_EVA_NAME,), published={"COCO CIDEr": 145.8}),
     _blip2("caption_coco_opt6.7b", "BLIP-2, captions on COCO (OPT-6.7B)", "blip2_caption_opt6.7b", "facebook/opt-6.7b",
-           vision=None, published={"COCO CIDEr": 145.2}),
+           vision=None, holds=(_EVA_NAME,), published={"COCO CIDEr": 145.2}),
     _blip2("pretrain_flant5xl", "BLIP-2 (FlanT5-XL)", "blip2_pretrained_flant5xl", "google/flan-t5-xl",
            published=_zero_shot(63.1, 63.0, 40.7, 44.2)),
     _blip2("pretrain_flant5xl_vitL", "BLIP-2 (FlanT5-XL, ViT-L)", "blip2_pretrained_flant5xl_vitL", "google/flan-t5-xl",
@@ -171,11 +178,13 @@ BLIP2 = (
     _blip2("pretrain_flant5xxl", "BLIP-2 (FlanT5-XXL)", "blip2_pretrained_flant5xxl", "google/flan-t5-xxl",
            published=_zero_shot(65.2, 65.0, 45.9, 44.7)),
     _blip2("caption_coco_flant5xl", "BLIP-2, captions on COCO (FlanT5-XL)", "blip2_caption_flant5xl", "google/flan-t5-xl",
-           vision=None, published={"COCO CIDEr": 144.5}),
+           vision=None, holds=(_EVA_NAME,), published={"COCO CIDEr": 144.5}),
     _instruct("flant5xl", "InstructBLIP (FlanT5-XL)", "instruct_blip_flanxl_trimmed", "google/flan-t5-xl"),
     _instruct("flant5xxl", "InstructBLIP (FlanT5-XXL)", "instruct_blip_flanxxl_trimmed", "google/flan-t5-xxl"),
-    _instruct("vicuna7b", "InstructBLIP (Vicuna-7B)", "instruct_blip_vicuna7b_trimmed", None, _VICUNA_NOTE),
-    _instruct("vicuna13b", "InstructBLIP (Vicuna-13B)", "instruct_blip_vicuna13b_trimmed", None, _VICUNA_NOTE),
+    _instruct("vicuna7b", "InstructBLIP (Vicuna-7B)", "instruct_blip_vicuna7b_trimmed", None,
+              note=_VICUNA_NOTE, holds=("lmsys/vicuna-7b-v1.1",)),
+    _instruct("vicuna13b", "InstructBLIP (Vicuna-13B)", "instruct_blip_vicuna13b_trimmed", None,
+              note=_VICUNA_NOTE, holds=("lmsys/vicuna-13b-v1.1",)),
 )  # fmt: skip
 
 # ---------------------------------------------------------------------- LLaVA
@@ -196,21 +205,32 @@ _DELTA_NOTE = (
     "The repository holds differences from LLaMA's weights: add them up with the official llava.model.apply_delta, and "
     "convert the folder that it writes with `vlbridge convert llava --checkpoint`."
 )
+_CLIP_336 = "openai/clip-vit-large-patch14-336"
 LLAVA = (
-    _llava("llava-v1.6-vicuna-7b", "LLaVA-1.6 (Vicuna-7B)", (81.8, 64.2, 64.9, 86.5)),
-    _llava("llava-v1.6-vicuna-13b", "LLaVA-1.6 (Vicuna-13B)", (82.8, 65.4, 67.1, 86.2)),
-    _llava("llava-v1.6-mistral-7b", "LLaVA-1.6 (Mistral-7B)", (82.2, 64.8, 65.7, 86.7)),
-    _llava("llava-v1.6-34b", "LLaVA-1.6 (Hermes-Yi-34B)", (83.7, 67.1, 69.5, 87.7)),
-    _llava("llava-v1.5-7b", "LLaVA-1.5 (Vicuna-7B)", (78.5, 62.0, 58.2, 85.9)),
-    _llava("llava-v1.5-13b", "LLaVA-1.5 (Vicuna-13B)", (80.0, 63.3, 61.3, 85.9)),
-    _llava("llava-v1.5-7b-lora", "LLaVA-1.5, LoRA (Vicuna-7B)", (79.1, 63.0, 58.2, 86.4), language="lmsys/vicuna-7b-v1.5"),
+    _llava("llava-v1.6-vicuna-7b", "LLaVA-1.6 (Vicuna-7B)", (81.8, 64.2, 64.9, 86.5),
+           holds=(_CLIP_336, "lmsys/vicuna-7b-v1.5")),
+    _llava("llava-v1.6-vicuna-13b", "LLaVA-1.6 (Vicuna-13B)", (82.8, 65.4, 67.1, 86.2),
+           holds=(_CLIP_336, "lmsys/vicuna-13b-v1.5")),
+    _llava("llava-v1.6-mistral-7b", "LLaVA-1.6 (Mistral-7B)", (82.2, 64.8, 65.7, 86.7),
+           holds=(_CLIP_336, "mistralai/Mistral-7B-Instruct-v0.2")),
+    _llava("llava-v1.6-34b", "LLaVA-1.6 (Hermes-Yi-34B)", (83.7, 67.1, 69.5, 87.7),
+           holds=(_CLIP_336, "NousResearch/Nous-Hermes-2-Yi-34B")),
+    _llava("llava-v1.5-7b", "LLaVA-1.5 (Vicuna-7B)", (78.5, 62.0, 58.2, 85.9), holds=(_CLIP_336, "lmsys/vicuna-7b-v1.5")),
+    _llava("llava-v1.5-13b", "LLaVA-1.5 (Vicuna-13B)", (80.0, 63.3, 61.3, 85.9),
+           holds=(_CLIP_336, "lmsys/vicuna-13b-v1.5")),
+    _llava("llava-v1.5-7b-lora", "LLaVA-1.5, LoRA (Vicuna-7B)", (79.1, 63.0, 58.2, 86.4), language="lmsys/vicuna-7b-v1.5",
+           holds=(_CLIP_336,)),
     _llava("llava-v1.5-13b-lora", "LLaVA-1.5, LoRA (Vicuna-13B)", (80.0, 63.3, 60.2, 86.7),
-           language="lmsys/vicuna-13b-v1.5"),
-    _llava("llava-llama-2-13b-chat-lightning-preview", "LLaVA-1 (LLaMA-2-13B-Chat)"),
-    _llava("LLaVA-7b-delta-v0", "LLaVA-1 (Vicuna-7B v0)", checkpoint=None, note=_DELTA_NOTE),
-    _llava("LLaVA-13b-delta-v0", "LLaVA-1 (Vicuna-13B v0)", checkpoint=None, note=_DELTA_NOTE),
-    _llava("LLaVA-Lightning-7B-delta-v1-1", "LLaVA-1 (Vicuna-7B v1.1)", checkpoint=None, note=_DELTA_NOTE),
-    _llava("LLaVA-13b-delta-v1-1", "LLaVA-1 (Vicuna-13B v1.1)", checkpoint=None, note=_DELTA_NOTE),
+           language="lmsys/vicuna-13b-v1.5", holds=(_CLIP_336,)),
+    _llava("llava-llama-2-13b-chat-lightning-preview", "LLaVA-1 (LLaMA-2-13B-Chat)",
+           holds=(CLIP_L, "meta-llama/Llama-2-13b-chat-hf")),
+    _llava("LLaVA-7b-delta-v0", "LLaVA-1 (Vicuna-7B v0)", checkpoint=None, note=_DELTA_NOTE, holds=(CLIP_L, "LLaMA-7B")),
+    _llava("LLaVA-13b-delta-v0", "LLaVA-1 (Vicuna-13B v0)", checkpoint=None, note=_DELTA_NOTE,
+           holds=(CLIP_L, "LLaMA-13B")),
+    _llava("LLaVA-Lightning-7B-delta-v1-1", "LLaVA-1 (Vicuna-7B v1.1)", checkpoint=None, note=_DELTA_NOTE,
+           holds=(CLIP_L, "LLaMA-7B")),
+    _llava("LLaVA-13b-delta-v1-1", "LLaVA-1 (Vicuna-13B v1.1)", checkpoint=None, note=_DELTA_NOTE,
+           holds=(CLIP_L, "LLaMA-13B")),
 )  # fmt: skip
 
 CATALOGUE = {release.name: release for release in (*OPENFLAMINGO, *BLIP2, *LLAVA)}
@@ -271,6 +291,12 @@ def fetch(part: File | str | None) -> str | None:
     return os.fspath(path)
 
 
+def needs_language(release: Release) -> bool:
+    """Whether a release comes without its language model, and names none that can be fetched."""
+    without = release.family == "openflamingo" or "vicuna" in release.name and release.family == "blip2"
+    return without and release.language is None
+
+
 def convert_release(release: Release, output: str | os.PathLike, **given):
     """Convert an official release; what belongs to it is fetched.
 
@@ -291,15 +317,26 @@ def convert_release(release: Release, output: str | os.PathLike, **given):
     given = {name: value for name, value in given.items() if value is not None}
     if release.checkpoint is None:
         raise ValueError(f"{release.name} can't be converted as it is. {release.note}")
-    wants_language = release.family == "openflamingo" or "vicuna" in release.name and release.family == "blip2"
-    if wants_language and release.language is None and "language" not in given:
+    if needs_language(release) and "language" not in given:
         raise ValueError(f"{release.name} needs its language model. {release.note}")
     options = {"config": dict(release.config)} if release.config else {}
     for name, part in (("vision", release.vision), ("language", release.language), ("tokenizer", release.tokenizer)):
         if part is not None and name not in given:
             options[name] = fetch(part)
     converter = getattr(convert, f"convert_{release.family}")
-    return converter(fetch(release.checkpoint), output=output, **{**options, **given})
+    conversion = converter(fetch(release.checkpoint), output=output, **{**options, **given})
+    _name_in_certificate(Path(output), release)
+    return conversion
+
+
+def _name_in_certificate(folder: Path, release: Release) -> None:
+    """Write down which release was converted: the model's card tells what was published about it."""
+    from .convert.convert_certificate import CERTIFICATE, read_certificate
+
+    temporary = folder / f".{CERTIFICATE}.tmp"
+    certificate = {"release": release.name, **read_certificate(folder)}
+    temporary.write_text(json.dumps(certificate, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / CERTIFICATE)
 
 
 def rows() -> list[dict]:
@@ -309,4 +346,4 @@ def rows() -> list[dict]:
     return [dataclasses.asdict(release) for release in CATALOGUE.values()]
 
 
-__all__ = ["CATALOGUE", "File", "Release", "convert_release", "fetch", "find", "rows"]
+__all__ = ["CATALOGUE", "File", "Release", "convert_release", "fetch", "find", "needs_language", "rows"]

@@ -18,6 +18,7 @@ from transformers import AutoModel
 from typer.testing import CliRunner
 
 from vlbridge import catalogue
+from vlbridge.cards import card_of_folder
 from vlbridge.catalogue import CATALOGUE, File, find
 from vlbridge.cli import app
 from vlbridge.convert import convert_openflamingo
@@ -174,6 +175,9 @@ def test_a_release_converts_by_its_name(hub, tmp_path):
     certificate = json.loads((tmp_path / "out" / "conversion.json").read_text())
     assert CATALOGUE[RELEASE].language in certificate["inputs"]
     assert str(tmp_path) not in json.dumps(certificate)
+    card = card_of_folder(tmp_path / "out")
+    assert card.data.base_model == [CATALOGUE[RELEASE].vision, CATALOGUE[RELEASE].language]
+    assert {result.metric_value for result in card.data.eval_results} >= {77.3, 46.2}
 
 
 def test_a_missing_file_is_named(hub, tmp_path):

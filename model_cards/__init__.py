@@ -1,0 +1,1 @@
+"""The template of model cards, and the cards that `python -m vlbridge.cards` makes of it."""

@@ -1,0 +1,727 @@
+"""Model cards: of a saved model from what lies in its folder, of a release from the catalogue.
+
+`python -m vlbridge.cards` writes those of the catalogue and of the shipped bridge to `model_cards/`.
+
+Licence identifiers and fields of the header are the Hub's: https://huggingface.co/docs/hub/model-cards and
+https://huggingface.co/docs/hub/repositories-licenses.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
+from transformers import AutoConfig
+
+from .catalogue import CATALOGUE, CLIP_L_LAVIS, EVA, File, Release, needs_language
+from .configuration import BridgedConfig
+from .convert.convert_certificate import card_section, read_certificate
+from .families import FAMILIES
+from .modeling.modeling_checkpoint import FrozenPartError, checkpoint_files, frozen_parts_of
+
+
+logger = logging.getLogger(__name__)
+
+SUMMARY = "training_summary.json"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+# ---------------------------------------------------------------------- licences
+
+PERMISSIVE, CONDITIONS_OF_USE, SHARE_ALIKE, NON_COMMERCIAL, UNKNOWN = range(5)
+ASKS = (
+    "permissive",
+    "conditions of use",
+    "derived works under the same licence",
+    "no commercial use",
+    "not known: ask the publisher",
+)
+
+
+@dataclass(frozen=True)
+class Licence:
+    """A licence of weights.
+
+    Args:
+        id: The Hub's identifier; `"other"` for one that the Hub has none for.
+        strictness: `PERMISSIVE` to `UNKNOWN`: the highest of all parts is what holds for the whole.
+        share_alike: What is made from it must have the same licence.
+        name: Of a licence whose identifier is `"other"`.
+        link: Its text, likewise.
+    """
+
+    id: str
+    strictness: int
+    share_alike: bool = False
+    name: str | None = None
+    link: str | None = None
+
+    @property
+    def label(self) -> str:
+        return self.name or self.id
+
+
+def _licences(strictness: int, *ids: str, share_alike: bool = False) -> dict[str, Licence]:
+    return {name: Licence(name, strictness, share_alike) for name in ids}
+
+
+LICENCES = {
+    **_licences(PERMISSIVE, "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-3.0", "cc-by-4.0"),
+    **_licences(PERMISSIVE, "unlicense", "isc", "zlib"),
+    **_licences(
+        CONDITIONS_OF_USE, "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "gemma", "openrail", "openrail++",
+        "bigscience-openrail-m", "bigscience-bloom-rail-1.0", "creativeml-openrail-m", "bigcode-openrail-m",
+    ),
+    **_licences(SHARE_ALIKE, "cc-by-sa-3.0", "cc-by-sa-4.0", "gpl-2.0", "gpl-3.0", "agpl-3.0", share_alike=True),
+    **_licences(SHARE_ALIKE, "lgpl-2.1", "lgpl-3.0", "mpl-2.0", share_alike=True),
+    **_licences(NON_COMMERCIAL, "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-nd-4.0"),
+    **_licences(NON_COMMERCIAL, "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", share_alike=True),
+    "opt": Licence(
+        "other", NON_COMMERCIAL, name="opt-175b",
+        link="https://github.com/facebookresearch/metaseq/blob/main/projects/OPT/MODEL_LICENSE.md",
+    ),
+    "llama": Licence(
+        "other", NON_COMMERCIAL, name="llama-1",
+        link="https://github.com/facebookresearch/llama/blob/llama_v1/MODEL_CARD.md",
+    ),
+    "unknown": Licence("other", UNKNOWN, name="unknown"),
+}  # fmt: skip
+
+# Full matches, the first one counts. CLIP's and EVA's weights have the licence of their code.
+PART_LICENCES = (
+    (r"openai/clip-vit-.*|EVA-CLIP .*|openai-community/gpt2.*", "mit"),
+    (r"google/siglip2?-.*|google/vit-.*|facebook/dinov2-.*|microsoft/resnet-.*", "apache-2.0"),
+    (r"timm/tf_efficientnet_lite0\..*|HuggingFaceTB/SmolLM.*", "apache-2.0"),
+    (r"google/flan-t5-.*|google-t5/.*|google-bert/.*", "apache-2.0"),
+    (r"(anas-awadalla|mosaicml)/mpt-1b-redpajama-200b-dolly", "cc-by-sa-3.0"),
+    (r"(anas-awadalla|mosaicml)/mpt-(1b-redpajama-200b|7b)", "apache-2.0"),
+    (r"togethercomputer/RedPajama-INCITE-.*|EleutherAI/(pythia|gpt-neox)-.*", "apache-2.0"),
+    (r"mistralai/Mistral-7B-.*|NousResearch/Nous-Hermes-2-Yi-34B|Qwen/Qwen3-.*", "apache-2.0"),
+    (r"lmsys/vicuna-.*-v1\.5(-16k)?|meta-llama/Llama-2-.*", "llama2"),
+    (r"lmsys/vicuna-.*|LLaMA-\d+B", "llama"),
+    (r"meta-llama/(Meta-)?Llama-3-.*", "llama3"),
+    (r"meta-llama/(Meta-)?Llama-3\.1-.*", "llama3.1"),
+    (r"meta-llama/Llama-3\.2-.*", "llama3.2"),
+    (r"meta-llama/Llama-3\.3-.*", "llama3.3"),
+    (r"google/gemma-.*", "gemma"),
+    (r"facebook/opt-.*", "opt"),
+)
+
+
+def licence_of(name: str) -> Licence:
+    """The licence of a part.
+
+    Args:
+        name: Its Hub id, or what else it is called.
+
+    Returns:
+        From the table of known parts; else from the part's own card, where that is in a local folder or in the Hub's
+        cache (the Hub is not asked); else `LICENCES["unknown"]`.
+    """
+    for pattern, licence in PART_LICENCES:
+        if re.fullmatch(pattern, name):
+            return LICENCES[licence]
+    from huggingface_hub import try_to_load_from_cache
+
+    path = Path(name) / "README.md"
+    if not path.is_file() and HUB_ID.fullmatch(name):
+        found = try_to_load_from_cache(name, "README.md")
+        path = Path(found) if isinstance(found, str) else path
+    if path.is_file():
+        try:
+            data = ModelCard.load(path, ignore_metadata_errors=True).data
+        except ValueError:  # a card that is none
+            return LICENCES["unknown"]
+        if data.license in LICENCES:
+            return LICENCES[data.license]
+        if data.license:
+            return Licence("other", UNKNOWN, name=data.license_name or str(data.license), link=data.license_link)
+    return LICENCES["unknown"]
+
+
+def strictest(licences: Iterable[Licence]) -> Licence:
+    """The licence that asks most; the first of them where several do. Without any, the unknown one."""
+    return max(licences, key=lambda licence: licence.strictness, default=LICENCES["unknown"])
+
+
+def licence_conflicts(parts: Mapping[str, Licence], claimed: str | None = None) -> list[str]:
+    """What does not go together, in sentences; nothing where all is well.
+
+    Args:
+        parts: Licences by the names of the parts.
+        claimed: What the model itself is said to be under.
+    """
+    found = [
+        f"The licence of {name} is not known ({licence.label}): ask its publisher before you share or use this model."
+        for name, licence in parts.items()
+        if licence.strictness == UNKNOWN
+    ]
+    for name, licence in parts.items():
+        others = [
+            f"{other} ({its.label})"
+            for other, its in parts.items()
+            if its.strictness not in (PERMISSIVE, UNKNOWN) and its.label != licence.label
+        ]
+        if licence.share_alike and others:
+            found.append(
+                f"{name} asks for {licence.label} on all that is made from it, which no model can have that is also made from "
+                f"{' and '.join(others)}."
+            )
+    if claimed is not None:
+        whole = strictest(parts.values())
+        claim = LICENCES.get(claimed, LICENCES["unknown"])
+        if claim.strictness < whole.strictness != UNKNOWN:
+            which = next(name for name, licence in parts.items() if licence == whole)
+            found.append(f"It is said to be under {claimed}, but {which} allows no more than {whole.label} does.")
+    return found
+
+
+# ---------------------------------------------------------------------- training summary
+
+
+def read_training_summary(folder: str | os.PathLike) -> dict[str, Any]:
+    """What is known about the training of a saved model, from `training_summary.json` beside it.
+
+    All keys are optional, others are ignored:
+
+        {"datasets": ["easy-vqa", ...],          names, or ids on the Hub
+         "recipe": "stage 2",                    how it was trained, in a few words
+         "steps": 860, "seconds": 1200.0,        optimizer steps; wall time
+         "hardware": "2 CPU cores",
+         "arguments": {"learning_rate": 0.001},  hyper-parameters
+         "evaluation": [{"dataset": "easy-vqa", "split": "test", "metric": "accuracy", "value": 0.962}, ...],
+         "description": "...", "notes": "...", "evaluation_notes": "...", "limits": "...",   Markdown, for people
+         "license": "mit", "language": "en"}     of the bridge's own weights; of the texts
+
+    An evaluation may also name the `"task"` within the data set that its value is for. Licences are the Hub's identifiers.
+
+    Returns:
+        The summary; empty where there is none.
+
+    Raises:
+        ValueError: It is not of this form.
+    """
+    path = Path(folder) / SUMMARY
+    if not path.is_file():
+        return {}
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(summary, dict):
+        raise ValueError(f"{path} holds a {type(summary).__name__}; expected an object.")
+    kinds = {
+        "datasets": list, "recipe": str, "steps": int, "seconds": (int, float), "hardware": str, "arguments": dict,
+        "evaluation": list, "description": str, "notes": str, "evaluation_notes": str, "limits": str, "license": str,
+        "language": (str, list),
+    }  # fmt: skip
+    for key, kind in kinds.items():
+        if summary.get(key) is None:
+            summary.pop(key, None)
+        elif not isinstance(summary[key], kind) or isinstance(summary[key], bool):
+            wanted = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
+            raise ValueError(f"{path} has {key}={summary[key]!r}; expected {wanted}.")
+    for result in summary.get("evaluation", []):
+        missing = {"dataset", "metric", "value"} - set(result if isinstance(result, dict) else ())
+        if missing or isinstance(result["value"], bool) or not isinstance(result["value"], (int, float)):
+            raise ValueError(
+                f"{path} has the evaluation {result!r}; expected an object with dataset, metric and a number as value, and "
+                "perhaps split and task."
+            )
+    return summary
+
+
+# ---------------------------------------------------------------------- what a card is made of
+
+
+@dataclass
+class Part:
+    """A part of a model, as a card names it.
+
+    Args:
+        role: `"vision encoder"` or `"language model"`; `""` where it is not known.
+        name: Hub id, or what else it is called.
+        licence: Its licence.
+        pin: Commit and hashes.
+    """
+
+    role: str
+    name: str
+    licence: Licence
+    pin: str = ""
+
+    @property
+    def on_hub(self) -> bool:
+        return HUB_ID.fullmatch(self.name) is not None
+
+    @property
+    def link(self) -> str:
+        return f"[{self.name}](https://huggingface.co/{self.name})" if self.on_hub else self.name
+
+
+@dataclass
+class _About:
+    """Everything that the template is told."""
+
+    title: str
+    model_type: str
+    parts: list[Part]
+    relation: str | None = None
+    claimed: str | None = None
+    description: str = ""
+    pipeline_tag: str = "image-text-to-text"
+    use: str = ""
+    convert: str = ""
+    facts: dict[str, str] = field(default_factory=dict)
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    generation: Mapping[str, object] = field(default_factory=dict)
+    datasets: list[str] = field(default_factory=list)
+    language: str | list[str] | None = None
+    training: dict[str, str] = field(default_factory=dict)
+    training_notes: str = ""
+    results: list[EvalResult] = field(default_factory=list)
+    evaluation_notes: str = ""
+    conversion: str = ""
+    limits: str = ""
+    note: str = ""
+
+
+def _render(about: _About) -> ModelCard:
+    licences = {part.name: part.licence for part in about.parts}
+    claim = LICENCES.get(about.claimed or "")
+    whole = strictest([*licences.values(), *([claim] if claim is not None else [])])
+    conflicts = licence_conflicts(licences, about.claimed)
+    for conflict in conflicts:
+        logger.warning(f"{about.title}: {conflict}")
+    base_models = list(dict.fromkeys(part.name for part in about.parts if part.on_hub))
+    datasets = [name for name in about.datasets if HUB_ID.fullmatch(name)]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=about.pipeline_tag,
+        license=whole.id,
+        license_name=whole.name,
+        license_link=whole.link,
+        base_model=base_models or None,
+        base_model_relation=about.relation if base_models else None,
+        datasets=datasets or None,
+        language=about.language,
+        metrics=sorted({result.metric_type for result in about.results}) or None,
+        model_name=about.title if about.results else None,
+        eval_results=about.results or None,
+        tags=["vlbridge", about.model_type],
+    )
+    template = resources.files("vlbridge.model_cards").joinpath("template.md").read_text(encoding="utf-8")
+    card = ModelCard.from_template(
+        data,
+        template_str=template,
+        about=about,
+        licence=whole,
+        conflicts=conflicts,
+        asks=ASKS,
+        rows=[
+            (result.dataset_name, result.dataset_split or "", result.metric_name, result.metric_value)
+            for result in about.results
+        ],
+        sources=sorted({(result.source_name, result.source_url) for result in about.results if result.source_url}),
+    )
+    card.content = re.sub(r"\n{3,}", "\n\n", card.content).rstrip() + "\n"
+    return card
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w./-]+", "-", name).strip("-").lower()
+
+
+# ---------------------------------------------------------------------- of a folder
+
+WHAT = {
+    "perceiver_flamingo": "A Perceiver-Flamingo bridge (Perceiver Resampler and gated cross-attention layers)",
+    "qformer_blip2": "A Q-Former BLIP-2 bridge (Q-Former and a linear layer)",
+    "qformer_blip2_pretraining": "A Q-Former of stage 1 of BLIP-2 (contrast, matching and captioning)",
+    "mlp_llava": "An MLP-LLaVA bridge (linear layers)",
+}
+ROLES = {"vision_model": "vision encoder", "language_model": "language model"}
+LIMITS = (
+    "For research and for applications that were tested on data of their own. It describes what it was trained to describe "
+    "and may name things that are not in the picture; it inherits what its parts and its training data get wrong or leave "
+    "out. Not for decisions about people, nor where a wrong answer does harm."
+)
+
+
+def _use(source: str, retrieval: bool = False, encoder_decoder: bool = False, remote_code: bool = False) -> str:
+    """How to use a model, in six lines.
+
+    Args:
+        source: A Python expression for where it lies.
+        retrieval: It is of stage 1 and says which text goes with an image.
+        encoder_decoder: What it generates does not begin with the prompt.
+        remote_code: Its code lies beside it.
+    """
+    if retrieval:
+        return (
+            "from transformers import AutoProcessor\n"
+            "import vlbridge\n"
+            f"processor = AutoProcessor.from_pretrained({source})\n"
+            f"model = vlbridge.QFormerBlip2ForImageTextRetrieval.from_pretrained({source})\n"
+            'inputs = processor(images=["picture.png"], text=["what may be in it"], return_tensors="pt")\n'
+            "print(model(**inputs).itc_scores)"
+        )
+    trust = ", trust_remote_code=True" if remote_code else ""
+    cut = "" if encoder_decoder else '[:, inputs["input_ids"].shape[1] :]'
+    return (
+        ("" if remote_code else "import vlbridge\n") + "from transformers import AutoModel, AutoProcessor\n"
+        f"model = AutoModel.from_pretrained({source}{trust})\n"
+        f"processor = AutoProcessor.from_pretrained({source}{trust})\n"
+        'inputs = processor.few_shot([], {"image": "picture.png"})\n'
+        f"print(processor.batch_decode(model.generate(**inputs, max_new_tokens=30){cut}, skip_special_tokens=True))"
+    )
+
+
+def _counts(folder: Path) -> dict[str, str]:
+    """Parameters and bytes of the weights in a folder, from their headers."""
+    try:
+        files = checkpoint_files(os.fspath(folder))
+    except FrozenPartError:
+        return {}
+    bridge = other = 0
+    for path in files:
+        if path.suffix != ".safetensors":
+            return {"Size of the weights": f"{sum(file.stat().st_size for file in files):,} bytes"}
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():
+                count = 1
+                for side in tensors.get_slice(name).get_shape():
+                    count *= side
+                bridge, other = (bridge + count, other) if name.startswith("bridge.") else (bridge, other + count)
+    facts = {"Parameters of the bridge": f"{bridge:,}"}
+    if other:
+        facts["Parameters of its parts"] = f"{other:,}, in the same files"
+    return {**facts, "Size of the weights": f"{sum(file.stat().st_size for file in files):,} bytes"}
+
+
+def _geometry(config: BridgedConfig) -> dict[str, str]:
+    try:
+        fewest, most = config.image_token_range()
+    except (ValueError, TypeError):  # a configuration that no model has filled in yet
+        return {}
+    tokens = f"{most}" if fewest == most else f"{fewest} to {most}"
+    size = f"{config.image_size} x {config.image_size} pixels"
+    where = "" if config.visual_tokens_in_prompt else "; one in the prompt"
+    kind = "tiles" if fewest != most else "pictures"
+    return {"Visual tokens per image": f"{tokens} ({kind} of {size}{where})"}
+
+
+def _parts_of(config: BridgedConfig, certificate: Mapping, release: Release | None) -> list[Part]:
+    """The parts of a saved model: from its pins, else from what the converter read them from."""
+    checkpoint = set(certificate.get("checkpoint", ()))
+    read_from: dict[str, set[str]] = {}
+    for name, about in certificate.get("tensors", {}).items():
+        read_from.setdefault(name.split(".")[0], set()).add(about["from"])
+    parts = []
+    for part in frozen_parts_of(config):
+        pin = (config.frozen_parts or {}).get(part) or {}
+        sources = [pin["source"]] if pin.get("source") else sorted(read_from.get(part, set()) - checkpoint)
+        said = []
+        if pin.get("revision"):
+            said.append(f"commit `{pin['revision']}`")
+        hashes = [(pin.get("sha256"), "")] + [
+            (other.get("sha256"), f" ({other.get('source')})") for other in pin.get("alternatives") or []
+        ]
+        said += [f"SHA-256 of the weights `{sha256}`{where}" for sha256, where in hashes if sha256]
+        for source in sources:
+            name = source if HUB_ID.fullmatch(source) else Path(source).name
+            parts.append(Part(ROLES[part], name, licence_of(source), ", ".join(said)))
+    if release is not None:
+        known = {part.name for part in parts}
+        parts += [part for part in parts_of_release(release) if part.name not in known]
+    elif not parts:
+        parts += [Part("", name, licence_of(name)) for name in sorted(checkpoint) if HUB_ID.fullmatch(name)]
+    return parts
+
+
+def card_of_folder(folder: str | os.PathLike, repo_id: str | None = None) -> ModelCard:
+    """The card of a saved model, from what lies in its folder: nothing is downloaded and no weight is read.
+
+    It is made from `config.json` (parts and their pins, geometry), the headers of the weights, `conversion.json` (see
+    `vlbridge.convert`), `generation_config.json` and `training_summary.json` (see `read_training_summary`).
+
+    Args:
+        folder: Of the saved model.
+        repo_id: Hub id that the model gets; `None`: the folder's name.
+
+    Returns:
+        The card; `str(card)` is README.md.
+
+    Raises:
+        ValueError: There is no bridged model in the folder, or its training summary is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json; expected the folder of a saved model.")
+    name = repo_id or folder.resolve().name
+    return _render(_about_folder(folder, name.split("/")[-1], json.dumps(name)))
+
+
+def _saved(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _about_folder(folder: Path, title: str, source: str) -> _About:
+    config = AutoConfig.from_pretrained(folder)
+    if not isinstance(config, BridgedConfig):
+        raise ValueError(f"{folder} holds a {config.model_type!r} model; expected a bridged one.")
+    summary, certificate = read_training_summary(folder), read_certificate(folder)
+    release = CATALOGUE.get(certificate.get("release", ""))
+    parts = _parts_of(config, certificate, release)
+    between = " and ".join(f"{part.link}" for part in parts if part.role)
+    what = WHAT.get(config.model_type, f"A {config.model_type} bridge")
+    description = summary.get("description") or (
+        f"{what}" + (f" for {between}." if between else ".") + (f" Converted from {release.title}." if release else "")
+    )
+    if config.bridge_only:
+        description += (
+            "\n\nThe repository holds the bridge alone. Loading fetches the frozen parts from where its configuration says, and "
+            "refuses others."
+        )
+    facts = {**_counts(folder), **_geometry(config)}
+    if asks_with := _saved(folder / "processor_config.json").get("caption_prompt"):
+        facts["Asks for a caption with"] = f"`{asks_with}`"
+    trained = [ROLES[part] for part in frozen_parts_of(config) if not getattr(config, f"freeze_{part}")]
+    if trained:
+        facts["Trained with the bridge"] = " and ".join(trained)
+    training = {
+        name: value
+        for name, value in (
+            ("Recipe", summary.get("recipe")),
+            ("Data", ", ".join(map(str, summary.get("datasets", [])))),
+            ("Steps", f"{summary['steps']:,}" if "steps" in summary else None),
+            ("Time", f"{summary['seconds'] / 60:,.1f} minutes" if "seconds" in summary else None),
+            ("Hardware", summary.get("hardware")),
+            *((f"`{key}`", f"`{value}`") for key, value in sorted(summary.get("arguments", {}).items())),
+        )
+        if value
+    }
+    results = [
+        EvalResult(
+            task_type="image-text-to-text",
+            dataset_type=_slug(result["dataset"]),
+            dataset_name=result["dataset"],
+            dataset_split=result.get("split"),
+            metric_type=_slug(result["metric"]),
+            metric_name=result["metric"] + (f", {result['task']}" if result.get("task") else ""),
+            metric_value=result["value"],
+        )
+        for result in summary.get("evaluation", [])
+    ]
+    if release is not None:
+        results += published_results(release)
+    generation = {
+        key: value
+        for key, value in _saved(folder / "generation_config.json").items()
+        if not key.startswith("_") and not key.endswith(("_token_id", "_version"))
+    }
+    return _About(
+        title=title,
+        model_type=config.model_type,
+        parts=parts,
+        relation="adapter" if config.bridge_only else "finetune",
+        claimed=summary.get("license"),
+        description=description,
+        # stage 1 says which of several texts goes with an image
+        pipeline_tag="zero-shot-image-classification" if config.text_config is None else "image-text-to-text",
+        use=_use(
+            source,
+            retrieval=config.text_config is None,
+            encoder_decoder=config.is_encoder_decoder,
+            remote_code=bool(getattr(config, "auto_map", None)),
+        ),
+        facts=facts,
+        prompts=release.prompts if release else {},
+        generation=generation,
+        datasets=list(map(str, summary.get("datasets", []))),
+        language=summary.get("language"),
+        training=training,
+        training_notes=summary.get("notes", ""),
+        results=results,
+        evaluation_notes=summary.get("evaluation_notes", ""),
+        conversion=card_section(certificate) if certificate else "",
+        limits=summary.get("limits") or LIMITS,
+    )
+
+
+# ---------------------------------------------------------------------- of a release
+
+PAPERS = {
+    "openflamingo": ("OpenFlamingo, arXiv 2308.01390", "https://arxiv.org/abs/2308.01390"),
+    "blip2": ("BLIP-2, arXiv 2301.12597", "https://arxiv.org/abs/2301.12597"),
+    "instructblip": ("InstructBLIP, arXiv 2305.06500", "https://arxiv.org/abs/2305.06500"),
+    "llava": ("LLaVA's model zoo", "https://github.com/haotian-liu/LLaVA/blob/main/docs/MODEL_ZOO.md"),
+}
+# Name in the catalogue -> data set, metric, split
+BENCHMARKS = {
+    "COCO CIDEr": ("COCO captions", "CIDEr", None),
+    "VQAv2": ("VQAv2", "accuracy", None),
+    "VQAv2 val": ("VQAv2", "accuracy", "val"),
+    "VQAv2 test-dev": ("VQAv2", "accuracy", "test-dev"),
+    "OK-VQA": ("OK-VQA", "accuracy", None),
+    "GQA": ("GQA", "accuracy", None),
+    "TextVQA": ("TextVQA", "accuracy", None),
+    "POPE": ("POPE", "F1", None),
+}
+# What a release's name has in it, the first that fits -> visual tokens per image
+VISUAL_TOKENS = {
+    "OpenFlamingo": "64; one in the prompt",
+    "blip2": "32",
+    "llava-v1.6": "up to 2,880 (576 of the picture as a whole and of each of at most four tiles)",
+    "llava-v1.5": "576",
+    "": "256",  # LLaVA-1: 224 x 224 pixels
+}
+FILES_OF_LAVIS = {EVA: "EVA-CLIP ViT-g/14", CLIP_L_LAVIS: "openai/clip-vit-large-patch14"}
+MODEL_TYPES = {
+    "openflamingo": FAMILIES["perceiver"].config_class.model_type,
+    "blip2": FAMILIES["qformer"].config_class.model_type,
+    "llava": FAMILIES["mlp"].config_class.model_type,
+}
+
+
+def _paper(release: Release) -> tuple[str, str]:
+    """What a release was published in, and where that is."""
+    if release.name.endswith("-deprecated"):  # older than the paper
+        return "its model card", f"https://huggingface.co/{release.name}"
+    instruct = release.family == "blip2" and "instruct" in release.name
+    return PAPERS["instructblip" if instruct else release.family]
+
+
+def release_title(release: Release) -> str:
+    """What the model of a release is called: the name of its repository, or LAVIS' architecture and type."""
+    return release.name.replace("/", "-") if release.family == "blip2" else release.name.split("/")[-1]
+
+
+def parts_of_release(release: Release) -> list[Part]:
+    """Vision encoder and language model of a release, as far as the catalogue knows them."""
+    found = []
+    for role, part in (("vision encoder", release.vision), ("language model", release.language)):
+        if part is not None:
+            name = FILES_OF_LAVIS[part] if isinstance(part, File) else part
+            found.append(Part(role, name, licence_of(name)))
+    roles = {part.role for part in found}
+    missing = [role for role in ROLES.values() if role not in roles]
+    return found + [Part(role, name, licence_of(name)) for role, name in zip(missing, release.holds)]
+
+
+def published_results(release: Release) -> list[EvalResult]:
+    """The published figures of a release.
+
+    Raises:
+        KeyError: The catalogue names a benchmark that `BENCHMARKS` does not.
+    """
+    paper, link = _paper(release)
+    results = []
+    for what, value in release.published.items():
+        benchmark, _, setting = what.partition(", ")
+        dataset, metric, split = BENCHMARKS[benchmark]
+        by_shots = value if isinstance(value, Mapping) else {None: value}
+        for shots, figure in by_shots.items():
+            said = [f"{shots} shots"] if shots is not None else []
+            results.append(
+                EvalResult(
+                    task_type="image-text-to-text",
+                    dataset_type=_slug(dataset),
+                    dataset_name=dataset,
+                    dataset_split=split,
+                    metric_type=_slug(metric),
+                    metric_name=", ".join([metric, *said, *([setting] if setting else [])]),
+                    metric_value=figure,
+                    source_name=paper,
+                    source_url=link,
+                )
+            )
+    return results
+
+
+def card_of_release(release: Release) -> ModelCard:
+    """The card of an official release, from the catalogue: what it is, how to convert it, what was published about it.
+
+    Args:
+        release: From `vlbridge.catalogue`.
+    """
+    title = release_title(release)
+    paper, link = _paper(release)
+    stage1 = release.family == "blip2" and not release.prompts
+    command = None if release.checkpoint is None else f"vlbridge convert {release.name} {title}"
+    if needs_language(release) and command:
+        command += " --language FOLDER"
+    tokens = next(tokens for what, tokens in VISUAL_TOKENS.items() if what in release.name)
+    return _render(
+        _About(
+            title=title,
+            model_type=MODEL_TYPES[release.family] + ("_pretraining" if stage1 else ""),
+            parts=parts_of_release(release),
+            relation="finetune",
+            claimed=release.licence if release.licence in LICENCES else None,
+            description=f"{release.title}: an official release, `{release.name}`, as a model of vlbridge. Source: [{paper}]({link}).",
+            pipeline_tag="zero-shot-image-classification" if stage1 else "image-text-to-text",
+            convert=command or "",
+            use=_use(json.dumps(title), stage1, "t5" in release.name) if command else "",
+            note=release.note or "",
+            facts={"Visual tokens per image": tokens},
+            prompts=release.prompts,
+            generation=release.generation,
+            language="en",
+            results=published_results(release),
+            evaluation_notes="As published; not measured anew." if release.published else "",
+            limits=LIMITS,
+        )
+    )
+
+
+# ---------------------------------------------------------------------- the committed cards
+
+
+def committed_cards() -> dict[str, str]:
+    """The cards in `model_cards/`, by file name: every release of the catalogue and the shipped bridge."""
+    from .assets import default_model
+
+    folder = Path(default_model())
+    shipped = _render(_about_folder(folder, folder.name, "vlbridge.default_model()"))
+    cards = {f"{release_title(release)}.md": card_of_release(release) for release in CATALOGUE.values()}
+    return {name: str(card) for name, card in {f"{folder.name}.md": shipped, **cards}.items()}
+
+
+def main() -> None:
+    """Write the cards to `model_cards/` of this checkout."""
+    folder = Path(__file__).resolve().parents[1] / "model_cards"
+    if not (folder / "template.md").is_file():
+        raise SystemExit(f"{folder} is not there: the cards are written in a checkout of the project.")
+    for name, card in committed_cards().items():
+        temporary = folder / f".{name}.tmp"
+        temporary.write_text(card, encoding="utf-8")
+        os.replace(temporary, folder / name)
+        print(folder / name)
+
+
+__all__ = [
+    "LICENCES",
+    "SUMMARY",
+    "Licence",
+    "card_of_folder",
+    "card_of_release",
+    "committed_cards",
+    "licence_conflicts",
+    "licence_of",
+    "read_training_summary",
+    "strictest",
+]
+
+
+if __name__ == "__main__":
+    main()
