@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
@@ -26,6 +27,10 @@ from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_bridged import BridgedConfig
 from .modeling_checkpoint import BridgeCheckpointMixin, build_part
+from .modeling_hot_swap import HotSwapMixin
+
+
+_running = threading.local()  # `model`: on whose behalf this thread runs a language model, which several may share
 
 
 @dataclass
@@ -222,7 +227,7 @@ def fill_vision_geometry(config: BridgedConfig, vision_model: PreTrainedModel | 
             setattr(config, name, value)
 
 
-class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
+class BridgedModel(HotSwapMixin, BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
     """A frozen vision encoder, a bridge and a frozen language model.
 
     Args:
@@ -269,8 +274,8 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
         self._language_model_arguments = set(
             inspect.signature(language_model.forward).parameters if language_model is not None else ()
         )
-        if config.special_token_ids and language_model.get_output_embeddings() is not None:
-            language_model.get_output_embeddings().register_forward_hook(self._score_special_tokens)
+        self._watch_output_layer(config)
+        self._residents = {self._active_bridge: None}
         self.post_init()
         self.generation_config = self._inherit_generation_config()
         self.freeze(config.freeze_vision_model, config.freeze_language_model)
@@ -309,12 +314,20 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
         inherited = getattr(self.language_model, "generation_config", None)
         return copy.deepcopy(inherited) if inherited is not None else GenerationConfig.from_model_config(self.config)
 
+    def _watch_output_layer(self, config: BridgedConfig) -> None:
+        """Have special tokens scored, where a bridge brings some."""
+        head = self.language_model.get_output_embeddings() if config.special_token_ids else None
+        if head is not None and self._score_special_tokens not in head._forward_hooks.values():
+            head.register_forward_hook(self._score_special_tokens)
+
     def _score_special_tokens(self, head: nn.Module, args: tuple, logits: torch.Tensor) -> torch.Tensor:
         """Hook of the output layer: it scores the special tokens too.
 
         A hook, not code behind the layer, because language models may cap or scale their logits afterwards.
         """
         token_rows = self.bridge.token_rows  # looked up now: PEFT may have put a trained copy here
+        if token_rows is None or getattr(_running, "model", None) is not self:
+            return logits
         scores = token_rows.logits(args[0]).to(logits.dtype)
         missing = max(token_rows.token_ids) + 1 - logits.shape[-1]
         if missing > 0:
@@ -535,6 +548,13 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
         visual tokens do not stand in the prompt overrides this."""
         return {}, None
 
+    def _run_language_model(self, **kwargs) -> ModelOutput:
+        before, _running.model = getattr(_running, "model", None), self
+        try:
+            return self.language_model(**kwargs)
+        finally:
+            _running.model = before
+
     def _prompt_embeddings(self, input_ids, inputs_embeds, image_features):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -618,7 +638,7 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
         if "logits_to_keep" in arguments:
             kwargs["logits_to_keep"] = logits_to_keep
         num_items_in_batch, shift_labels = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
-        outputs = self.language_model(
+        outputs = self._run_language_model(
             inputs_embeds=hidden,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
@@ -679,7 +699,7 @@ class BridgedModel(BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         if labels is not None and decoder_input_ids is None and "decoder_inputs_embeds" not in kwargs:
             decoder_input_ids = self.language_model.prepare_decoder_input_ids_from_labels(labels)
-        outputs = self.language_model(
+        outputs = self._run_language_model(
             encoder_outputs=encoder_outputs,
             attention_mask=attention_mask,
             decoder_input_ids=decoder_input_ids,

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -232,6 +233,40 @@ def _name_sources(config_path: Path, pins: dict) -> None:
     config_path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
 
 
+def load_bridge_weights(bridge: nn.Module, path: str, tied: dict[str, str], dtype: torch.dtype | str, **hub_kwargs):
+    """Fill a bridge from a bridge checkpoint.
+
+    Args:
+        bridge: Its weights may be on the meta device still.
+        path: Hub id or folder.
+        tied: The model's tied tables, target to source: tables that share their storage with another are in no file.
+        dtype: To cast the bridge to; `"auto"` takes the file's.
+        hub_kwargs: `revision`, `cache_dir` and the like.
+
+    Raises:
+        ValueError: The file's tensors are not those of this bridge.
+    """
+    weights = load_file(cached_file(path, SAFE_WEIGHTS_NAME, **hub_kwargs))
+    expected = {f"bridge.{name}": tensor for name, tensor in bridge.state_dict().items()}
+    weights.update((name, weights[source]) for name, source in tied.items() if name in expected and source in weights)
+    problems = [f"missing {name}" for name in sorted(expected.keys() - weights.keys())]
+    problems += [f"unexpected {name}" for name in sorted(weights.keys() - expected.keys())]
+    problems += [
+        f"{name} has shape {list(weights[name].shape)}, expected {list(expected[name].shape)}"
+        for name in sorted(expected.keys() & weights.keys())
+        if weights[name].shape != expected[name].shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise ValueError(f"The weights in {path} are not those of its configuration: {shown}.")
+    if not weights:  # a bridge may have none
+        return
+    bridge.to(next(iter(weights.values())).dtype if dtype == "auto" else dtype)
+    if any(tensor.is_meta for tensor in expected.values()):
+        bridge.to_empty(device="cpu")
+    bridge.load_state_dict({name.removeprefix("bridge."): tensor for name, tensor in weights.items()})
+
+
 class BridgeCheckpointMixin:
     """`save_pretrained(bridge_only=True)`, and `from_pretrained` of what it wrote."""
 
@@ -390,24 +425,7 @@ class BridgeCheckpointMixin:
                 parts[part] = load_frozen_part(part, pin, part_config, dtype=dtype, **extra, **token)
 
         model = cls(config, **parts)
-        weights = load_file(cached_file(path, SAFE_WEIGHTS_NAME, **hub_kwargs))
-        # tables that share their storage with another are in no file
-        tied = {name: source for name, source in model.all_tied_weights_keys.items() if name.startswith("bridge.")}
-        expected = {f"bridge.{name}": tensor for name, tensor in model.bridge.state_dict().items()}
-        weights.update((name, weights[source]) for name, source in tied.items() if source in weights)
-        problems = [f"missing {name}" for name in sorted(expected.keys() - weights.keys())]
-        problems += [f"unexpected {name}" for name in sorted(weights.keys() - expected.keys())]
-        problems += [
-            f"{name} has shape {list(weights[name].shape)}, expected {list(expected[name].shape)}"
-            for name in sorted(expected.keys() & weights.keys())
-            if weights[name].shape != expected[name].shape
-        ]
-        if problems:
-            shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-            raise ValueError(f"The weights in {path} are not those of its configuration: {shown}.")
-        weights = {name.removeprefix("bridge."): tensor for name, tensor in weights.items()}
-        model.bridge.to(next(iter(weights.values())).dtype if dtype == "auto" else dtype)
-        model.bridge.load_state_dict(weights)
+        load_bridge_weights(model.bridge, path, model.all_tied_weights_keys, dtype, **hub_kwargs)
         model.freeze(config.freeze_vision_model, config.freeze_language_model).eval()
         if generation_config is None:
             try:
@@ -452,6 +470,7 @@ __all__ = [
     "FrozenPartError",
     "checkpoint_files",
     "find_frozen_part",
+    "load_bridge_weights",
     "load_frozen_part",
     "weights_sha256",
 ]

@@ -1,0 +1,371 @@
+"""Several bridges on one vision encoder and one language model that stay in memory."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from .modeling_checkpoint import (
+    FrozenPartError,
+    frozen_parts_of,
+    load_bridge_weights,
+    weights_sha256,
+    where_to_load,
+)
+
+
+logger = logging.get_logger(__name__)
+
+# What the configuration says of the model in memory, whichever bridge is active
+OF_THE_MODEL = {"vision_config", "text_config", "freeze_vision_model", "freeze_language_model", "bridge_only"}
+
+
+@dataclass
+class ResidentBridge:
+    """A bridge in waiting.
+
+    Args:
+        bridge: The module.
+        settings: Fields of the configuration that belong to it.
+        generation_config: What it generates with.
+        name_or_path: Where it came from.
+    """
+
+    bridge: nn.Module
+    settings: dict[str, Any]
+    generation_config: GenerationConfig
+    name_or_path: str
+
+
+def bridge_settings(config: PreTrainedConfig) -> dict[str, Any]:
+    """Fields of a configuration that belong to the bridge."""
+    common = {field.name for field in fields(PreTrainedConfig)}
+    names = [field.name for field in fields(config)]
+    return {name: getattr(config, name) for name in names if name not in common | OF_THE_MODEL}
+
+
+def accepted_hashes(pin: dict | None) -> set[str]:
+    """Hashes of weights that a pin allows."""
+    pin = pin or {}
+    return {pin.get("sha256"), *(other["sha256"] for other in pin.get("alternatives") or [])} - {None}
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules hold the same tensors, bit by bit."""
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(
+        tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name].to(tensor.device))
+        for name, tensor in ours.items()
+    )
+
+
+def has_adapters(module: nn.Module | None) -> bool:
+    """Whether PEFT has put layers of its own into a module, or a copy in its place."""
+    layers = module.modules() if module is not None else ()
+    return any("base_layer" in layer._modules or "modules_to_save" in layer._modules for layer in layers)
+
+
+class HotSwapMixin:
+    """Bridges that take turns between one vision encoder and one language model.
+
+    The model has its three children at all times: `bridge` is the active one. The others wait beside it, outside of
+    `state_dict`: saving saves the active bridge, and each costs its own memory alone. The configuration, as far as it
+    is the bridge's, and the generation defaults change with it. What was made with one bridge (image features,
+    `visual_states`, a cache, an optimiser's list of parameters) is of no use to another. A forward pass keeps the bridge
+    that it began with to the end of its backward pass, gradient checkpointing included.
+
+    Which bridge is active is a state of the model: threads that want different bridges at the same time need a model
+    each. Models may share the frozen parts: `from_pretrained(..., vision_model=..., language_model=...)`.
+    """
+
+    _active_bridge = "default"  # what the bridge is called that the model was made with
+    _residents: dict[str, ResidentBridge | None]  # by name, in the order of coming; `None` for the active one
+
+    @property
+    def active_bridge(self) -> str:
+        """Name of the bridge in use; `"default"` for the one that the model was made with."""
+        return self._active_bridge
+
+    @property
+    def bridges(self) -> list[str]:
+        """Names of all bridges in memory."""
+        return list(self._residents)
+
+    # ------------------------------------------------------------------ adding and removing
+
+    def add_bridge(
+        self,
+        name: str,
+        bridge: str | os.PathLike | PreTrainedModel,
+        *,
+        allow_mismatch: bool = False,
+        dtype: torch.dtype | None = None,
+        **hub_kwargs,
+    ) -> None:
+        """Bring another bridge into memory, beside the active one.
+
+        It must be of this model's family and have been trained with these very frozen parts; it may differ in all that
+        is the bridge's own: projector, number of query tokens or latents, layers with cross-attention, special tokens.
+
+        Args:
+            name: What to call it.
+            bridge: Hub id or folder of a bridge checkpoint; or a loaded model, whose bridge is shared, not copied.
+            allow_mismatch: Only warn where the bridge was trained with other frozen parts, or where that can't be told.
+            dtype: Of the bridge; `None` keeps that of its checkpoint.
+            hub_kwargs: `revision`, `token`, `cache_dir` and the like.
+
+        Raises:
+            FrozenPartError: The bridge was trained with another frozen part, or that can't be told.
+            ValueError: The name is taken, or the bridge is of another family or shape.
+        """
+        if name in self._residents:
+            raise ValueError(
+                f"There is a bridge {name!r} already; delete_bridge({name!r}) first, or choose another name."
+            )
+        if isinstance(bridge, PreTrainedModel):
+            resident, config = self._bridge_of_model(bridge, allow_mismatch)
+        else:
+            resident, config = self._bridge_of_checkpoint(os.fspath(bridge), allow_mismatch, dtype, hub_kwargs)
+        if dtype is not None:
+            resident.bridge.to(dtype)
+        self._place(resident.bridge)
+        self._watch_output_layer(config)
+        self._residents[name] = resident
+
+    def delete_bridge(self, name: str) -> None:
+        """Forget a bridge; its memory is free again.
+
+        Raises:
+            ValueError: There is none of this name, or it is active.
+        """
+        if self._resident(name) is None:
+            raise ValueError(f"The bridge {name!r} is active; set_bridge() another one first.")
+        del self._residents[name]
+
+    def _resident(self, name: str) -> ResidentBridge | None:
+        if name not in self._residents:
+            raise ValueError(f"There is no bridge {name!r}; there are {', '.join(map(repr, self._residents))}.")
+        return self._residents[name]
+
+    def _bridge_of_model(self, model: PreTrainedModel, allow_mismatch: bool) -> tuple[ResidentBridge, PreTrainedConfig]:
+        where = f"the {type(model).__name__} passed in"
+        self._check_family(model.config.model_type, where)
+        if has_adapters(model.bridge):
+            raise ValueError(f"The bridge of {where} carries adapters; merge_and_unload() them first.")
+        different = [
+            part
+            for part in frozen_parts_of(self.config)
+            if getattr(model, part) is not getattr(self, part)
+            and not same_weights(getattr(model, part), getattr(self, part))
+        ]
+        self._refuse_mismatch([f"its {part} holds other weights" for part in different], where, allow_mismatch)
+        config = copy.copy(model.config)
+        if different:
+            self._check_geometry(config, where)
+            shapes = {name: tensor.shape for name, tensor in model.bridge.state_dict().items()}
+            expected = {name: tensor.shape for name, tensor in self._empty_bridge(config).state_dict().items()}
+            if shapes != expected:
+                raise ValueError(
+                    f"The bridge of {where} does not fit between this model's parts: its tensors have other shapes."
+                )
+            config.frozen_parts = self.config.frozen_parts
+        return ResidentBridge(
+            model.bridge, bridge_settings(config), model.generation_config, model.name_or_path
+        ), config
+
+    def _bridge_of_checkpoint(
+        self, path: str, allow_mismatch: bool, dtype: torch.dtype | None, hub_kwargs: dict
+    ) -> tuple[ResidentBridge, PreTrainedConfig]:
+        config_dict, _ = PreTrainedConfig.get_config_dict(path, **hub_kwargs)
+        self._check_family(config_dict.get("model_type"), path)
+        if not config_dict.get("bridge_only"):
+            raise ValueError(
+                f"{path} holds a whole model; expected a bridge checkpoint. Load it and pass the model, or save it with "
+                "bridge_only=True."
+            )
+        config = self.config_class.from_dict(config_dict)
+        problems = [problem for part in frozen_parts_of(self.config) for problem in self._other_part(part, config)]
+        self._refuse_mismatch(problems, path, allow_mismatch)
+        if problems:
+            self._check_geometry(config, path)
+            config.frozen_parts = self.config.frozen_parts
+        # its own would be equal, or another part's
+        config.vision_config, config.text_config = self.config.vision_config, self.config.text_config
+        bridge = self._empty_bridge(config)
+        load_bridge_weights(bridge, path, self.all_tied_weights_keys, "auto" if dtype is None else dtype, **hub_kwargs)
+        try:
+            generation_config = GenerationConfig.from_pretrained(path, **hub_kwargs)
+        except OSError:
+            generation_config = copy.deepcopy(self.generation_config)
+        return ResidentBridge(bridge, bridge_settings(config), generation_config, path), config
+
+    def _empty_bridge(self, config: PreTrainedConfig) -> nn.Module:
+        """A bridge between the parts in memory, on the meta device: it costs nothing and draws no random numbers."""
+        config = copy.copy(config)
+        config.vision_config, config.text_config = self.config.vision_config, self.config.text_config
+        with torch.device("meta"):
+            return self.bridge_class(config, self.language_model)
+
+    # ------------------------------------------------------------------ checks
+
+    def _check_family(self, model_type: str | None, where: str) -> None:
+        if model_type != self.config.model_type:
+            raise ValueError(
+                f"{where} is a {model_type}, this model a {self.config.model_type}: only bridges of one family can take turns. "
+                "Load it as a model of its own that shares the frozen parts: from_pretrained(..., vision_model=..., "
+                "language_model=...)."
+            )
+
+    def _check_geometry(self, config: PreTrainedConfig, where: str) -> None:
+        """Refuse a bridge that was made for patch features of another kind, where the encoder is another one."""
+        from .modeling_bridged import fill_vision_geometry
+
+        found = copy.copy(config)
+        found.vision_config = self.config.vision_config
+        names = ("vision_layout", "vision_hidden_size", "patch_size", "num_prefix_tokens")
+        for name in names:
+            setattr(found, name, None)
+        fill_vision_geometry(found)
+        problems = [
+            f"{name} is {getattr(config, name)!r}, this encoder's {getattr(found, name)!r}"
+            for name in names
+            if getattr(config, name) != getattr(found, name)
+        ]
+        if problems:
+            raise ValueError(f"The bridge in {where} does not fit behind this vision encoder: {'; '.join(problems)}.")
+
+    def _other_part(self, part: str, config: PreTrainedConfig) -> list[str]:
+        """What is wrong with a frozen part in memory, from the point of view of a bridge; nothing if all is well."""
+        if not getattr(self.config, f"freeze_{part}"):
+            return [f"the {part} in memory is being trained"]
+        wanted = accepted_hashes((config.frozen_parts or {}).get(part))
+        if not wanted:
+            return [f"it does not say which {part} it was trained with"]
+        pin = (self.config.frozen_parts or {}).get(part) or {}
+        found = accepted_hashes(pin)
+        if not found:
+            if not pin.get("source"):
+                return [f"the {part} in memory has no source to compare it with"]
+            place = where_to_load(pin["source"])
+            revision = {"revision": pin["revision"]} if pin.get("revision") and place == pin["source"] else {}
+            found = {weights_sha256(place, **revision)}
+        if wanted & found:
+            return []
+        theirs = (config.frozen_parts or {})[part].get("source")
+        return [
+            f"it was trained with the {part} {theirs!r}, whose weights hash to {' or '.join(sorted(wanted))}; those of the one "
+            f"in memory, {pin.get('source')!r}, to {' or '.join(sorted(found))}"
+        ]
+
+    def _refuse_mismatch(self, problems: list[str], where: str, allow_mismatch: bool) -> None:
+        if not problems:
+            return
+        message = f"The bridge in {where} does not belong to this model's frozen parts: {'; '.join(problems)}."
+        if not allow_mismatch:
+            raise FrozenPartError(f"{message} Pass allow_mismatch=True if you mean to use it all the same.")
+        logger.warning(message)
+
+    # ------------------------------------------------------------------ taking turns
+
+    def set_bridge(self, name: str, adapter: str | list[str] | None = None) -> None:
+        """Put another bridge to work.
+
+        A processor that counts visual tokens or writes special tokens belongs to its bridge: take the one that was saved
+        with it, `AutoProcessor.from_pretrained(...)`, or make one with `from_config(model.config, image_processor,
+        tokenizer)`. `processor.check(model.config)` tells whether one fits.
+
+        Args:
+            name: One of `bridges`.
+            adapter: Adapters to put to work too, of those that `add_adapter` or `load_adapter` gave this model or its
+                language model; `None` leaves them as they are.
+
+        Raises:
+            ValueError: There is no such bridge or adapter, or the active bridge carries adapters itself.
+        """
+        resident = self._resident(name)
+        if resident is not None and has_adapters(self.bridge):
+            raise ValueError(
+                "The active bridge carries adapters (modules_to_save, or layers of it), which can't take turns; "
+                "merge_and_unload() them first, or adapt the language model alone."
+            )
+        if adapter is not None:
+            self._adapter_owner().set_adapter(adapter)
+        if resident is None:
+            return
+        outgoing = ResidentBridge(self.bridge, bridge_settings(self.config), self.generation_config, self.name_or_path)
+        self._place(resident.bridge)
+        for field, value in resident.settings.items():
+            before = getattr(self.config, field)
+            if before is not value:
+                if isinstance(before, PreTrainedConfig):  # the choice of attention is the model's
+                    value._attn_implementation = before._attn_implementation
+                setattr(self.config, field, value)
+        self.bridge = resident.bridge
+        if self.bridge.training != self.training:
+            self.bridge.train(self.training)
+        self.generation_config = resident.generation_config
+        self.name_or_path = self.config.name_or_path = resident.name_or_path
+        self._residents[self._active_bridge], self._residents[name] = outgoing, None
+        self._active_bridge = name
+
+    @contextmanager
+    def using_bridge(self, name: str, adapter: str | list[str] | None = None) -> Iterator[HotSwapMixin]:
+        """Use another bridge for a while: `with model.using_bridge("medical"): model.generate(...)`.
+
+        Args:
+            name: As for `set_bridge`.
+            adapter: Likewise. Those that were active before are so again afterwards.
+
+        Raises:
+            ValueError: As for `set_bridge`.
+        """
+        before = self._active_bridge
+        adapters = None if adapter is None else self._adapter_owner().active_adapters()
+        self.set_bridge(name, adapter)
+        try:
+            yield self
+        finally:
+            self.set_bridge(before, adapters)
+
+    def _adapter_owner(self) -> PreTrainedModel:
+        for model in (self, self.language_model):
+            if getattr(model, "_hf_peft_config_loaded", False):
+                return model
+        raise ValueError(
+            "This model has no adapters: load_adapter() or add_adapter() them to the model or its language_model first. The "
+            "adapters of a PeftModel are set on the PeftModel."
+        )
+
+    def _place(self, bridge: nn.Module) -> None:
+        """Bring a bridge to where the active one is."""
+        device_map = getattr(self, "hf_device_map", None) or {}
+        if len(set(device_map.values())) > 1:
+            if not hasattr(bridge, "_hf_hook"):
+                from accelerate import dispatch_model
+
+                own = {name: place for name, place in device_map.items() if name.split(".")[0] == "bridge"}
+                own = {name.removeprefix("bridge").removeprefix("."): place for name, place in own.items()}
+                dispatch_model(bridge, own, skip_keys=sorted(self._skip_keys_device_placement), force_hooks=True)
+            return
+        parameter = next(self.bridge.parameters(), None)  # a bridge may have none
+        device = next(self.vision_model.parameters()).device if parameter is None else parameter.device
+        if any(parameter.device != device for parameter in bridge.parameters()):
+            bridge.to(device)
+
+    def _apply(self, fn, recurse: bool = True):
+        for resident in self.__dict__.get("_residents", {}).values():
+            if resident is not None:
+                resident.bridge._apply(fn)  # `.to()`, `.half()`, `.cuda()`: those in waiting come along
+        return super()._apply(fn, recurse)
+
+
+__all__ = ["HotSwapMixin", "ResidentBridge"]
