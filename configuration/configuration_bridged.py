@@ -6,6 +6,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .configuration_mpt import MosaicGPTConfig  # noqa: F401 (registers what a text_config may be)
+
 
 def patch_grid(source, height: int, width: int) -> tuple[int, int]:
     """Rows and columns of the patches that the vision model makes of one image.
@@ -71,6 +73,7 @@ class BridgedConfig(PreTrainedConfig):
         bridge_only: The checkpoint holds `bridge.*` only; the frozen parts come from `frozen_parts`.
         frozen_parts: Where the frozen parts came from: `{"vision_model": {"source", "revision", "sha256"},
             "language_model": {...}}`.
+        trained_tensors: Names of tensors of the frozen parts that were trained all the same, and travel with the bridge.
         initializer_range: Standard deviation of the bridge's fresh weights.
     """
 
@@ -96,6 +99,7 @@ class BridgedConfig(PreTrainedConfig):
     freeze_language_model: bool = True
     bridge_only: bool = False
     frozen_parts: dict | None = None
+    trained_tensors: list[str] | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 

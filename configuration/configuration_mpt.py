@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import MptConfig, PreTrainedConfig
+from transformers import AutoConfig, MptConfig, PreTrainedConfig
 
 
 @strict
@@ -202,5 +202,7 @@ class MptSettings:
             attention_dropout=config.attn_pdrop,
         )
 
+
+AutoConfig.register(MosaicGPTConfig.model_type, MosaicGPTConfig, exist_ok=True)  # transformers does not have it
 
 __all__ = ["MosaicGPTConfig", "MptSettings"]

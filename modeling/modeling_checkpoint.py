@@ -1,4 +1,8 @@
-"""Bridge checkpoints: `bridge.*` alone on disk, with both frozen parts pinned by source and hash of their weights."""
+"""Bridge checkpoints: `bridge.*` alone on disk, with both frozen parts pinned by source and hash of their weights.
+
+What was trained in a frozen part all the same (OpenFlamingo's embedding tables) lies beside `bridge.*` under its own name, is
+listed in the configuration's `trained_tensors`, and is laid over the part when the bridge is loaded.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +11,46 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+from typing import ClassVar
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    Blip2VisionConfig,
+    Blip2VisionModel,
     GenerationConfig,
     MptConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils import cached_file, logging
+from transformers.utils.hub import resolve_revision
 
+from ..hub import add_code, cache_dir, push_folder, retried
 from .modeling_mpt import MptForCausalLM
 
 
 logger = logging.get_logger(__name__)
 
+AutoModel.register(Blip2VisionConfig, Blip2VisionModel, exist_ok=True)  # transformers has it, but does not list it
+
 FROZEN_PARTS = ("vision_model", "language_model")
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+# of these, what holds for the frozen parts' repositories too
+PART_KEYWORDS = ("cache_dir", "local_files_only", "token", "proxies")
+PUSH_KEYWORDS = ("private", "token", "revision", "create_pr", "commit_message", "commit_description")
+# fields of configurations that must be the same for a part to have the same shape
+SHAPE_FIELDS = ("architecture", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+                "intermediate_size", "image_size", "patch_size", "num_channels")  # fmt: skip
 
 
 class FrozenPartError(OSError, ValueError):
@@ -51,8 +71,8 @@ def checkpoint_files(source: str, **hub_kwargs) -> list[Path]:
         index = cached_file(source, f"{name}.index.json", **hub_kwargs, **quiet)
         if index is not None:
             shards = _shard_names(Path(index))
-            return [Path(cached_file(source, shard, **hub_kwargs)) for shard in shards]
-        single = cached_file(source, name, **hub_kwargs, **quiet)
+            return [Path(retried(cached_file, source, shard, **hub_kwargs)) for shard in shards]
+        single = retried(cached_file, source, name, **hub_kwargs, _raise_exceptions_for_missing_entries=False)
         if single is not None:
             return [Path(single)]
     raise FrozenPartError(f"No weights (model.safetensors or pytorch_model.bin, whole or sharded) in {source!r}.")
@@ -95,8 +115,6 @@ def weights_sha256(source: str, **hub_kwargs) -> str:
     Returns:
         Hexadecimal SHA-256.
     """
-    from ..demo import cache_dir
-
     files = [path.resolve() for path in checkpoint_files(source, **hub_kwargs)]
     stamp = json.dumps([[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files])
     known_path = cache_dir() / "hashes.json"
@@ -156,8 +174,10 @@ def build_part(part: str, config: PreTrainedConfig) -> PreTrainedModel:
 
 def where_to_load(source: str) -> str:
     """Folder or Hub id to load a part from: parts of the embedded default need no Hub."""
-    from ..demo import resolve
-
+    try:
+        from ..demo import resolve
+    except ImportError:  # code that travels with a bridge does without them
+        return source
     return resolve(source)
 
 
@@ -166,13 +186,14 @@ def frozen_parts_of(config: PreTrainedConfig) -> list[str]:
     return [part for part in FROZEN_PARTS if part == "vision_model" or config.text_config is not None]
 
 
-def find_frozen_part(part: str, pin: dict, **hub_kwargs) -> tuple[str, dict]:
+def find_frozen_part(part: str, pin: dict, allow_mismatch: bool = False, **hub_kwargs) -> tuple[str, dict]:
     """Where a frozen part lies, once it is sure that it is the right one.
 
     Args:
         part: `"vision_model"` or `"language_model"`.
         pin: `{"source", "revision", "sha256"}`, and perhaps `"alternatives"`: a list of `{"source", "sha256"}` of other
             copies that are as good.
+        allow_mismatch: Warn where the weights are not those that were pinned, instead of refusing them.
         hub_kwargs: `token`, `cache_dir` and the like.
 
     Returns:
@@ -196,31 +217,110 @@ def find_frozen_part(part: str, pin: dict, **hub_kwargs) -> tuple[str, dict]:
             + f", which can't be loaded: {str(error).splitlines()[0]} Make it available, or pass {part}=<a loaded model>."
         ) from error
     accepted = {pin.get("sha256"), *(other["sha256"] for other in pin.get("alternatives", []))} - {None}
-    if found not in accepted:
-        if pin.get("sha256") is not None or place != source:
-            raise FrozenPartError(
-                f"The {part} in {place!r} is not the one that this bridge was trained with: its weights hash to "
-                f"{found}, expected {' or '.join(sorted(accepted))}. Restore the original, or pass {part}=<a loaded "
-                "model> if you mean to use this one."
-            )
+    if found in accepted:
+        return place, hub_kwargs
+    if pin.get("sha256") is None and place == source:
         logger.warning_once(f"The {part} {source!r} is pinned by name only: its weights were not verified.")
+        return place, hub_kwargs
+    wrong = (
+        f"The {part} in {place!r} is not the one that this bridge was trained with: its weights hash to {found}, expected "
+        f"{' or '.join(sorted(accepted))}."
+    )
+    if not allow_mismatch:
+        raise FrozenPartError(
+            f"{wrong} Restore the original; or, if you mean to use this one, pass allow_mismatch=True or {part}=<a loaded "
+            "model>."
+        )
+    logger.warning(f"{wrong} It is used all the same: allow_mismatch=True.")
     return place, hub_kwargs
 
 
-def load_frozen_part(part: str, pin: dict, config: PreTrainedConfig, **kwargs) -> PreTrainedModel:
+def load_frozen_part(
+    part: str, pin: dict, config: PreTrainedConfig, trained: Iterable[str] = (), allow_mismatch: bool = False, **kwargs
+) -> PreTrainedModel:
     """Load a frozen part from where its pin says, and make sure that it is the right one.
 
     Args:
         part: As for `find_frozen_part`.
         pin: Likewise.
         config: The part's configuration.
+        trained: Names of the part's tensors that are replaced afterwards: they may be missing, or have another shape.
+        allow_mismatch: As for `find_frozen_part`. Tensors that are missing or have another shape are still refused.
         kwargs: For the part's `from_pretrained` (`dtype`, `quantization_config`, `token`, ...).
 
     Raises:
         FrozenPartError: The part can't be had, or its weights are not those that were pinned.
     """
-    place, hub_kwargs = find_frozen_part(part, pin, **{name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs})
-    return auto_class_for(part, config).from_pretrained(place, config=config, **{**kwargs, **hub_kwargs})
+    place, hub_kwargs = find_frozen_part(
+        part, pin, allow_mismatch, **{name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
+    )
+    model, info = retried(
+        auto_class_for(part, config).from_pretrained,
+        place, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **{**kwargs, **hub_kwargs},
+    )  # fmt: skip
+    problems = [
+        f"{name} has shape {list(found)}, expected {list(expected)}"
+        for name, found, expected in sorted(info["mismatched_keys"])
+        if name not in trained
+    ]
+    if allow_mismatch:  # else the weights are those that were pinned, and lack what they lacked then
+        # patch features don't go through poolers
+        problems += [f"missing {name}" for name in sorted(info["missing_keys"]) if "pooler" not in name]
+    if problems:
+        raise FrozenPartError(f"The {part} in {place!r} does not have the shape that is pinned: {_summary(problems)}.")
+    return model
+
+
+def check_part(part: str, model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Refuse a loaded part that does not have the architecture and shape that a bridge was trained with.
+
+    Args:
+        part: `"vision_model"` or `"language_model"`.
+        model: The loaded part.
+        config: What the bridge's configuration says about it.
+
+    Raises:
+        FrozenPartError: It has another.
+    """
+    if model.config.model_type != config.model_type:
+        raise FrozenPartError(
+            f"The {part} passed in is a {model.config.model_type}; this bridge was trained with a {config.model_type}."
+        )
+    fields = [(name, getattr(model.config, name, None), getattr(config, name, None)) for name in SHAPE_FIELDS]
+    if wrong := [f"{name} is {found}, expected {wanted}" for name, found, wanted in fields if found != wanted]:
+        raise FrozenPartError(
+            f"The {part} passed in does not have the shape that this bridge was trained with: {'; '.join(wrong)}."
+        )
+    sizes = [getattr(each, "vocab_size", None) for each in (model.config, config)]
+    if sizes[0] != sizes[1]:
+        logger.warning(
+            f"The {part} passed in has a vocabulary of {sizes[0]}; this bridge was trained with one of {sizes[1]}."
+        )
+
+
+def _summary(problems: list[str]) -> str:
+    return "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+
+
+def overlay_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, nn.Parameter]:
+    """A model's parameters of those names.
+
+    Args:
+        model: The whole.
+        names: `vision_model.*` and `language_model.*`.
+
+    Raises:
+        ValueError: A name that the frozen parts do not have.
+    """
+    known = {name: parameter for name, parameter in model.named_parameters() if name.startswith(FROZEN_PARTS)}
+    # second names of one tensor: a tied output layer, for one
+    known.update((name, known[source]) for name, source in model.all_tied_weights_keys.items() if source in known)
+    if unknown := sorted(set(names) - known.keys()):
+        raise ValueError(
+            f"trained_tensors has {_summary(unknown)}: neither frozen part has tensors of that name. Names begin with "
+            "'vision_model.' or 'language_model.', as in model.state_dict()."
+        )
+    return {name: known[name] for name in names}
 
 
 def _name_sources(config_path: Path, pins: dict) -> None:
@@ -233,7 +333,15 @@ def _name_sources(config_path: Path, pins: dict) -> None:
     config_path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
 
 
-def load_bridge_weights(bridge: nn.Module, path: str, tied: dict[str, str], dtype: torch.dtype | str, **hub_kwargs):
+def load_bridge_weights(
+    bridge: nn.Module,
+    path: str,
+    tied: dict[str, str],
+    dtype: torch.dtype | str,
+    overlay: dict[str, nn.Parameter] | None = None,
+    shared: Iterable[str] = (),
+    **hub_kwargs,
+) -> None:
     """Fill a bridge from a bridge checkpoint.
 
     Args:
@@ -241,12 +349,18 @@ def load_bridge_weights(bridge: nn.Module, path: str, tied: dict[str, str], dtyp
         path: Hub id or folder.
         tied: The model's tied tables, target to source: tables that share their storage with another are in no file.
         dtype: To cast the bridge to; `"auto"` takes the file's.
+        overlay: Parameters of the frozen parts that the checkpoint brings too, see `overlay_of`.
+        shared: Frozen parts that others use as well: they are not changed.
         hub_kwargs: `revision`, `cache_dir` and the like.
 
     Raises:
         ValueError: The file's tensors are not those of this bridge.
+        FrozenPartError: A shared part has other trained tensors than the checkpoint.
     """
-    weights = load_file(cached_file(path, SAFE_WEIGHTS_NAME, **hub_kwargs))
+    weights = {}
+    for file in checkpoint_files(path, **hub_kwargs):
+        weights.update(load_file(file))
+    _lay_over(overlay or {}, weights, shared)
     expected = {f"bridge.{name}": tensor for name, tensor in bridge.state_dict().items()}
     weights.update((name, weights[source]) for name, source in tied.items() if name in expected and source in weights)
     problems = [f"missing {name}" for name in sorted(expected.keys() - weights.keys())]
@@ -257,8 +371,7 @@ def load_bridge_weights(bridge: nn.Module, path: str, tied: dict[str, str], dtyp
         if weights[name].shape != expected[name].shape
     ]
     if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ValueError(f"The weights in {path} are not those of its configuration: {shown}.")
+        raise ValueError(f"The weights in {path} are not those of its configuration: {_summary(problems)}.")
     if not weights:  # a bridge may have none
         return
     bridge.to(next(iter(weights.values())).dtype if dtype == "auto" else dtype)
@@ -267,8 +380,104 @@ def load_bridge_weights(bridge: nn.Module, path: str, tied: dict[str, str], dtyp
     bridge.load_state_dict({name.removeprefix("bridge."): tensor for name, tensor in weights.items()})
 
 
+@torch.no_grad()
+def _lay_over(parameters: dict[str, nn.Parameter], weights: dict[str, torch.Tensor], shared: Iterable[str]) -> None:
+    """Put trained tensors where they belong in the frozen parts, and take them out of `weights`.
+
+    Raises:
+        ValueError: One is missing or has another shape.
+        FrozenPartError: It belongs to a part that was passed in, and is not there already: the part is not ours to change.
+    """
+    missing = [name for name in parameters if name not in weights]
+    if missing:
+        raise ValueError(f"The configuration's trained_tensors name {_summary(missing)}, but the weights lack them.")
+    for name, parameter in parameters.items():
+        tensor = weights.pop(name).to(parameter.device)
+        if tensor.shape != parameter.shape:
+            shapes = f"shape {list(tensor.shape)}, expected {list(parameter.shape)}"
+            raise ValueError(f"The trained tensor {name} has {shapes}.")
+        part = name.partition(".")[0]
+        if part not in shared:
+            parameter.copy_(tensor)
+        elif not torch.equal(tensor.to(parameter.dtype), parameter):
+            raise FrozenPartError(
+                f"This bridge brings a trained {name}, and the {part} passed in has another: it would be changed for "
+                f"everything that shares it. Leave {part}= out, or pass one that was loaded with this bridge."
+            )
+
+
+def _write_card(folder: Path, repo_id: str | None, tags: Iterable[str] = ()) -> None:
+    """Write a model card, made from what lies in the folder, where there is none."""
+    path = folder / "README.md"
+    if path.exists() and not tags:
+        return
+    try:
+        from ..cards import card_of_folder
+    except ImportError:  # code that travels with a bridge does without
+        return
+    card = card_of_folder(folder, repo_id)
+    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *(tags or ())]))
+    temporary = folder / ".README.md.tmp"
+    card.save(temporary)
+    os.replace(temporary, path)
+
+
 class BridgeCheckpointMixin:
-    """`save_pretrained(bridge_only=True)`, and `from_pretrained` of what it wrote."""
+    """`save_pretrained(bridge_only=True)`, `push_to_hub(bridge_only=True)`, and `from_pretrained` of what they wrote."""
+
+    # Auto classes that code which travels with the model is registered with
+    auto_classes: ClassVar[tuple[str, ...]] = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+
+    def set_frozen_parts(self, **sources: str | os.PathLike) -> list[str]:
+        """Say where the frozen parts came from, and find out what was trained in them all the same.
+
+        For models that were loaded or converted whole: afterwards they can be saved with `bridge_only=True`.
+
+        Args:
+            sources: `vision_model=` and `language_model=`: Hub ids or folders of the original parts. They are loaded and
+                compared, one after the other.
+
+        Returns:
+            Names of the tensors that differ, which are now the configuration's `trained_tensors`.
+
+        Raises:
+            ValueError: An unknown part, or one that differs in most tensors: the model did not begin with it.
+        """
+        if unknown := sorted(set(sources) - set(frozen_parts_of(self.config))):
+            raise ValueError(
+                f"There is no part {', '.join(unknown)}; expected {', '.join(frozen_parts_of(self.config))}."
+            )
+        pins = dict(self.config.frozen_parts or {})
+        trained = [
+            name
+            for name in self.config.trained_tensors or []
+            if not name.startswith(tuple(f"{part}." for part in sources))
+        ]
+        for part, source in sources.items():
+            source = os.path.abspath(source) if os.path.isdir(source) else os.fspath(source)
+            place = where_to_load(source)
+            config = AutoConfig.from_pretrained(place)
+            if part == "vision_model":
+                config = getattr(config, "vision_config", None) or config
+            original = auto_class_for(part, config).from_pretrained(place, config=config)
+            theirs = dict(original.named_parameters())
+            ours = dict(getattr(self, part).named_parameters())
+            differ = [
+                name
+                for name, tensor in ours.items()
+                if name not in theirs
+                or tensor.shape != theirs[name].shape
+                or not torch.equal(tensor.detach().cpu(), theirs[name].detach().to(tensor.dtype))
+            ]
+            if len(differ) > len(ours) / 2:
+                raise ValueError(
+                    f"The {part} differs from {source!r} in {len(differ)} of {len(ours)} tensors: this model did not begin "
+                    "with it, or was trained as a whole. Save it whole (bridge_only=False)."
+                )
+            trained += [f"{part}.{name}" for name in differ]
+            pins[part] = {"source": source, "revision": commit_of(place) if place == source else None}
+        self.config.frozen_parts, self.config.trained_tensors = pins, trained or None
+        return trained
 
     def pin_frozen_parts(self) -> dict:
         """Name both frozen parts by source, revision and hash of their weights.
@@ -302,29 +511,56 @@ class BridgeCheckpointMixin:
         return pins
 
     def save_pretrained(
-        self, save_directory, *args, bridge_only: bool = False, state_dict: dict | None = None, **kwargs
+        self,
+        save_directory,
+        *args,
+        bridge_only: bool = False,
+        with_code: bool = False,
+        processor=None,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
     ):
         """Save the model, or its bridge alone.
 
         Args:
             save_directory: Folder to write to.
-            bridge_only: Write `bridge.*` and a configuration that pins both frozen parts; nothing of them is copied.
+            bridge_only: Write `bridge.*`, the configuration's `trained_tensors`, and a configuration that pins both frozen
+                parts; nothing else of them is copied. Where the folder has no README.md, a model card is written.
+            with_code: Write the code too, so that transformers alone loads the folder with `trust_remote_code=True`.
+            processor: The model's processor, to be saved beside it.
             state_dict: Tensors to save instead of the model's own.
+            push_to_hub: Upload the folder afterwards, see `push_to_hub`; `repo_id` defaults to the folder's name.
+            kwargs: As for every transformers model, and those of `push_folder`.
 
         Raises:
             ValueError: `bridge_only` with a part that has no source or has been trained.
         """
+        hub = {name: kwargs.pop(name) for name in PUSH_KEYWORDS if name in kwargs}
+        repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
         if not bridge_only:
             was, self.config.bridge_only = self.config.bridge_only, False
             try:
-                return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+                super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
             finally:
                 self.config.bridge_only = was
+            self._save_company(Path(save_directory), processor, with_code)
+        else:
+            self._save_bridge(Path(save_directory), *args, state_dict=state_dict, processor=processor,
+                              with_code=with_code, **kwargs)  # fmt: skip
+            _write_card(Path(save_directory), repo_id if push_to_hub else None)
+        if push_to_hub:
+            self._warn_of_folders(bridge_only)
+            push_folder(save_directory, repo_id, **{"commit_message": "Upload model", **hub})
+
+    def _save_bridge(self, target: Path, *args, state_dict, processor, with_code: bool, **kwargs) -> None:
+        """Write the bridge into a folder: all files, or none."""
         pins = self.pin_frozen_parts()
         state_dict = self.state_dict() if state_dict is None else state_dict
         bridge = {name: tensor for name, tensor in state_dict.items() if name.startswith("bridge.")}
+        for name, parameter in overlay_of(self, self.config.trained_tensors or []).items():
+            bridge[name] = state_dict.get(name, parameter)
         before = self.config.frozen_parts, self.config.bridge_only
-        target = Path(save_directory)
         if target.is_file():
             raise ValueError(f"{target} is a file; expected a folder to save to.")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -333,13 +569,77 @@ class BridgeCheckpointMixin:
             self.config.frozen_parts, self.config.bridge_only = pins, True
             super().save_pretrained(temporary, *args, state_dict=bridge, **kwargs)
             _name_sources(temporary / "config.json", pins)
-            shutil.copymode(temporary / "config.json", temporary / SAFE_WEIGHTS_NAME)  # or nobody else may read it
+            for weights in temporary.glob("*.safetensors"):
+                shutil.copymode(temporary / "config.json", weights)  # or nobody else may read it
+            self._save_company(temporary, processor, with_code)
             target.mkdir(exist_ok=True)
             for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
                 os.replace(path, target / path.name)  # the configuration last: without it the folder is no model
         finally:
             self.config.frozen_parts, self.config.bridge_only = before
             shutil.rmtree(temporary, ignore_errors=True)
+
+    def _save_company(self, folder: Path, processor, with_code: bool) -> None:
+        """Write what goes beside the weights."""
+        if processor is not None:
+            processor.check(self.config)
+            processor.save_pretrained(folder)
+        if with_code:
+            auto_map = {"AutoConfig": type(self.config), **dict.fromkeys(self.auto_classes, type(self))}
+            processor_class = PROCESSOR_MAPPING.get(type(self.config), None) if processor is None else type(processor)
+            if processor_class is not None:
+                auto_map["AutoProcessor"] = processor_class
+            add_code(folder, auto_map)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        bridge_only: bool = False,
+        with_code: bool = False,
+        processor=None,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+        **kwargs,
+    ):
+        """Upload the model, or its bridge alone, in one commit.
+
+        Args:
+            repo_id: `name` or `owner/name`; the repository is made if it is not there.
+            bridge_only: As for `save_pretrained`; both frozen parts should have been composed from Hub ids, or nobody else
+                can load the bridge.
+            with_code: As for `save_pretrained`.
+            processor: The model's processor, to go into the same commit.
+            max_shard_size: As for every transformers model.
+            tags: For the model card. A card that the repository has already stays as it is.
+            kwargs: `private`, `token`, `revision`, `create_pr`, `commit_message` and `commit_description`, as for
+                `push_folder`.
+
+        Returns:
+            The commit.
+
+        Raises:
+            ValueError: As for `save_pretrained`.
+            huggingface_hub.errors.HfHubHTTPError: The Hub refuses it.
+        """
+        if unknown := sorted(set(kwargs) - set(PUSH_KEYWORDS)):
+            raise TypeError(f"push_to_hub has no argument {', '.join(unknown)}; it has {', '.join(PUSH_KEYWORDS)}.")
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / repo_id.rpartition("/")[2]
+            self.save_pretrained(
+                folder, bridge_only=bridge_only, with_code=with_code, processor=processor, max_shard_size=max_shard_size
+            )
+            _write_card(folder, repo_id, tags)
+            self._warn_of_folders(bridge_only)
+            return push_folder(folder, repo_id, keep=["README.md"], **{"commit_message": "Upload model", **kwargs})
+
+    def _warn_of_folders(self, bridge_only: bool) -> None:
+        for part, pin in (self.config.frozen_parts or {}).items() if bridge_only else ():
+            if pin.get("source") and os.path.isdir(pin["source"]):
+                logger.warning(
+                    f"The {part} is pinned to the folder {pin['source']!r}, which others don't have: they can load this "
+                    f"bridge only with {part}=<a loaded model>. Push the part and compose with its Hub id."
+                )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
@@ -349,12 +649,22 @@ class BridgeCheckpointMixin:
             pretrained_model_name_or_path: Hub id or folder.
             config: The configuration, where it is loaded already.
             kwargs: As for every transformers model. For a bridge checkpoint also `vision_model=` and
-                `language_model=`: loaded models to use (and share) instead of fetching the pinned ones.
+                `language_model=`: loaded models to use (and share) instead of fetching the pinned ones; and
+                `allow_mismatch=True`: a pinned part whose weights have changed is used with a warning. `AutoModel` copies
+                its arguments for a moment: to spare that memory, give it `config=AutoConfig.from_pretrained(...)` too.
 
         Raises:
             FrozenPartError: A frozen part is missing or changed.
             ValueError: The bridge's weights are not those of this configuration.
         """
+        # once, so that all files are of one commit
+        kwargs["revision"] = resolve_revision(
+            pretrained_model_name_or_path,
+            kwargs.get("revision"),
+            token=kwargs.get("token"),
+            local_files_only=kwargs.get("local_files_only", False),
+            cache_dir=kwargs.get("cache_dir"),
+        )
         hub_kwargs = {name: kwargs[name] for name in HUB_KEYWORDS if kwargs.get(name) is not None}
         bridge_only = getattr(config, "bridge_only", None)
         if bridge_only is None and pretrained_model_name_or_path is not None:
@@ -367,6 +677,7 @@ class BridgeCheckpointMixin:
                 bridge_only = False
         # weights handed over directly are not a bridge checkpoint's file
         if not bridge_only or kwargs.get("state_dict") is not None or pretrained_model_name_or_path is None:
+            kwargs.pop("allow_mismatch", None)  # nothing is pinned
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             # loading puts new parameters in place, which know nothing of freezing
@@ -383,8 +694,10 @@ class BridgeCheckpointMixin:
             "trust_remote_code",
             "adapter_kwargs",
             "use_safetensors",
+            "code_revision",
         ):
             kwargs.pop(name, None)
+        allow_mismatch = kwargs.pop("allow_mismatch", False)
         given = {part: kwargs.pop(part, None) for part in FROZEN_PARTS}
         dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or "auto"
         device_map = kwargs.pop("device_map", None)
@@ -404,32 +717,33 @@ class BridgeCheckpointMixin:
         if attention is not None:
             config._attn_implementation = attention
 
+        overlay = config.trained_tensors or []
         parts = {}
         for part in frozen_parts_of(config):
             part_config = config.vision_config if part == "vision_model" else config.text_config
             pin = (config.frozen_parts or {}).get(part)
             if given[part] is not None:
+                check_part(part, given[part], part_config)
                 parts[part] = given[part]
-                if given[part].config.model_type != part_config.model_type:
-                    raise FrozenPartError(
-                        f"The {part} passed in is a {given[part].config.model_type}; this bridge was trained with a "
-                        f"{part_config.model_type}."
-                    )
             elif not pin:
                 raise FrozenPartError(
                     f"{path}/config.json is bridge_only but names no {part}; pass {part}=<a loaded model>."
                 )
             else:
                 extra = {"quantization_config": quantization} if quantization and part == "language_model" else {}
-                token = {"token": hub_kwargs["token"]} if "token" in hub_kwargs else {}
-                parts[part] = load_frozen_part(part, pin, part_config, dtype=dtype, **extra, **token)
+                extra.update((name, hub_kwargs[name]) for name in PART_KEYWORDS if name in hub_kwargs)
+                trained = {name.removeprefix(f"{part}.") for name in overlay if name.startswith(f"{part}.")}
+                parts[part] = load_frozen_part(part, pin, part_config, trained, allow_mismatch, dtype=dtype, **extra)
 
         model = cls(config, **parts)
-        load_bridge_weights(model.bridge, path, model.all_tied_weights_keys, dtype, **hub_kwargs)
+        shared = {part for part in FROZEN_PARTS if given[part] is not None}
+        load_bridge_weights(
+            model.bridge, path, model.all_tied_weights_keys, dtype, overlay_of(model, overlay), shared, **hub_kwargs
+        )
         model.freeze(config.freeze_vision_model, config.freeze_language_model).eval()
         if generation_config is None:
             try:
-                generation_config = GenerationConfig.from_pretrained(path, **hub_kwargs)
+                generation_config = retried(GenerationConfig.from_pretrained, path, **hub_kwargs)
             except OSError:
                 generation_config = model.generation_config
         model.generation_config = generation_config
@@ -468,6 +782,7 @@ class BridgeCheckpointMixin:
 __all__ = [
     "BridgeCheckpointMixin",
     "FrozenPartError",
+    "check_part",
     "checkpoint_files",
     "find_frozen_part",
     "load_bridge_weights",

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 import transformers
 from torch import nn
-from transformers import DynamicCache, MptConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, MptConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
@@ -517,6 +517,8 @@ def as_conditionable(language_model: PreTrainedModel) -> PreTrainedModel:
         model.hf_device_map = device_map
     return model.train(language_model.training)
 
+
+AutoModelForCausalLM.register(MosaicGPTConfig, MosaicGPTForCausalLM, exist_ok=True)
 
 __all__ = [
     "MosaicGPTForCausalLM",

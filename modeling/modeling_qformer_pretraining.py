@@ -256,6 +256,7 @@ class QFormerBlip2Stage1Model(BridgedModel):
     """What pre-training and retrieval share: features and scores. There is no language model."""
 
     config_class = QFormerBlip2PreTrainingConfig
+    auto_classes = ("AutoModel", "AutoModelForPreTraining")
     config: QFormerBlip2PreTrainingConfig
     bridge_class = QFormerPreTrainingBridge
     accepts_loss_kwargs = False

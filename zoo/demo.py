@@ -28,6 +28,8 @@ from filelock import FileLock
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from packaging.version import Version
 
+from .hub import cache_dir
+
 
 VISION = "timm/tf_efficientnet_lite0.in1k"
 LANGUAGE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -186,16 +188,6 @@ EASY_VQA = EmbeddedPart(
     member="easy_vqa/data/",
     converter=_convert_data,
 )
-
-
-def cache_dir() -> Path:
-    """Folder that the converted parts lie in.
-
-    Returns:
-        The folder named by the environment variable `VLBRIDGE_CACHE`, else `vlbridge` in the Hugging Face home.
-    """
-    override = os.environ.get("VLBRIDGE_CACHE")
-    return Path(override).expanduser() if override else Path(constants.HF_HOME) / "vlbridge"
 
 
 def fetch(hub_id: str, *, progress: bool = True, wheel: str | os.PathLike | None = None) -> Path:

@@ -7,19 +7,15 @@ from dataclasses import dataclass
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoModelForPreTraining,
     AutoProcessor,
-    Blip2VisionConfig,
-    Blip2VisionModel,
 )
 
 from .configuration import (
     BridgedConfig,
     MLPLlavaConfig,
-    MosaicGPTConfig,
     PerceiverFlamingoConfig,
     QFormerBlip2Config,
     QFormerBlip2PreTrainingConfig,
@@ -27,7 +23,6 @@ from .configuration import (
 from .modeling import (
     BridgedModel,
     MLPLlavaForConditionalGeneration,
-    MosaicGPTForCausalLM,
     PerceiverFlamingoForConditionalGeneration,
     QFormerBlip2ForConditionalGeneration,
     QFormerBlip2ForPreTraining,
@@ -77,10 +72,7 @@ FAMILIES = {
 
 
 def register() -> None:
-    """Make every family, MPT-1B, which transformers does not have, and BLIP-2's ViT known to transformers' Auto classes."""
-    AutoModel.register(Blip2VisionConfig, Blip2VisionModel, exist_ok=True)
-    AutoConfig.register(MosaicGPTConfig.model_type, MosaicGPTConfig, exist_ok=True)
-    AutoModelForCausalLM.register(MosaicGPTConfig, MosaicGPTForCausalLM, exist_ok=True)
+    """Make every family known to transformers' Auto classes."""
     for family in FAMILIES.values():
         AutoConfig.register(family.config_class.model_type, family.config_class, exist_ok=True)
         for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
