@@ -74,15 +74,16 @@ def _licences(strictness: int, *ids: str, share_alike: bool = False) -> dict[str
     return {name: Licence(name, strictness, share_alike) for name in ids}
 
 
+# Those that ask for less come first
 LICENCES = {
-    **_licences(PERMISSIVE, "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-3.0", "cc-by-4.0"),
-    **_licences(PERMISSIVE, "unlicense", "isc", "zlib"),
+    **_licences(PERMISSIVE, "cc0-1.0", "unlicense", "mit", "isc", "zlib", "bsd-2-clause", "bsd-3-clause"),
+    **_licences(PERMISSIVE, "cc-by-3.0", "cc-by-4.0", "apache-2.0"),
     **_licences(
-        CONDITIONS_OF_USE, "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "gemma", "openrail", "openrail++",
-        "bigscience-openrail-m", "bigscience-bloom-rail-1.0", "creativeml-openrail-m", "bigcode-openrail-m",
+        CONDITIONS_OF_USE, "openrail", "openrail++", "bigscience-openrail-m", "bigscience-bloom-rail-1.0",
+        "creativeml-openrail-m", "bigcode-openrail-m", "gemma", "llama3.3", "llama3.2", "llama3.1", "llama3", "llama2",
     ),
+    **_licences(SHARE_ALIKE, "mpl-2.0", "lgpl-2.1", "lgpl-3.0", share_alike=True),
     **_licences(SHARE_ALIKE, "cc-by-sa-3.0", "cc-by-sa-4.0", "gpl-2.0", "gpl-3.0", "agpl-3.0", share_alike=True),
-    **_licences(SHARE_ALIKE, "lgpl-2.1", "lgpl-3.0", "mpl-2.0", share_alike=True),
     **_licences(NON_COMMERCIAL, "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-nd-4.0"),
     **_licences(NON_COMMERCIAL, "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", share_alike=True),
     "opt": Licence(
@@ -149,8 +150,13 @@ def licence_of(name: str) -> Licence:
 
 
 def strictest(licences: Iterable[Licence]) -> Licence:
-    """The licence that asks most; the first of them where several do. Without any, the unknown one."""
-    return max(licences, key=lambda licence: licence.strictness, default=LICENCES["unknown"])
+    """The licence that asks most. Without any, the unknown one."""
+    order = list(LICENCES.values())
+
+    def demands(licence: Licence) -> tuple[int, int]:
+        return licence.strictness, order.index(licence) if licence in order else len(order)
+
+    return max(licences, key=demands, default=LICENCES["unknown"])
 
 
 def licence_conflicts(parts: Mapping[str, Licence], claimed: str | None = None) -> list[str]:

@@ -215,6 +215,7 @@ def test_the_strictest_licence_holds():
         assert strictest(reversed(found[:count])).id == expected
     assert strictest([LICENCES["gpl-3.0"], LICENCES["cc-by-nc-4.0"], LICENCES["mit"]]).id == "cc-by-nc-4.0"
     assert strictest([LICENCES["mit"], licence_of("someone/something")]).name == "unknown"
+    assert strictest([LICENCES["apache-2.0"], LICENCES["mit"]]).id == "apache-2.0"
     assert strictest([]).name == "unknown"
 
 
