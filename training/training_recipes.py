@@ -1,0 +1,444 @@
+"""Recipes: everything that a training run depends on, in one YAML file.
+
+    stage: generative                        # or stage1: the Q-Former's three objectives, without a language model
+    vision: openai/clip-vit-large-patch14    # the parts that `vlbridge.compose` takes, with options of the bridge;
+    language: lmsys/vicuna-7b-v1.5           # or `from:` a bridge, a model or a stage-1 model: a folder or Hub id
+    bridge: mlp
+    bridge_options: {vision_feature_layer: -2}
+    freeze: [vision_model, language_model]
+    data:
+      - {source: llava, path: FOLDER, weight: 1.0, options: {}}
+    arguments: {learning_rate: 1e-3, per_device_train_batch_size: 32}    # of transformers' TrainingArguments
+    learning_rates: {bridge: 1e-3, language_model: 2e-5}                 # where groups differ
+
+`vlbridge train --list` prints those that ship with the package; `--set data.0.path=FOLDER` changes a value.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import re
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainingArguments
+
+
+RECIPES = Path(__file__).parent / "recipes"
+STAGES = ("generative", "stage1")
+PARTS = ("vision_model", "language_model")
+GROUPS = ("bridge", "language_model", "vision_model", "lora")
+# set by the trainer itself: a recipe that sets them too would be surprised
+OWN_ARGUMENTS = ("output_dir", "remove_unused_columns", "resume_from_checkpoint", "push_to_hub", "hub_model_id")
+
+
+class RecipeError(ValueError):
+    """Something is wrong with a recipe: what, and where in the file."""
+
+
+@dataclass
+class DataRecipe:
+    """One data set.
+
+    Args:
+        source: Its layout, a name of `vlbridge.training.training_data.SOURCES`.
+        path: Folder, file or pattern; `None` in shipped recipes, where it has to be given.
+        split: Split, where the layout has several.
+        name: What logs and model cards call it; by default `source`.
+        weight: How often records are drawn from it, in proportion to the other data sets' weights.
+        loss_weight: What the mean loss of its tokens counts. Where data sets differ in it, each has its own mean.
+        streaming: Read records as they are needed, without an index; needs `max_steps`.
+        limit: Use this many records.
+        options: For the source.
+    """
+
+    source: str
+    path: str | None = None
+    split: str | None = None
+    name: str | None = None
+    weight: float = 1.0
+    loss_weight: float = 1.0
+    streaming: bool = False
+    limit: int | None = None
+    options: dict = field(default_factory=dict)
+
+
+@dataclass
+class EvaluationRecipe(DataRecipe):
+    """A data set that is not trained on.
+
+    Args:
+        generate: At the end of training, let the model answer this many records (-1: all) and compare word for word.
+        max_new_tokens: Longest answer then, in tokens.
+    """
+
+    generate: int = 0
+    max_new_tokens: int = 20
+
+
+@dataclass
+class TextRecipe:
+    """How records become text; see `vlbridge.training.training_encoding.Encoder`."""
+
+    prompt: str = ""
+    end: str | None = None
+    max_length: int | None = None
+    prefix_lm: bool = False
+    conversation: str | None = None
+
+
+@dataclass
+class SamplesRecipe:
+    """A table of what the model generates for a few fixed records.
+
+    Args:
+        every: Steps between two tables; 0 for none.
+        count: Records: the first ones of the evaluation data, else of the training data.
+        max_new_tokens: Longest text, in tokens.
+    """
+
+    every: int = 0
+    count: int = 4
+    max_new_tokens: int = 30
+
+
+@dataclass
+class Recipe:
+    """A training run.
+
+    Args:
+        stage: `"generative"`, or `"stage1"` of Q-Former BLIP-2.
+        description: One line, for `vlbridge train --list`.
+        vision: Vision encoder, as for `compose`.
+        language: Language model, likewise.
+        bridge: `"mlp"`, `"qformer"` or `"perceiver"`.
+        bridge_options: Further arguments of `compose`, or of `QFormerBlip2ForPreTraining.from_vision`.
+        from_: Instead of parts, what an earlier run made (`from` in YAML). From a stage-1 model with `language` stage 2
+            begins.
+        tokenizer: The tokenizer, where it is not with the language model (in stage 1: the Q-Former's, required).
+        image_processor: The image processor, where it is not with the vision encoder.
+        dtype: Of all parts, such as `"bfloat16"`; the bridge of a fresh model stays in float32 where not given.
+        freeze: Which parts are not trained.
+        text: How records become text.
+        data: What is trained on.
+        shuffle_buffer: Streamed records to draw the next one from; map-style data is shuffled as a whole.
+        stopping: When several data sets end, see `vlbridge.training.training_data.mix`.
+        max_broken: Share (below 1) or number of records that may be left out because they can't be used.
+        arguments: Of transformers' `TrainingArguments`.
+        learning_rates: Of parameters of the groups `"bridge"`, `"language_model"`, `"vision_model"` and `"lora"`, where they
+            differ from `arguments.learning_rate`.
+        no_weight_decay: Beginnings of names of parameters without weight decay, beside norms, biases, gates and
+            embeddings.
+        lora: LoRA on the frozen parts, see `vlbridge.training.training_peft.lora_config`.
+        evaluation: Data sets to evaluate on.
+        samples: Table of generations.
+        push_to: Hub repository for what was trained.
+        private: Whether a new one is private.
+    """
+
+    stage: str = "generative"
+    description: str = ""
+    vision: str | None = None
+    language: str | None = None
+    bridge: str | None = None
+    bridge_options: dict = field(default_factory=dict)
+    from_: str | None = None
+    tokenizer: str | None = None
+    image_processor: str | None = None
+    dtype: str | None = None
+    freeze: list[str] = field(default_factory=lambda: list(PARTS))
+    text: TextRecipe = field(default_factory=TextRecipe)
+    data: list[DataRecipe] = field(default_factory=list)
+    shuffle_buffer: int = 1000
+    stopping: str = "all_exhausted"
+    max_broken: float = 0.01
+    arguments: dict = field(default_factory=dict)
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    no_weight_decay: list[str] = field(default_factory=list)
+    lora: dict | None = None
+    evaluation: list[EvaluationRecipe] = field(default_factory=list)
+    samples: SamplesRecipe = field(default_factory=SamplesRecipe)
+    push_to: str | None = None
+    private: bool = False
+
+    # ------------------------------------------------------------------ reading and writing
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> Recipe:
+        """A recipe from what a YAML file holds.
+
+        Raises:
+            RecipeError: An unknown key, a value of the wrong kind, or things that contradict each other.
+        """
+        recipe = _build(cls, {"from_" if key == "from" else key: value for key, value in fields.items()}, "")
+        recipe.check()
+        return recipe
+
+    def to_dict(self) -> dict:
+        """What a YAML file would hold: nothing that has its default value."""
+        fields = _without_defaults(self)
+        return {"from" if key == "from_" else key: value for key, value in fields.items()}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+
+    # ------------------------------------------------------------------ checks
+
+    def check(self) -> None:
+        """Refuse what can't be run, as far as it can be told without reading any data or weights.
+
+        Raises:
+            RecipeError: It can't.
+        """
+        from ..families import FAMILIES
+
+        _one_of("stage", self.stage, STAGES)
+        if self.from_ is None:
+            needed = ["vision", "tokenizer"] if self.stage == "stage1" else ["vision", "language", "bridge"]
+            if missing := [name for name in needed if getattr(self, name) is None]:
+                raise RecipeError(
+                    f"{_listed(missing)} missing: a fresh {self.stage} model needs {_listed(needed)}, or give from."
+                )
+            if self.bridge is not None:
+                _one_of("bridge", self.bridge, tuple(FAMILIES))
+        elif self.vision is not None:
+            raise RecipeError("from brings its own vision encoder: leave vision out.")
+        if self.stage == "stage1" and (self.language is not None or self.lora is not None):
+            raise RecipeError("stage1 has no language model: leave language and lora out.")
+        for part in self.freeze:
+            _one_of("freeze", part, PARTS)
+        for group in self.learning_rates:
+            _one_of("learning_rates", group, GROUPS)
+        for number, data in enumerate(self.data):
+            if data.weight <= 0 or data.loss_weight < 0:
+                raise RecipeError(
+                    f"data.{number}: weight is {data.weight} and loss_weight {data.loss_weight}; expected weights above 0 and "
+                    "loss weights of at least 0."
+                )
+        if not self.data:
+            raise RecipeError("data is empty: name at least one data set to train on.")
+        streamed = {data.streaming for data in self.data}
+        if len(streamed) > 1:
+            raise RecipeError("data sets are all streamed or none is: set streaming for all of them.")
+        if True in streamed and self.arguments.get("max_steps", -1) <= 0:
+            raise RecipeError("streamed data has no length: set arguments.max_steps.")
+        known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init} - set(OWN_ARGUMENTS)
+        for name in self.arguments:
+            if name in OWN_ARGUMENTS:
+                raise RecipeError(f"arguments.{name} is not for a recipe to set: see --output, --resume and push_to.")
+            if name not in known:
+                raise RecipeError(_unknown(name, known, "arguments"))
+
+    def missing_paths(self) -> list[str]:
+        """Keys of data sets that have no path yet."""
+        named = (("data", self.data), ("evaluation", self.evaluation))
+        return [f"{key}.{k}.path" for key, sets in named for k, data in enumerate(sets) if data.path is None]
+
+    def training_arguments(self, output_dir: str | Path) -> TrainingArguments:
+        """The trainer's arguments.
+
+        Raises:
+            RecipeError: `TrainingArguments` refuses them.
+        """
+        given = {"report_to": "none", "prediction_loss_only": True, **copy.deepcopy(self.arguments)}
+        if self.stage == "stage1":
+            given.setdefault("dataloader_drop_last", True)  # all processes compare batches of one size
+        try:
+            return TrainingArguments(output_dir=str(output_dir), remove_unused_columns=False, **given)
+        except (ValueError, TypeError, ImportError) as error:
+            raise RecipeError(f"arguments: {' '.join(str(error).split())}") from error
+
+
+# ---------------------------------------------------------------------- from YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which `1e-3` is a number and a key stands once."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise RecipeError(f"{key!r} stands twice in one mapping (line {node.start_mark.line + 1} on).")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _parse(text: str, name: str):
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{name} is no YAML: {' '.join(str(error).split())}") from error
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+
+
+def read_recipe(recipe: str | Path, settings: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        recipe: A YAML file, or the name of a shipped recipe.
+        settings: Changes, `"key=value"`, with keys such as `arguments.learning_rate` or `data.0.path` and values in YAML.
+
+    Raises:
+        RecipeError: There is no such recipe, or something is wrong with it.
+    """
+    path = Path(recipe).expanduser()
+    if not path.is_file():
+        known = shipped()
+        if str(recipe) not in known:
+            near = difflib.get_close_matches(str(recipe), known, n=1)
+            meant = f" Did you mean {near[0]!r}?" if near else ""
+            raise RecipeError(f"{recipe} is no file, and no shipped recipe; these are {', '.join(known)}.{meant}")
+        path = known[str(recipe)]
+    fields = _parse(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(fields, dict):
+        raise RecipeError(f"{path} holds a {type(fields).__name__}, expected keys and values.")
+    for setting in settings:
+        _set(fields, setting)
+    try:
+        return Recipe.from_dict(fields)
+    except RecipeError as error:
+        raise RecipeError(f"{path.name}: {error}") from error
+
+
+def _set(fields: dict, setting: str) -> None:
+    """Change one value of a recipe that is not checked yet.
+
+    Raises:
+        RecipeError: It is not `key=value`, or there is no such place.
+    """
+    key, equals, text = setting.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {setting}: expected key=value, such as arguments.max_steps=100.")
+    *path, last = key.split(".")
+    place: Any = fields
+    for step in path:
+        if isinstance(place, list):
+            place = place[_index(place, step, setting)]
+        else:
+            if place.get(step) is None:
+                place[step] = {}
+            place = place[step]
+        if not isinstance(place, (dict, list)):
+            raise RecipeError(f"--set {setting}: {step} holds {place!r}, which has nothing below it.")
+    value = _parse(text, f"--set {setting}")
+    if isinstance(place, list):
+        place[_index(place, last, setting)] = value
+    else:
+        place[last] = value
+
+
+def _index(place: list, step: str, setting: str) -> int:
+    if not step.isdigit() or int(step) >= len(place):
+        raise RecipeError(f"--set {setting}: {step!r} is none of the {len(place)} entries, counted from 0.")
+    return int(step)
+
+
+# ---------------------------------------------------------------------- checking values
+
+
+def _listed(names) -> str:
+    names = list(names)
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
+
+
+def _one_of(key: str, value, expected: tuple) -> None:
+    if value not in expected:
+        raise RecipeError(f"{key} is {value!r}; expected one of {', '.join(map(repr, expected))}.")
+
+
+def _unknown(name: str, known, where: str) -> str:
+    near = difflib.get_close_matches(str(name), sorted(known), n=1, cutoff=0.5)
+    meant = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(known))}."
+    return f"{where or 'a recipe'} has no key {name!r}; {meant}"
+
+
+def _build(cls, fields, where: str):
+    """A dataclass from a mapping.
+
+    Raises:
+        RecipeError: An unknown or missing key, or a value of the wrong kind.
+    """
+    if not isinstance(fields, dict):
+        raise RecipeError(f"{where} is {fields!r}; expected keys and values.")
+    hints = typing.get_type_hints(cls)
+    known = {name.removesuffix("_") for name in hints}
+    values = {}
+    for name, value in fields.items():
+        if name not in hints:
+            raise RecipeError(_unknown(name, known, where))
+        values[name] = _converted(value, hints[name], f"{where}.{name}".strip(".").removesuffix("_"))
+    for f in dataclasses.fields(cls):
+        if f.default is f.default_factory is dataclasses.MISSING and f.name not in values:
+            raise RecipeError(f"{where}.{f.name} is missing.")
+    return cls(**values)
+
+
+def _converted(value, hint, where: str):
+    """A value as its annotation wants it."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if type(None) in arguments:
+        if value is None:
+            return None
+        (hint,) = (argument for argument in arguments if argument is not type(None))
+        origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, {} if value is None else value, where)
+    if origin is list:
+        value = [] if value is None else value
+        if not isinstance(value, list):
+            raise RecipeError(f"{where} is {value!r}; expected a list.")
+        return [_converted(item, arguments[0], f"{where}.{number}") for number, item in enumerate(value)]
+    if (origin or hint) is dict:
+        value = {} if value is None else value
+        if not isinstance(value, dict):
+            raise RecipeError(f"{where} is {value!r}; expected keys and values.")
+        return {key: _converted(v, arguments[1], f"{where}.{key}") if arguments else v for key, v in value.items()}
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise RecipeError(
+            f"{where} is {value!r}; expected {'text' if hint is str else f'a value of type {hint.__name__}'}."
+        )
+    return value
+
+
+def _without_defaults(value):
+    if isinstance(value, list):
+        return [_without_defaults(item) for item in value]
+    if not dataclasses.is_dataclass(value):
+        return copy.deepcopy(value)
+    found = {}
+    for f in dataclasses.fields(value):
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        if getattr(value, f.name) != default:
+            found[f.name] = _without_defaults(getattr(value, f.name))
+    return found
+
+
+__all__ = [
+    "DataRecipe",
+    "EvaluationRecipe",
+    "RECIPES",
+    "Recipe",
+    "RecipeError",
+    "SamplesRecipe",
+    "TextRecipe",
+    "read_recipe",
+    "shipped",
+]
