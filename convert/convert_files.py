@@ -477,7 +477,11 @@ def written_whole(output: str | os.PathLike, key: str | None = None):
             for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
                 os.replace(path, target / path.name)
     except KeyboardInterrupt:
-        keep = key is not None and bool(finished_shards(temporary))
+        keep = key is not None and bool(finished := finished_shards(temporary))
+        if keep:
+            raise KeyboardInterrupt(
+                f"{len(finished)} finished files stay in {temporary}: the same command goes on from there."
+            ) from None
         raise
     finally:
         if lock is not None:

@@ -67,7 +67,9 @@ def _exit_codes():
     except CommandError as error:
         _print(f"vlbridge: error: {error}", sys.stderr)
         raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
+        if str(interruption):
+            _print(f"vlbridge: interrupted: {interruption}", sys.stderr)
         raise typer.Exit(130) from None
     except BrokenPipeError:  # the reader (`| head`) has had enough
         with suppress(OSError):  # or Python would complain when it flushes at exit

@@ -137,7 +137,7 @@ def entries(read: list[str], stop: str | None = None):
 
 
 def interrupt(output: Path, key: str) -> Path:
-    with pytest.raises(KeyboardInterrupt), written_whole(output, key) as folder:
+    with pytest.raises(KeyboardInterrupt, match="2 finished files stay in"), written_whole(output, key) as folder:
         write_tensors(folder, entries([], stop="c"), 1)
     assert not output.exists()
     return folder
