@@ -60,8 +60,10 @@ def accepted_hashes(pin: dict | None) -> set[str]:
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules hold the same tensors, bit by bit."""
+    """Whether two modules hold the same tensors, bit by bit; not, where they can't be seen (offloaded)."""
     ours, theirs = one.state_dict(), other.state_dict()
+    if any(tensor.is_meta for tensor in (*ours.values(), *theirs.values())):
+        return False
     return ours.keys() == theirs.keys() and all(
         tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name].to(tensor.device))
         for name, tensor in ours.items()
