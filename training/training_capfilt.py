@@ -5,7 +5,6 @@ Source: BLIP (arXiv 2201.12086, sections 3.3 and 4.1); `lavis/models/blip_models
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
@@ -34,6 +33,7 @@ from transformers import (
 from ..cli import answer
 from ..images import ImageError, load_image
 from ..modeling.modeling_qformer_pretraining import QFormerBlip2ForImageTextRetrieval, QFormerBlip2ForPreTraining
+from .training_rows import FORMATS, as_object, json_rows, read_json, read_rows
 
 
 IMAGE_KEYS = ("image", "file_name", "image_path")
@@ -99,48 +99,24 @@ def read_samples(data: str | os.PathLike, images: str | os.PathLike | None = Non
 
 def _rows(path: Path) -> Iterator[tuple[str, dict]]:
     """Rows, each with the words to name it by."""
-    kind = path.suffix.lower()
-    if kind in (".csv", ".tsv"):
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            for number, row in enumerate(csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ","), 1):
-                yield f"{path}, row {number}", row
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"{path}: expected {', '.join(FORMATS)}, or a folder with {METADATA}.")
+    if path.suffix.lower() != ".json":
+        yield from read_rows(path)
         return
-    if kind in (".jsonl", ".ndjson"):
-        with path.open(encoding="utf-8") as file:
-            lines = ((f"{path}, line {number}", line) for number, line in enumerate(file, 1) if line.strip())
-            parsed = ((place, _json(line, place)) for place, line in lines)
-            yield from ((place, _object(row, place)) for place, row in parsed)
+    content = read_json(path)
+    if not isinstance(content, dict):
+        yield from json_rows(content, path)
         return
-    if kind != ".json":
-        raise ValueError(f"{path}: expected .json, .jsonl, .csv, .tsv, or a folder with {METADATA}.")
-    content = _json(path.read_text(encoding="utf-8"), str(path))
-    if isinstance(content, dict):
-        if not {"images", "annotations"} <= content.keys():
-            raise ValueError(f"{path} holds an object; expected a list of rows, or COCO's images and annotations.")
-        names = {image["id"]: image["file_name"] for image in content["images"]}
-        yield from ((f"{path}, image {key}", {"image": name, "caption": None}) for key, name in names.items())
-        for number, row in enumerate(content["annotations"]):
-            place = f"{path}, annotation {number}"
-            if row.get("image_id") not in names:
-                raise ValueError(f"{place} is of image {row.get('image_id')}, which is not among the images.")
-            yield place, {"image": names[row["image_id"]], **{k: row[k] for k in CAPTION_KEYS if k in row}}
-        return
-    rows = content if isinstance(content, list) else [content]
-    for number, row in enumerate(rows):
-        yield f"{path}, row {number}", _object(row, f"{path}, row {number}")
-
-
-def _json(text: str, place: str):
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{place} is no JSON: {error}") from error
-
-
-def _object(row, place: str) -> dict:
-    if not isinstance(row, dict):
-        raise ValueError(f"{place} is a {type(row).__name__}; expected an object.")
-    return row
+    if not {"images", "annotations"} <= content.keys():
+        raise ValueError(f"{path} holds an object; expected a list of rows, or COCO's images and annotations.")
+    names = {image["id"]: image["file_name"] for image in content["images"]}
+    yield from ((f"{path}, image {key}", {"image": name, "caption": None}) for key, name in names.items())
+    for number, row in enumerate(content["annotations"]):
+        place = f"{path}, annotation {number}"
+        if row.get("image_id") not in names:
+            raise ValueError(f"{place} is of image {row.get('image_id')}, which is not among the images.")
+        yield place, {"image": names[row["image_id"]], **{k: row[k] for k in CAPTION_KEYS if k in row}}
 
 
 # ---------------------------------------------------------------------- captioners
@@ -465,7 +441,7 @@ def settings_for(output: str | os.PathLike, default_dtype: str = "float32", **gi
     for name in ("captioner", "filter"):  # the same folder, from wherever it is named
         if name in given and os.path.isdir(given[name]):
             given[name] = os.path.abspath(given[name])
-    recorded = _object(_json(path.read_text(), str(path)), str(path)) if path.is_file() else {}
+    recorded = as_object(read_json(path), str(path)) if path.is_file() else {}
     if unknown := sorted(recorded.keys() - {field.name for field in fields(Settings)}):
         raise ValueError(f"{path} has {', '.join(unknown)}: it is not of this version. Choose another output folder.")
     other = [name for name in given if name in recorded and given[name] != recorded[name]]

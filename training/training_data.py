@@ -129,11 +129,11 @@ class BrokenReport:
         return self  # `datasets` copies what it iterates over; counts stay shared
 
     @property
-    def seen(self) -> int:
+    def num_records(self) -> int:
         return int(self.counts[:, 0].sum())
 
     @property
-    def broken(self) -> int:
+    def num_broken(self) -> int:
         return int(self.counts[:, 1].sum())
 
     def entries(self) -> list[dict]:
@@ -173,9 +173,9 @@ class BrokenReport:
             BrokenDataError: It is.
         """
         if self.max_broken >= 1 or self.max_broken == 0:
-            too_many = len(self.entries()) > self.max_broken if self.broken > self.max_broken else False
+            too_many = len(self.entries()) > self.max_broken if self.num_broken > self.max_broken else False
         else:
-            too_many = self.broken > self.max_broken * max(self.seen, at_least)
+            too_many = self.num_broken > self.max_broken * max(self.num_records, at_least)
         if too_many:
             raise BrokenDataError(
                 f"{self}\nMore than max_broken={self.max_broken} allows; repair or remove them, or raise max_broken."
@@ -184,9 +184,9 @@ class BrokenReport:
     def __str__(self) -> str:
         entries = self.entries()
         if not entries:
-            return f"{self.seen:,} records, none broken"
+            return f"{self.num_records:,} records, none broken"
         reasons = Counter(entry["reason"] for entry in entries).most_common(5)
-        lines = [f"{self.broken:,} of {self.seen:,} records are broken and left out:"]
+        lines = [f"{self.num_broken:,} of {self.num_records:,} records are broken and left out:"]
         lines += [f"  {number:,} x {reason}" for reason, number in reasons]
         lines += [f"  {entry['file']}: {entry['reason']}" for entry in entries[:5]]
         lines += [f"  ... all in {self.log}"] if len(entries) > 5 else []

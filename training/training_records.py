@@ -20,6 +20,7 @@ FEATURES = Features(
     }
 )
 KINDS = ("messages", "caption", "document")
+STRUCTURE = ("form", "placeholders", "roles", "empty")
 IMAGE_TOKEN = "<image>"  # what official files write where an image stands, and what every processor here reads
 
 
@@ -73,36 +74,43 @@ def items_of(record: dict) -> list[dict]:
     return [{"type": "image", "text": None}, *text]
 
 
-def structure_problem(record: dict) -> str | None:
-    """What is wrong with a record before any image is opened, in one line."""
+def structure_problem(record: dict) -> tuple[str, str] | None:
+    """What is wrong with a record before any image is opened.
+
+    Returns:
+        Kind of the problem, one of `STRUCTURE`, and the reason in one line; or `None`.
+    """
     try:
         kind, items = kind_of(record), items_of(record)
     except ValueError as error:
-        return str(error)
+        return "form", str(error)
     if unknown := {item["type"] for item in items} - {"image", "text"}:
-        return f"content of type {', '.join(sorted(map(repr, unknown)))}; expected 'image' or 'text'"
+        return "form", f"content of type {', '.join(sorted(map(repr, unknown)))}; expected 'image' or 'text'"
     placeholders, images = sum(item["type"] == "image" for item in items), len(record["images"])
     if placeholders != images:
-        return f"the text has places for {placeholders} images, the record has {images}"
-    texts = [item["text"] for item in items if item["type"] == "text"]
-    if any(text and IMAGE_TOKEN in text for text in texts):
-        return f"the text contains {IMAGE_TOKEN}, which would be taken for an image"
+        return "placeholders", f"the text has places for {placeholders} images, the record has {images}"
+    texts = [item["text"] or "" for item in items if item["type"] == "text"]
+    if any(IMAGE_TOKEN in text for text in texts):
+        return "placeholders", f"the text contains {IMAGE_TOKEN}, which would be taken for an image"
     if kind == "messages":
         return _conversation_problem(record["messages"])
-    if kind is not None and not any(text and text.strip() for text in texts):
-        return f"the {kind} is empty"
+    if kind is not None and not any(text.strip() for text in texts):
+        return "empty", f"the {kind} is empty"
     return None
 
 
-def _conversation_problem(messages: list[dict]) -> str | None:
+def _conversation_problem(messages: list[dict]) -> tuple[str, str] | None:
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
-    if not turns or len(turns) % 2 or turns != ["user", "assistant"] * (len(turns) // 2):
-        return f"the roles are {', '.join(map(str, roles)) or 'none'}; expected user and assistant in turn, answered"
+    if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
+        return (
+            "roles",
+            f"the roles are {', '.join(map(str, roles)) or 'none'}; expected user and assistant in turn, answered",
+        )
     for message in messages:
         said = any(item["type"] == "image" or (item["text"] or "").strip() for item in message["content"])
         if not said:
-            return f"an empty {message['role']} message"
+            return "empty", f"an empty {message['role']} message"
     return None
 
 
@@ -112,8 +120,8 @@ def problem_of(record: dict) -> tuple[str, str] | None:
     Returns:
         The file (or the record's id) and the reason, or `None`.
     """
-    if reason := structure_problem(record):
-        return f"record {record.get('id')}", reason
+    if wrong := structure_problem(record):
+        return f"record {record.get('id')}", wrong[1]
     for value in record["images"]:
         try:
             open_image(value)
@@ -126,6 +134,7 @@ __all__ = [
     "FEATURES",
     "IMAGE_TOKEN",
     "KINDS",
+    "STRUCTURE",
     "items_of",
     "kind_of",
     "open_image",

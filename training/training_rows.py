@@ -47,12 +47,16 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
                 number += 1
                 yield f"{path}, row {number}", row
     elif kind == ".json":
-        content = read_json(path)
-        for number, row in enumerate(content if isinstance(content, list) else [content]):
-            place = f"{path}, row {number}"
-            yield place, as_object(row, place)
+        yield from json_rows(read_json(path), path)
     else:
         raise ValueError(f"{path}: expected {', '.join(FORMATS)}.")
+
+
+def json_rows(content, path: Path) -> Iterator[tuple[str, dict]]:
+    """Rows of what a JSON file holds, as `read_rows` gives them."""
+    for number, row in enumerate(content if isinstance(content, list) else [content]):
+        place = f"{path}, row {number}"
+        yield place, as_object(row, place)
 
 
 @contextmanager
@@ -99,4 +103,4 @@ def as_object(row, place: str) -> dict:
     return row
 
 
-__all__ = ["FORMATS", "as_object", "parse_json", "read_json", "read_rows"]
+__all__ = ["FORMATS", "as_object", "json_rows", "parse_json", "read_json", "read_rows"]

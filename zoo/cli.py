@@ -1,4 +1,4 @@
-"""The command line: `vlbridge caption`, `ask`, `info`, `capfilt`, `convert`, `export` and `list`.
+"""The command line: `vlbridge caption`, `ask`, `info`, `capfilt`, `data`, `convert`, `export` and `list`.
 
 Exit codes: 0, all went well; 1, something failed (a model, a device, some of the images); 2, the command line is wrong;
 130, interrupted. Results go to stdout, everything else to stderr.
@@ -647,6 +647,208 @@ def capfilt(
         _print(f"{source}: {counts['kept']:,} of {counts['captions']:,} captions kept", sys.stdout)
     if summary["failed"]:
         raise CommandError(f"{len(summary['failed'])} of {summary['images']} images could not be read")
+
+
+data_commands = typer.Typer(
+    name="data", help="Look into data before training on it.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(data_commands)
+
+SourceArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="Its layout: llava, coco_captions, vqav2, imagefolder, webdataset, interleaved, easy_vqa, hub.",
+    ),
+]
+DataPathArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="PATH", help="File, folder or quoted glob.", show_default="easy_vqa fetches its own"),
+]
+SplitOption = Annotated[str | None, typer.Option(help="Part of the data set, such as train or val2014.")]
+StreamingOption = Annotated[
+    bool, typer.Option("--streaming", help="Read while checking, without a copy in the cache of datasets.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="An option of the source, such as images=FOLDER; may be repeated."),
+]
+
+
+@contextmanager
+def _reading_data(source: str):
+    """Turn what is wrong with data into an error of one line."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise CommandError('reading training data needs datasets: pip install "vlbridge[train]"') from error
+    _quiet_libraries()
+    datasets.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise CommandError(f"{source}: {_one_line(error)}") from error
+
+
+def _load_records(source: str, path: str | None, split: str | None, streaming: bool, settings: list[str] | None):
+    """The data set that the command line names.
+
+    Raises:
+        CommandError: There is no such source, or an option is no KEY=VALUE.
+    """
+    import yaml
+
+    from .training.training_data import SOURCES, load
+
+    if source not in SOURCES:
+        raise CommandError(f"SOURCE is {source!r}; expected one of {', '.join(SOURCES)}", exit_code=2)
+    options = {}
+    for setting in settings or ():
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise CommandError(f"--set {setting}: expected KEY=VALUE", exit_code=2)
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise CommandError(f"--set {setting}: {_one_line(error)}", exit_code=2) from error
+    return load(source, path, split=split, streaming=streaming, **options)
+
+
+@data_commands.command("check")
+@_exit_codes()
+def check_data(
+    source: SourceArgument,
+    path: DataPathArgument = None,
+    split: SplitOption = None,
+    streaming: StreamingOption = False,
+    settings: SetOption = None,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Look at this many records only.", show_default="all of them")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the sample, and of what the sheet shows.")] = 0,
+    sheet: Annotated[Path | None, typer.Option(help="Picture to write: some records with their texts.")] = None,
+    cells: Annotated[int, typer.Option(min=1, help="Records on it.")] = 24,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Count tokens as this model does: a folder or Hub id.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Longest record, in tokens.", show_default="the model's context window")
+    ] = None,
+    max_broken: Annotated[
+        float, typer.Option(min=0, help="Largest share (below 1) or number of records that may be broken.")
+    ] = 0.01,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Open every image, read every text, and say whether the data is fit for training.
+
+    Ends with exit code 1 where it is not.
+    """
+    from PIL import Image
+
+    if sheet is not None and sheet.suffix.lower() not in Image.registered_extensions():
+        raise CommandError(f"--sheet {sheet}: expected a picture's name, such as sheet.png", exit_code=2)
+    processor = None
+    with _reading_data(source):
+        records = _load_records(source, path, split, streaming, settings)
+    if model is not None:
+        from transformers import AutoProcessor
+
+        model = os.path.expanduser(model)
+        with _loading(model):
+            text_config = _bridged_config(model).text_config.get_text_config()
+            processor = AutoProcessor.from_pretrained(model)
+        max_length = max_length or getattr(text_config, "max_position_embeddings", None)
+    with _reading_data(source):
+        from .training.training_data_check import check_data, contact_sheet
+
+        report, shown = check_data(
+            records, sample=sample, seed=seed, max_broken=max_broken, processor=processor, window=max_length,
+            num_cells=0 if sheet is None else cells, progress=sys.stderr.isatty(),
+        )  # fmt: skip
+        if sheet is not None and shown:
+            partial = sheet.with_name(f".{sheet.stem}.partial{sheet.suffix}")
+            contact_sheet(shown).save(partial)
+            os.replace(partial, sheet)
+    for line in [json.dumps(report.as_dict())] if as_json else report.lines():
+        _print(line, sys.stdout)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@data_commands.command("show")
+@_exit_codes()
+def show_data(
+    source: SourceArgument,
+    path: DataPathArgument = None,
+    split: SplitOption = None,
+    streaming: StreamingOption = False,
+    settings: SetOption = None,
+    number: Annotated[int, typer.Option("--number", "-n", min=1, help="How many.")] = 3,
+    skip: Annotated[int, typer.Option(min=0, help="Begin behind so many.")] = 0,
+) -> None:
+    """Print records as training sees them, one JSON object per line."""
+    with _reading_data(source):
+        records = _load_records(source, path, split, streaming, settings)
+        for record in records.skip(skip).take(number):
+            for image in record["images"]:
+                if image["bytes"] is not None:
+                    image["bytes"] = f"{len(image['bytes']):,} bytes"
+            _print(json.dumps(record, ensure_ascii=False), sys.stdout)
+
+
+# ---------------------------------------------------------------------- training
+
+
+@app.command()
+@_exit_codes()
+def train(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="YAML file, or the name of a shipped recipe (--list).")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change a value, such as arguments.max_steps=100; may be repeated."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write to.", show_default="the recipe's name")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder, if there is one.")
+    ] = False,
+    list_recipes: Annotated[bool, typer.Option("--list", help="Show the shipped recipes and exit.")] = False,
+) -> None:
+    """Train a bridge from a recipe; on several devices with `accelerate launch -m vlbridge.cli train ...`."""
+    from .training.training_recipes import RecipeError, read_recipe, shipped
+
+    if list_recipes:
+        width = max(map(len, shipped()))
+        for name in shipped():
+            _print(f"{name:{width}}  {read_recipe(name).description}", sys.stdout)
+        return
+    if recipe is None:
+        raise CommandError("name a recipe: a YAML file, or one of those that --list shows", exit_code=2)
+    try:
+        chosen = read_recipe(recipe, settings or ())
+    except RecipeError as error:
+        raise CommandError(_one_line(error), exit_code=2) from error
+    output = Path(Path(recipe).stem) if output is None else output
+    try:
+        from .training.training_trainer import TrainingError, train
+    except ModuleNotFoundError as error:
+        raise CommandError(f"{error}; training needs more packages: pip install 'vlbridge[train]'") from error
+    try:
+        summary = train(chosen, output, resume=resume)
+    except RecipeError as error:
+        raise CommandError(_one_line(error), exit_code=2) from error
+    except (OSError, ValueError, TrainingError) as error:
+        raise CommandError(_one_line(error)) from error
+    for row in summary["evaluation"]:
+        _print(f"{row['dataset']} ({row['split']}): {row['metric']} {row['value']:.4f}", sys.stdout)
+    _print(f"{output}: {summary['steps']} steps in {summary['seconds'] / 60:.1f} minutes", sys.stdout)
 
 
 # ---------------------------------------------------------------------- conversion

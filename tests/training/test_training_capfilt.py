@@ -156,7 +156,7 @@ def test_folder_with_metadata(name, write, tmp_path):
         ("a.json", '{"images": [], "annotations": [{"image_id": 4, "caption": "a"}]}', "annotation 0 is of image 4"),
         ("a.jsonl", '{"image": "a.png", "caption": "a"}\n{"image"', "line 2 is no JSON"),
         ("a.csv", "picture,caption\na.png,b\n", "row 1 has picture, caption; expected an image"),
-        ("a.txt", "", "expected .json, .jsonl, .csv, .tsv, or a folder"),
+        ("a.txt", "", "expected .json, .jsonl, .ndjson, .csv, .tsv, .parquet, or a folder"),
     ],
 )
 def test_what_is_no_data(name, content, message, tmp_path):
