@@ -35,7 +35,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import cached_file, logging
 from transformers.utils.hub import resolve_revision
 
-from ..hub import add_code, cache_dir, push_folder, retried
+from ..hub import add_code, cache_dir, push_folder, push_options, retried
 from .modeling_mpt import MptForCausalLM
 
 
@@ -47,7 +47,6 @@ FROZEN_PARTS = ("vision_model", "language_model")
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 # of these, what holds for the frozen parts' repositories too
 PART_KEYWORDS = ("cache_dir", "local_files_only", "token", "proxies")
-PUSH_KEYWORDS = ("private", "token", "revision", "create_pr", "commit_message", "commit_description")
 # fields of configurations that must be the same for a part to have the same shape
 SHAPE_FIELDS = ("architecture", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
                 "intermediate_size", "image_size", "patch_size", "num_channels")  # fmt: skip
@@ -115,8 +114,9 @@ def weights_sha256(source: str, **hub_kwargs) -> str:
     Returns:
         Hexadecimal SHA-256.
     """
-    files = [path.resolve() for path in checkpoint_files(source, **hub_kwargs)]
-    stamp = json.dumps([[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files])
+    files = checkpoint_files(source, **hub_kwargs)
+    # the cache's own files, which its links point at: those have no suffix
+    stamp = json.dumps([[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files])
     known_path = cache_dir() / "hashes.json"
     try:
         known = json.loads(known_path.read_text())
@@ -536,7 +536,7 @@ class BridgeCheckpointMixin:
         Raises:
             ValueError: `bridge_only` with a part that has no source or has been trained.
         """
-        hub = {name: kwargs.pop(name) for name in PUSH_KEYWORDS if name in kwargs}
+        hub = push_options(kwargs)
         repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
         if not bridge_only:
             was, self.config.bridge_only = self.config.bridge_only, False
@@ -622,8 +622,9 @@ class BridgeCheckpointMixin:
             ValueError: As for `save_pretrained`.
             huggingface_hub.errors.HfHubHTTPError: The Hub refuses it.
         """
-        if unknown := sorted(set(kwargs) - set(PUSH_KEYWORDS)):
-            raise TypeError(f"push_to_hub has no argument {', '.join(unknown)}; it has {', '.join(PUSH_KEYWORDS)}.")
+        hub = push_options(kwargs)
+        if kwargs:
+            raise TypeError(f"push_to_hub has no argument {', '.join(sorted(kwargs))}.")
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / repo_id.rpartition("/")[2]
             self.save_pretrained(
@@ -631,7 +632,7 @@ class BridgeCheckpointMixin:
             )
             _write_card(folder, repo_id, tags)
             self._warn_of_folders(bridge_only)
-            return push_folder(folder, repo_id, keep=["README.md"], **{"commit_message": "Upload model", **kwargs})
+            return push_folder(folder, repo_id, keep=["README.md"], **{"commit_message": "Upload model", **hub})
 
     def _warn_of_folders(self, bridge_only: bool) -> None:
         for part, pin in (self.config.frozen_parts or {}).items() if bridge_only else ():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from pathlib import Path
 from typing import ClassVar
 
 from transformers import ProcessorMixin
@@ -9,6 +12,7 @@ from transformers.image_utils import get_image_size
 from transformers.processing_utils import MultiModalData
 
 from ..configuration.configuration_bridged import BridgedConfig, num_patches
+from ..hub import add_code, push_folder, push_options
 
 
 # Puts lists of text and images together, so that a language model's own template, which expects strings, can be used.
@@ -333,6 +337,50 @@ class BridgedProcessor(ProcessorMixin):
             for size in image_sizes
         ]
         return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
+
+    # ------------------------------------------------------------------ saving
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, with_code: bool = False, **kwargs
+    ):
+        """Save the processor.
+
+        Args:
+            save_directory: Folder to write to: the model's, or one of its own.
+            push_to_hub: Upload the folder afterwards; `repo_id` defaults to its name.
+            with_code: Write the code too, so that transformers alone loads it with `trust_remote_code=True`.
+            kwargs: Those of `push_folder`, and as for every processor.
+
+        Returns:
+            Paths of the files with settings.
+        """
+        hub = push_options(kwargs)
+        repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
+        files = super().save_pretrained(os.fspath(save_directory), **kwargs)
+        if with_code:
+            add_code(save_directory, {"AutoProcessor": type(self)})
+        if push_to_hub:
+            push_folder(save_directory, repo_id, **{"commit_message": "Upload processor", **hub})
+        return files
+
+    def push_to_hub(self, repo_id: str, *, with_code: bool = False, **kwargs):
+        """Upload the processor in one commit; to upload it with its model: `model.push_to_hub(..., processor=processor)`.
+
+        Args:
+            repo_id: `name` or `owner/name`; the repository is made if it is not there.
+            with_code: As for `save_pretrained`.
+            kwargs: `private`, `token`, `revision`, `create_pr`, `commit_message` and `commit_description`, as for
+                `push_folder`.
+
+        Returns:
+            The commit.
+        """
+        hub = push_options(kwargs)
+        if kwargs:
+            raise TypeError(f"push_to_hub has no argument {', '.join(sorted(kwargs))}.")
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, with_code=with_code)
+            return push_folder(folder, repo_id, **{"commit_message": "Upload processor", **hub})
 
 
 __all__ = ["BridgedProcessor"]

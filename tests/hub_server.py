@@ -132,6 +132,7 @@ class Failure:
     retry_after: int | None
     cut_after: int | None
     reset: bool
+    answer_lost: bool
 
 
 class Cut(Exception):
@@ -216,6 +217,7 @@ class LocalHub:
         retry_after: int | None = None,
         cut_after: int | None = None,
         reset: bool = False,
+        answer_lost: bool = False,
     ) -> None:
         """Let the next requests fail.
 
@@ -228,10 +230,13 @@ class LocalHub:
             retry_after: Seconds to say in `Retry-After`.
             cut_after: Instead of an answer, close the connection after so many bytes of the request's body, or of the
                 answer's where the request has none.
+            answer_lost: Do what was asked, then close the connection instead of saying so.
             reset: Close it as a crashed machine does (RST), not as one that shuts down (FIN).
         """
         with self.lock:
-            self.failures.append(Failure(re.compile(path), method, times, status, retry_after, cut_after, reset))
+            self.failures.append(
+                Failure(re.compile(path), method, times, status, retry_after, cut_after, reset, answer_lost)
+            )
 
     def failure(self, method: str, path: str) -> Failure | None:
         with self.lock:
@@ -288,6 +293,8 @@ class LocalHub:
         from huggingface_hub import close_session, constants
         from huggingface_hub.utils import _http
 
+        import vlbridge.hub
+
         environment = self.environment(home)
         for name in set(os.environ) - set(environment):
             monkeypatch.delenv(name)
@@ -309,7 +316,7 @@ class LocalHub:
         monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(home / "modules"))
         self.point_at(monkeypatch, self.endpoint)
         clock = {name: getattr(time, name) for name in dir(time) if not name.startswith("_")}
-        for module in (_http, huggingface_hub.file_download):
+        for module in (_http, huggingface_hub.file_download, vlbridge.hub):
             if hasattr(module, "time"):
                 monkeypatch.setattr(module, "time", SimpleNamespace(**{**clock, "sleep": self.waits.append}))
         close_session()  # connections, and proxies that were read from the environment
@@ -462,7 +469,9 @@ class Handler(BaseHTTPRequestHandler):
         self.cut_after = None
         try:
             body = self.read_body(None if failure is None else failure.cut_after)
-            if failure is not None and failure.cut_after is None:
+            if failure is not None and failure.answer_lost:
+                failure.cut_after = 0
+            elif failure is not None and failure.cut_after is None:
                 headers = {} if failure.retry_after is None else {"Retry-After": str(failure.retry_after)}
                 return self.answer(failure.status, {"error": f"{failure.status}, as asked for"}, headers)
             self.cut_after = None if failure is None else failure.cut_after

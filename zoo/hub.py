@@ -87,6 +87,12 @@ def retried(function: Callable, *args, **kwargs):
 # ---------------------------------------------------------------------- uploads
 
 
+def push_options(kwargs: dict) -> dict:
+    """Take out of `kwargs` what is for `push_folder`."""
+    names = ("private", "token", "revision", "create_pr", "commit_message", "commit_description")
+    return {name: kwargs.pop(name) for name in names if name in kwargs}
+
+
 def push_folder(
     folder: str | os.PathLike,
     repo_id: str,
@@ -173,6 +179,8 @@ def _rewritten(module: str, followed: set[str]) -> str:
             inside = [f"    {line}" for line in statement]
             statement = [f"{indent}try:", *inside, *(f"{indent}{line}" for line in failed)]
         lines[first : node.end_lineno] = statement
+    if not lines[0].startswith("# Part of vlbridge"):
+        lines.insert(0, "# Part of vlbridge (Apache-2.0), laid flat: this copy belongs to the model beside it.")
     return "\n".join(lines) + "\n"
 
 
@@ -237,4 +245,4 @@ def add_code(folder: str | os.PathLike, auto_map: dict[str, type]) -> None:
             os.replace(temporary, path)
 
 
-__all__ = ["add_code", "cache_dir", "flat_code", "push_folder", "retried"]
+__all__ = ["add_code", "cache_dir", "flat_code", "push_folder", "push_options", "retried"]
