@@ -6,6 +6,7 @@ listed in the configuration's `trained_tensors`, and is laid over the part when 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -20,14 +21,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     Blip2VisionConfig,
     Blip2VisionModel,
     GenerationConfig,
-    MptConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -36,7 +35,8 @@ from transformers.utils import cached_file, logging
 from transformers.utils.hub import resolve_revision
 
 from ..hub import add_code, cache_dir, push_folder, push_options, retried
-from .modeling_mpt import MptForCausalLM
+from .modeling_changes import changed_tensors, has_adapters, samples_of
+from .modeling_mpt import MosaicGPTForCausalLM, MptForCausalLM
 
 
 logger = logging.get_logger(__name__)
@@ -160,8 +160,10 @@ def auto_class_for(part: str, config: PreTrainedConfig):
     """The Auto class that loads a frozen part, or our own class where there is one for it."""
     if part == "vision_model":
         return AutoModel
-    if isinstance(config, MptConfig):
-        return MptForCausalLM
+    # by name: code that travels with a model may be loaded in several copies, each with classes of its own
+    own = {cls.config_class.model_type: cls for cls in (MptForCausalLM, MosaicGPTForCausalLM)}
+    if config.model_type in own:
+        return own[config.model_type]
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
@@ -456,18 +458,18 @@ class BridgeCheckpointMixin:
         for part, source in sources.items():
             source = os.path.abspath(source) if os.path.isdir(source) else os.fspath(source)
             place = where_to_load(source)
-            config = AutoConfig.from_pretrained(place)
-            if part == "vision_model":
-                config = getattr(config, "vision_config", None) or config
-            original = auto_class_for(part, config).from_pretrained(place, config=config)
+            config = copy.deepcopy(self.config.vision_config if part == "vision_model" else self.config.text_config)
+            # with this model's own shapes: what has another there, or is missing, differs
+            original, info = auto_class_for(part, config).from_pretrained(
+                place, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+            )
+            fresh = {name for name, *_ in info["mismatched_keys"]} | set(info["missing_keys"])
             theirs = dict(original.named_parameters())
             ours = dict(getattr(self, part).named_parameters())
             differ = [
                 name
                 for name, tensor in ours.items()
-                if name not in theirs
-                or tensor.shape != theirs[name].shape
-                or not torch.equal(tensor.detach().cpu(), theirs[name].detach().to(tensor.dtype))
+                if name in fresh or not torch.equal(tensor.detach().cpu(), theirs[name].detach().to(tensor.dtype))
             ]
             if len(differ) > len(ours) / 2:
                 raise ValueError(
@@ -479,6 +481,19 @@ class BridgeCheckpointMixin:
         self.config.frozen_parts, self.config.trained_tensors = pins, trained or None
         return trained
 
+    def _remember_parts(self, *parts: str) -> None:
+        """Take note of what frozen parts are now, so that a bridge alone is not saved once they have changed."""
+        self._loaded = {**self.__dict__.get("_loaded", {}), **{part: samples_of(getattr(self, part)) for part in parts}}
+
+    def _changes_of(self, part: str, adapters: bool = True) -> list[str]:
+        """What makes a frozen part other than the one that its pin names; nothing if all is well. `adapters`: they do."""
+        if adapters and has_adapters(getattr(self, part)):
+            return ["it carries adapters"]
+        if part not in self._loaded:
+            return ["it was built from a configuration, not loaded"]
+        changed = changed_tensors(getattr(self, part), self._loaded[part])
+        return [name for name in changed if f"{part}.{name}" not in (self.config.trained_tensors or [])]
+
     def pin_frozen_parts(self) -> dict:
         """Name both frozen parts by source, revision and hash of their weights.
 
@@ -486,6 +501,10 @@ class BridgeCheckpointMixin:
             ValueError: A part has no source to come back from, or has been trained.
         """
         pins = {}
+        if has_adapters(self.bridge):
+            raise ValueError(
+                "The bridge carries adapters: merge_and_unload() them first, or save them with PEFT's save_pretrained."
+            )
         for part in frozen_parts_of(self.config):
             pin = (self.config.frozen_parts or {}).get(part) or {}
             if not getattr(self.config, f"freeze_{part}"):
@@ -498,6 +517,13 @@ class BridgeCheckpointMixin:
                     f"bridge_only=True needs to know where the {part} comes from, but it was made from a configuration or "
                     f"passed in without a path. Save it (`model.{part}.save_pretrained(FOLDER)`) and compose the bridge "
                     "with that folder or with a Hub id."
+                )
+            if changes := self._changes_of(part):
+                raise ValueError(
+                    f"bridge_only=True would lose what became of the {part}: {_summary(changes)}, since it was loaded from "
+                    f"{pin['source']!r}. Merged adapters and training do that. Save the whole model; save unmerged adapters "
+                    "with PEFT's save_pretrained; or, where few tensors differ, let these travel with the bridge: "
+                    f"model.set_frozen_parts({part}={pin['source']!r})."
                 )
             if not pin.get("sha256") and not pin.get("alternatives"):
                 place = where_to_load(pin["source"])
@@ -539,11 +565,14 @@ class BridgeCheckpointMixin:
         hub = push_options(kwargs)
         repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
         if not bridge_only:
-            was, self.config.bridge_only = self.config.bridge_only, False
+            was = self.config.bridge_only, self.config.frozen_parts
+            # a part that has changed is no longer what its pin says
+            kept = {part: pin for part, pin in (was[1] or {}).items() if not self._changes_of(part)}
+            self.config.bridge_only, self.config.frozen_parts = False, kept or None
             try:
                 super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
             finally:
-                self.config.bridge_only = was
+                self.config.bridge_only, self.config.frozen_parts = was
             self._save_company(Path(save_directory), processor, with_code)
         else:
             self._save_bridge(Path(save_directory), *args, state_dict=state_dict, processor=processor,
@@ -683,6 +712,7 @@ class BridgeCheckpointMixin:
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             # loading puts new parameters in place, which know nothing of freezing
             model.freeze(model.config.freeze_vision_model, model.config.freeze_language_model)
+            model._remember_parts(*frozen_parts_of(model.config))
             return loaded
         return cls._from_bridge_checkpoint(pretrained_model_name_or_path, config, hub_kwargs, **kwargs)
 
