@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -136,6 +137,20 @@ def tiny_model(bridge: str, language: str = "llama", vision: str = "clip", seed:
     )
     spread_weights(model)
     return model, processor
+
+
+def tiny_bridge_folder(folder: Path, bridge: str, language: str = "llama") -> Path:
+    """A saved bridge with everything opened and drawn as in `tiny_model`, and its parts: `bridge`, `eye` and `old`."""
+    trained, processor = tiny_model(bridge, language)
+    trained.vision_model.save_pretrained(folder / "eye")
+    trained.language_model.save_pretrained(folder / "old")
+    processor.tokenizer.save_pretrained(folder / "old")
+    parts = {"image_processor": processor.image_processor, "tokenizer": tiny_tokenizer()}
+    model, processor = vlbridge.compose(folder / "eye", folder / "old", bridge, **parts, **BRIDGE_OPTIONS[bridge])
+    model.bridge.load_state_dict(trained.bridge.state_dict())
+    model.save_pretrained(folder / "bridge", bridge_only=True)
+    processor.save_pretrained(folder / "bridge")
+    return folder / "bridge"
 
 
 def tiny_stage1(seed: int = 0, cls=vlbridge.QFormerBlip2ForPreTraining, **options):

@@ -27,6 +27,7 @@ from .processing import (
     QFormerBlip2PreTrainingProcessor,
     QFormerBlip2Processor,
 )
+from .transplant import transplant
 from .version import __version__
 
 
@@ -52,4 +53,5 @@ __all__ = [
     "compose",
     "default_model",
     "example_picture",
+    "transplant",
 ]

@@ -1097,6 +1097,29 @@ def export(
     _say_converted(done, output)
 
 
+@app.command()
+@_exit_codes()
+def transplant(
+    bridge: Annotated[str, typer.Argument(help="A bridge: a folder or Hub id.")],
+    language: Annotated[str, typer.Option(help="The language model to put it on: a folder or Hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")],
+    tokenizer: TokenizerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Warm-start a bridge on another language model, through the tokens that both models know."""
+    if output.exists():
+        raise CommandError(f"--output {output} exists already; give another folder")
+    _quiet_libraries()
+    from .transplant import describe, transplant
+
+    try:
+        done = transplant(bridge, language, tokenizer=tokenizer)
+        done.save(output)
+    except (OSError, ValueError, TypeError) as error:
+        raise CommandError(f"cannot transplant {bridge}: {_one_line(error)}") from error
+    _print(json.dumps(done.report) if as_json else f"{output}: {describe(done.report)}", sys.stdout)
+
+
 @app.command("list")
 @_exit_codes()
 def list_releases(as_json: JsonOption = False) -> None:
@@ -1117,6 +1140,34 @@ def list_releases(as_json: JsonOption = False) -> None:
             f"{what} {' / '.join(map(str, value.values()))}" for what, value in list(shots.items())[:2]
         )
         _print(f"{release.name:{width}}  {release.title}" + (f"  ({figures})" if figures else ""), sys.stdout)
+
+
+# ---------------------------------------------------------------------- the Hub
+
+
+@app.command()
+@_exit_codes()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A saved model: whole, or a bridge alone.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="NAME or OWNER/NAME; it is made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    with_code: Annotated[
+        bool, typer.Option("--with-code", help="Add the code, for those who have transformers alone.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to.", show_default="the main one")] = None,
+    message: Annotated[str, typer.Option("--message", "-m", help="Of the commit.")] = "Upload model",
+) -> None:
+    """Upload a saved model to the Hub, in one commit; with a model card where the folder has none."""
+    _quiet_libraries()
+    from .hub import push_saved
+
+    try:
+        done = push_saved(
+            folder, repo, with_code=with_code, private=private or None, revision=revision, commit_message=message
+        )
+    except Exception as error:  # which ones depends on the HTTP client of this version of huggingface_hub
+        raise CommandError(f"cannot push {folder} to {repo}: {_one_line(error)}") from error
+    _print(done.commit_url, sys.stdout)
 
 
 # ---------------------------------------------------------------------- entry

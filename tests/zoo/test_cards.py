@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from tiny import COMBINATIONS, tiny_image, tiny_model, tiny_stage1
-from transformers import AutoConfig
+from tiny import COMBINATIONS, tiny_bridge_folder, tiny_image, tiny_model, tiny_stage1
+from transformers import AutoModel, AutoProcessor
 
 import vlbridge
 from vlbridge import cards
@@ -97,22 +97,15 @@ def test_code_beside_the_weights_needs_no_vlbridge(folder):
 
 @pytest.mark.parametrize("bridge", vlbridge.FAMILIES)
 def test_card_of_a_bridge(bridge, tmp_path):
-    model, processor = tiny_model(bridge)
-    for name, part in (("eye", model.vision_model), ("mouth", model.language_model)):
-        part.save_pretrained(tmp_path / name)
-    model.config.frozen_parts = {
-        "vision_model": {"source": str(tmp_path / "eye")},
-        "language_model": {"source": str(tmp_path / "mouth")},
-    }
-    model.save_pretrained(tmp_path / "small", bridge_only=True)
-    processor.save_pretrained(tmp_path / "small")
-    card = card_of_folder(tmp_path / "small", "me/bridge")
+    folder = tiny_bridge_folder(tmp_path, bridge)
+    card = card_of_folder(folder, "me/bridge")
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     text = str(card)
-    pins = AutoConfig.from_pretrained(tmp_path / "small").frozen_parts
+    pins = model.config.frozen_parts
     assert pins["vision_model"]["sha256"] in text and pins["language_model"]["sha256"] in text
-    assert str(tmp_path) not in text and "| mouth |" in text
+    assert str(tmp_path) not in text and "| language model | old |" in text
     assert f"| Parameters of the bridge | {sum(p.numel() for p in model.bridge.parameters()):,} |" in text
-    assert f"| Size of the weights | {(tmp_path / 'small' / 'model.safetensors').stat().st_size:,} bytes |" in text
+    assert f"| Size of the weights | {(folder / 'model.safetensors').stat().st_size:,} bytes |" in text
     assert f"| Visual tokens per image | {model.config.num_image_tokens(30, 30)} (" in text
     assert processor.caption_prompt in text
     assert card.data.base_model is None  # folders are nothing that the Hub knows
