@@ -268,7 +268,8 @@ class Encoder:
         inputs = self._process(context, images[: context.count(self.image_token)], qformer_text)
         inputs.pop("offset_mapping")
         inputs.pop("text_replacement_offsets", None)
-        for token in sorted({*self.tokenizer.all_special_tokens, self.end} - {""}, key=len, reverse=True):
+        special = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        for token in sorted({*special, *self.tokenizer.all_special_tokens}, key=len, reverse=True):
             wanted = wanted.replace(token, "")
         return dict(inputs), wanted.strip()
 

@@ -28,6 +28,7 @@ from transformers import AutoModel, AutoProcessor, PreTrainedModel, Trainer, Tra
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
+from ..hub import push_folder
 from ..images import ImageError
 from ..modeling.modeling_bridged import TokenRows
 from ..modeling.modeling_checkpoint import FROZEN_PARTS, frozen_parts_of
@@ -547,11 +548,40 @@ class BridgeTrainer(Trainer):
             return
         output_dir = self.args.output_dir if output_dir is None else output_dir
         os.makedirs(output_dir, exist_ok=True)
-        model, options = self._bare_model, {}
-        if not hasattr(model, "peft_config"):
-            options["bridge_only"] = self.saves_bridge_only
-        model.save_pretrained(output_dir, state_dict=state_dict, **options)
-        self.processor.save_pretrained(output_dir)
+        model = self._bare_model
+        if hasattr(model, "peft_config"):
+            model.save_pretrained(output_dir, state_dict=state_dict)
+            self.processor.save_pretrained(output_dir)
+        else:
+            options = {"bridge_only": self.saves_bridge_only, "processor": self.processor}
+            model.save_pretrained(output_dir, state_dict=state_dict, **options)
+
+    def save_result(self, files: dict[str, str], push_to: str | None = None, private: bool = False) -> None:
+        """Save what was trained, in the run's folder; what was there before is replaced when the new is complete.
+
+        Args:
+            files: Texts to save beside it, by file name.
+            push_to: Hub repository to push it to.
+            private: Whether a new one is private.
+        """
+        output = Path(self.args.output_dir)
+        staging = output / SAVING / output.name
+        if self.is_world_process_zero():
+            shutil.rmtree(output / SAVING, ignore_errors=True)
+            staging.mkdir(parents=True)
+            for name, text in files.items():  # before the model: its card is made of them
+                (staging / name).write_text(text, encoding="utf-8")
+        self.accelerator.wait_for_everyone()
+        self.save_model(str(staging))
+        if not self.is_world_process_zero():
+            return
+        if push_to is not None:
+            push_folder(staging, push_to, private=private, keep=["README.md"], commit_message="Upload model")
+        for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+            if (output / path.name).is_dir():
+                shutil.rmtree(output / path.name)
+            os.replace(path, output / path.name)
+        shutil.rmtree(output / SAVING, ignore_errors=True)
 
     def _get_output_dir(self, trial):
         return (
@@ -572,6 +602,8 @@ class BridgeTrainer(Trainer):
         if self.is_world_process_zero():
             for leftover in (*folder.glob(f"{SAVING}*"), *folder.glob(f"{DELETING}*")):
                 shutil.rmtree(leftover, ignore_errors=True)
+            (staging / final.name).mkdir(parents=True)
+            (staging / final.name / "README.md").touch()  # no card is made where there is one
         self.accelerator.wait_for_everyone()
         problem, self._staging = None, SAVING
         try:
@@ -612,6 +644,7 @@ class BridgeTrainer(Trainer):
         if self.state.best_global_step:
             self.state.best_model_checkpoint = str(folder / f"checkpoint-{self.state.best_global_step}")
         self.state.save_to_json(str(staged / "trainer_state.json"))
+        (staged / "README.md").unlink()
         # what the next log averages over; floats of JSON are exact
         loss = {"loss": self._tr_loss.item(), "last_logged": self._globalstep_last_logged, "seconds": self.seconds}
         (staged / STATE_FILE).write_text(json.dumps(loss) + "\n")
@@ -948,7 +981,7 @@ def train(recipe: Recipe, output: str | os.PathLike, resume: bool = False) -> di
         output.mkdir(parents=True, exist_ok=True)
         _note_recipe(recipe, output / "recipe.yaml", last is not None)
     trainer.train(resume_from_checkpoint=last)
-    return finish(trainer, recipe, output)
+    return finish(trainer, recipe)
 
 
 def _note_recipe(recipe: Recipe, path: Path, going_on: bool) -> None:
@@ -961,7 +994,7 @@ def _note_recipe(recipe: Recipe, path: Path, going_on: bool) -> None:
     _write(path, recipe.to_yaml())
 
 
-def finish(trainer: BridgeTrainer, recipe: Recipe, output: Path) -> dict:
+def finish(trainer: BridgeTrainer, recipe: Recipe) -> dict:
     """Evaluate, save what was trained, write the summary, and push where the recipe says so."""
     evaluation = []
     for data, (key, samples) in zip(recipe.evaluation, (trainer.eval_dataset or {}).items()):
@@ -974,22 +1007,23 @@ def finish(trainer: BridgeTrainer, recipe: Recipe, output: Path) -> dict:
             said = generate(trainer.model, trainer.encoder, chosen, data.max_new_tokens, trainer.args.eval_batch_size)
             right = sum(text.strip().lower() == wanted.strip().lower() for text, wanted in said) / max(count, 1)
             evaluation.append({"dataset": name, **about, "metric": "exact_match", "value": right, "records": count})
-    trainer.save_model(str(output))
     summary = {
-        "recipe": recipe.to_dict(),
-        "datasets": [{"name": data.name or data.source, "path": data.path, "split": data.split} for data in recipe.data],
+        "description": recipe.description,
+        "recipe": "recipe.yaml",
+        "datasets": list(dict.fromkeys(data.name or data.source for data in recipe.data)),
         "steps": trainer.state.global_step,
         "seconds": round(trainer.seconds, 1),
         "hardware": hardware(trainer.args.world_size),
-        "arguments": recipe.arguments,
+        "arguments": {**recipe.arguments, **{f"learning_rate of {k}": v for k, v in recipe.learning_rates.items()}},
         "evaluation": evaluation,
         "skipped_records": trainer.skipped.total(),
         "failed_saves": trainer.failed_saves,
-    }  # fmt: skip
-    if trainer.is_world_process_zero():
-        _write(output / "training_summary.json", json.dumps(summary, indent=1, default=str) + "\n")
-        if recipe.push_to is not None:
-            _push(trainer, recipe, output)
+    }
+    if trainer.encoder.caption_end_stops and trainer.encoder.end_token_id is not None:
+        options = trainer.encoder.generation_options(trainer._bare_model, 1)
+        trainer._bare_model.generation_config.eos_token_id = options["eos_token_id"]
+    files = {"training_summary.json": json.dumps(summary, indent=1) + "\n"}
+    trainer.save_result(files, recipe.push_to, recipe.private)
     return summary
 
 
@@ -998,12 +1032,6 @@ def hardware(num_processes: int) -> str:
     if torch.cuda.is_available():
         return f"{num_processes} x {torch.cuda.get_device_name()}"
     return f"{num_processes} x CPU ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def _push(trainer: BridgeTrainer, recipe: Recipe, output: Path) -> None:
-    options = {"bridge_only": True} if trainer.saves_bridge_only else {}
-    trainer._bare_model.push_to_hub(recipe.push_to, private=recipe.private, **options)
-    trainer.processor.push_to_hub(recipe.push_to, private=recipe.private)
 
 
 __all__ = [

@@ -1,0 +1,115 @@
+"""Kill a training run again and again, at random moments, and look at what it leaves; prints a line per kill.
+
+    python killed_runs.py FOLDER KILLS SEED
+
+Everything is imported and built once; each try is a fork of this process. Checkpoints are written every step, so that most
+kills fall into one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from toy_runs import toy_trainer  # noqa: E402
+from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
+
+
+STEPS = 60
+
+
+def forked(work) -> int:
+    """Run something in a child; gives its process id."""
+    child = os.fork()
+    if child == 0:
+        try:
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return child
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    state = json.loads((Path(get_last_checkpoint(folder)) / "trainer_state.json").read_text())
+    return [(entry["step"], entry["loss"]) for entry in state["log_history"] if "loss" in entry]
+
+
+def check(checkpoint: str) -> None:
+    """Refuse a checkpoint that lacks something or can't be read."""
+    folder = Path(checkpoint)
+    with safe_open(folder / "model.safetensors", framework="pt") as tensors:
+        assert all(torch.isfinite(tensors.get_tensor(name)).all() for name in tensors.keys())
+    torch.load(folder / "optimizer.pt", weights_only=True)
+    torch.load(folder / "scheduler.pt", weights_only=True)
+    torch.load(folder / "rng_state.pth", weights_only=False)
+    assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == int(folder.name.split("-")[1])
+    assert json.loads((folder / "config.json").read_text())["bridge_only"]
+
+
+def main(root: Path, kills: int, seed: int) -> None:
+    torch.set_num_threads(1)
+    rng = random.Random(seed)
+    build = toy_trainer(root / "parts")
+    options = {
+        "max_steps": STEPS,
+        "save_steps": 1,
+        "save_total_limit": 2,
+        "logging_steps": 3,
+        "lr_scheduler_type": "linear",
+    }
+
+    def run(name: str, started: int | None = None, **more) -> None:
+        folder = root / name
+        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        trainer = build(folder, **{**options, **more})
+        if started is not None:
+            os.write(started, b"!")
+        trainer.train(resume_from_checkpoint=last)
+
+    whole = forked(lambda: run("whole", save_strategy="steps", save_steps=STEPS))
+    assert os.waitpid(whole, 0)[1] == 0
+    for number in range(kills):
+        listen, tell = os.pipe()
+        child = forked(lambda tell=tell: run("killed", tell))
+        os.close(tell)
+        os.read(listen, 1)
+        os.close(listen)
+        time.sleep(rng.uniform(0.02, 0.5))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        folder = root / "killed"
+        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        saving = (folder / ".saving").exists()
+        if last is not None:
+            check(last)
+        print(
+            json.dumps({"kill": number, "last": last and Path(last).name, "during_save": saving, "status": status}),
+            flush=True,
+        )
+    rest = forked(lambda: run("killed", save_steps=STEPS))
+    assert os.waitpid(rest, 0)[1] == 0
+    assert losses(root / "killed") == losses(root / "whole"), "the loss curves differ"
+    with (
+        safe_open(Path(get_last_checkpoint(str(root / "whole"))) / "model.safetensors", framework="pt") as whole,
+        safe_open(Path(get_last_checkpoint(str(root / "killed"))) / "model.safetensors", framework="pt") as killed,
+    ):
+        assert all(torch.equal(whole.get_tensor(name), killed.get_tensor(name)) for name in whole.keys())
+    print(json.dumps({"equal": True, "checkpoints": sorted(p.name for p in (root / "killed").iterdir())}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
