@@ -30,11 +30,10 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import cached_file, logging
 from transformers.utils.hub import resolve_revision
 
-from ..hub import add_code, cache_dir, push_folder, push_options, retried
+from ..hub import add_code, auto_map_of, cache_dir, push_folder, push_options, retried
 from .modeling_changes import changed_tensors, has_adapters, samples_of
 from .modeling_mpt import MosaicGPTForCausalLM, MptForCausalLM
 
@@ -614,11 +613,7 @@ class BridgeCheckpointMixin:
             processor.check(self.config)
             processor.save_pretrained(folder)
         if with_code:
-            auto_map = {"AutoConfig": type(self.config), **dict.fromkeys(self.auto_classes, type(self))}
-            processor_class = PROCESSOR_MAPPING.get(type(self.config), None) if processor is None else type(processor)
-            if processor_class is not None:
-                auto_map["AutoProcessor"] = processor_class
-            add_code(folder, auto_map)
+            add_code(folder, auto_map_of(type(self.config), type(self), None if processor is None else type(processor)))
 
     def push_to_hub(
         self,

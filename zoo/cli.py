@@ -1,4 +1,4 @@
-"""The command line: `vlbridge caption`, `ask`, `info`, `capfilt`, `data`, `convert`, `export` and `list`.
+"""The command line: `vlbridge caption`, `ask`, `info`, `capfilt`, `data`, `convert`, `export`, `transplant`, `list` and `push`.
 
 Exit codes: 0, all went well; 1, something failed (a model, a device, some of the images); 2, the command line is wrong;
 130, interrupted. Results go to stdout, everything else to stderr.

@@ -13,11 +13,15 @@ import inspect
 import json
 import os
 import re
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants
+from transformers import AutoConfig
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import logging
 
 
@@ -149,6 +153,52 @@ def push_folder(
     return retried(commit)
 
 
+def push_saved(folder: str | os.PathLike, repo_id: str, *, with_code: bool = False, **options) -> CommitInfo:
+    """Upload a saved model as it lies in its folder, with a model card where there is none. The folder stays as it is.
+
+    Args:
+        folder: Of a model of this package, whole or bridge alone, and whatever else is to go with it.
+        repo_id: As for `push_folder`.
+        with_code: Add the code, so that transformers alone can load it with `trust_remote_code=True`.
+        options: As for `push_folder`.
+
+    Returns:
+        The commit.
+
+    Raises:
+        ValueError: There is no such model in the folder.
+        huggingface_hub.errors.HfHubHTTPError: As for `push_folder`.
+    """
+    from .cards import card_of_folder
+
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"There is no config.json in {folder}; expected the folder of a saved model.")
+    with tempfile.TemporaryDirectory() as temporary:
+        view = Path(temporary) / repo_id.rpartition("/")[2]
+        for path in (path for path in folder.rglob("*") if path.is_file()):
+            target = view / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                if path.suffix == ".json":  # add_code writes to some of them
+                    raise OSError
+                target.symlink_to(path.resolve())
+            except OSError:
+                shutil.copy2(path, target)
+        if with_code:
+            config = AutoConfig.from_pretrained(view)
+            package = importlib.import_module(__package__)
+            model_class = getattr(package, (config.architectures or [""])[0], None)
+            if model_class is None:
+                raise ValueError(f"{folder} holds a {config.architectures}; with_code is for models of vlbridge.")
+            add_code(view, auto_map_of(type(config), model_class))
+        keep = []
+        if not (view / "README.md").exists():
+            card_of_folder(view, repo_id).save(view / "README.md")
+            keep = ["README.md"]  # what is there was written by someone who knew more
+        return push_folder(view, repo_id, keep=keep, **{"commit_message": "Upload model", **options})
+
+
 # ---------------------------------------------------------------------- code
 
 
@@ -222,6 +272,19 @@ def flat_code(classes: Iterable[type]) -> dict[str, str]:
     return {f"{name}.py": _rewritten(module, set(found)) for name, module in sorted(zip(names, found))}
 
 
+def auto_map_of(config_class: type, model_class: type, processor_class: type | None = None) -> dict[str, type]:
+    """What `add_code` takes.
+
+    Args:
+        config_class: Of the model.
+        model_class: Its `auto_classes` tell which Auto classes are to give it.
+        processor_class: `None` takes the one that is registered for the configuration.
+    """
+    auto_map = {"AutoConfig": config_class, **dict.fromkeys(model_class.auto_classes, model_class)}
+    processor_class = processor_class or PROCESSOR_MAPPING.get(config_class, None)
+    return auto_map if processor_class is None else {**auto_map, "AutoProcessor": processor_class}
+
+
 def add_code(folder: str | os.PathLike, auto_map: dict[str, type]) -> None:
     """Put code beside a saved model, so that transformers alone can load it with `trust_remote_code=True`.
 
@@ -245,4 +308,4 @@ def add_code(folder: str | os.PathLike, auto_map: dict[str, type]) -> None:
             os.replace(temporary, path)
 
 
-__all__ = ["add_code", "cache_dir", "flat_code", "push_folder", "push_options", "retried"]
+__all__ = ["add_code", "auto_map_of", "cache_dir", "flat_code", "push_folder", "push_options", "push_saved", "retried"]

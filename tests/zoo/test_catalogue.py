@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -91,50 +85,12 @@ def test_list():
     assert rows[0]["checkpoint"] == {"where": RELEASE, "name": "checkpoint.pt", "revision": None}
 
 
-# ---------------------------------------------------------------------- a Hub of our own
-
-
-class Hub(BaseHTTPRequestHandler):
-    """Answers as the Hub does for files of `self.root/<owner>/<name>`; nothing else is there."""
-
-    root: Path
-    commit = "0123456789abcdef0123456789abcdef01234567"
-
-    def do_HEAD(self):
-        self.answer(body=False)
-
-    def do_GET(self):
-        self.answer(body=True)
-
-    def answer(self, body: bool) -> None:
-        parts = self.path.split("?")[0].removeprefix("/api/models").strip("/").split("/")
-        path = self.root.joinpath(*parts[:2], *parts[4:])
-        if len(parts) < 5 or parts[2] != "resolve" or not path.is_file():
-            self.send_response(404)
-            self.send_header(
-                "X-Error-Code", "EntryNotFound" if self.root.joinpath(*parts[:2]).is_dir() else "RepoNotFound"
-            )
-            self.send_header("X-Repo-Commit", self.commit)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        content = path.read_bytes()
-        self.send_response(200)
-        self.send_header("X-Repo-Commit", self.commit)
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def log_message(self, *args):
-        pass
+# ---------------------------------------------------------------------- with the Hub's client
 
 
 @pytest.fixture
-def hub(tmp_path):
-    """The tiny case, where the real release lies."""
-    root = tmp_path / "hub"
+def released(hub, tmp_path):
+    """The tiny case, where the real release lies; and what it converts to."""
     release = CATALOGUE[RELEASE]
     clip = json.loads((CASE / "meta.json").read_text())["config"]["clip"]
     heads = {"num_attention_heads": clip["vision_cfg"]["width"] // clip["vision_cfg"]["head_width"]}
@@ -142,34 +98,23 @@ def hub(tmp_path):
         CASE / "checkpoint.pt", CASE / "clip_open_clip.pt", CASE / "base_lm", tmp_path / "expected",
         tokenizer=CASE / "tokenizer_base", config={"vision_config": heads},
     )  # fmt: skip
-    AutoModel.from_pretrained(tmp_path / "expected").vision_model.save_pretrained(root / release.vision)
-    shutil.copytree(CASE / "base_lm", root / release.language)
-    shutil.copytree(CASE / "tokenizer_base", root / release.language, dirs_exist_ok=True)
-    (root / RELEASE).mkdir(parents=True)
-    shutil.copy(CASE / "checkpoint.pt", root / RELEASE)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("TinyHub", (Hub,), {"root": root}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", tmp_path / "expected"
-    server.shutdown()
-    server.server_close()
+    AutoModel.from_pretrained(tmp_path / "expected").vision_model.save_pretrained(tmp_path / "clip")
+    hub.add(release.vision, tmp_path / "clip")
+    shutil.copytree(CASE / "base_lm", tmp_path / "language")
+    shutil.copytree(CASE / "tokenizer_base", tmp_path / "language", dirs_exist_ok=True)
+    hub.add(release.language, tmp_path / "language")
+    (tmp_path / "release").mkdir()
+    shutil.copy(CASE / "checkpoint.pt", tmp_path / "release")
+    hub.add(RELEASE, tmp_path / "release")
+    return tmp_path / "expected"
 
 
-def run(endpoint: str, home: Path, *arguments) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))}
-    environment.update(HF_ENDPOINT=endpoint, HF_HOME=str(home), OMP_NUM_THREADS="1")
-    environment = {name: value for name, value in environment.items() if not name.lower().endswith("_proxy")}
-    return subprocess.run(
-        [sys.executable, "-m", "vlbridge.cli", *map(str, arguments)], capture_output=True, text=True, env=environment
-    )
-
-
-def test_a_release_converts_by_its_name(hub, tmp_path):
-    """With the Hub's real client, and nothing else given; the same model as from the files."""
-    endpoint, expected = hub
-    done = run(endpoint, tmp_path / "home", "convert", RELEASE, tmp_path / "out")
+def test_a_release_converts_by_its_name(hub, released, tmp_path):
+    """With nothing else given; the same model as from the files."""
+    done = hub.run(tmp_path / "home", "-m", "vlbridge.cli", "convert", RELEASE, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "perceiver_flamingo" in done.stdout
-    one, other = (AutoModel.from_pretrained(folder).state_dict() for folder in (tmp_path / "out", expected))
+    one, other = (AutoModel.from_pretrained(folder).state_dict() for folder in (tmp_path / "out", released))
     assert one.keys() == other.keys()
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     certificate = json.loads((tmp_path / "out" / "conversion.json").read_text())
@@ -181,9 +126,9 @@ def test_a_release_converts_by_its_name(hub, tmp_path):
 
 
 def test_a_missing_file_is_named(hub, tmp_path):
-    endpoint, _ = hub
-    (tmp_path / "hub" / RELEASE / "checkpoint.pt").unlink()
-    done = run(endpoint, tmp_path / "home", "convert", RELEASE, tmp_path / "out")
+    (tmp_path / "release").mkdir()
+    hub.add(RELEASE, tmp_path / "release")
+    done = hub.run(tmp_path / "home", "-m", "vlbridge.cli", "convert", RELEASE, tmp_path / "out")
     assert done.returncode == 1
     assert "checkpoint.pt" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
@@ -191,12 +136,14 @@ def test_a_missing_file_is_named(hub, tmp_path):
 
 def test_files_from_urls_are_fetched_once(hub, tmp_path, monkeypatch):
     """LAVIS' files lie on a server of their own."""
-    endpoint, _ = hub
+    (tmp_path / "release").mkdir()
+    shutil.copy(CASE / "checkpoint.pt", tmp_path / "release")
+    hub.add(RELEASE, tmp_path / "release")
     monkeypatch.setattr("vlbridge.demo.cache_dir", lambda: tmp_path / "cache")
-    part = File(f"{endpoint}/{RELEASE}/resolve/main/checkpoint.pt")
+    part = File(f"{hub.endpoint}/{RELEASE}/resolve/main/checkpoint.pt")
     first = catalogue.fetch(part)
     assert Path(first).read_bytes() == (CASE / "checkpoint.pt").read_bytes()
-    (tmp_path / "hub" / RELEASE / "checkpoint.pt").unlink()
+    del hub.repositories[RELEASE]
     assert catalogue.fetch(part) == first
     with pytest.raises(OSError, match="nothing.pt can't be fetched"):
-        catalogue.fetch(File(f"{endpoint}/{RELEASE}/resolve/main/nothing.pt"))
+        catalogue.fetch(File(f"{hub.endpoint}/{RELEASE}/resolve/main/nothing.pt"))

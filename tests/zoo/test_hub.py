@@ -16,8 +16,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 from tiny import BRIDGE_OPTIONS, LANGUAGE, VISION, clip_image_processor, spread_weights, tiny_image, tiny_tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor
+from typer.testing import CliRunner
 
 import vlbridge
+from vlbridge.cli import app
 from vlbridge.convert import convert_openflamingo
 from vlbridge.hub import flat_code, push_folder
 from vlbridge.modeling.modeling_checkpoint import weights_sha256
@@ -143,6 +145,35 @@ def test_saving_and_pushing(repositories, tmp_path):
         model.push_to_hub("me/bridge", privat=True)
     with pytest.raises(ValueError, match="no files"):
         push_folder(tmp_path / "empty", "me/bridge")
+
+
+def test_the_command(repositories, tmp_path):
+    """A saved folder goes up as it is, with a card and the code that it lacks."""
+    hub = repositories
+    model, processor = composed("qformer")
+    model.save_pretrained(tmp_path / "whole", processor=processor)
+    model.save_pretrained(tmp_path / "bridge", bridge_only=True, processor=processor)
+    (tmp_path / "bridge" / "notes").mkdir()
+    (tmp_path / "bridge" / "notes" / "log.txt").write_text("loss")
+    for name in ("whole", "bridge"):
+        saved = {path: path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file()}
+        done = CliRunner().invoke(app, ["push", str(tmp_path / name), f"lab/{name}", "--with-code", "--private"])
+        assert done.exit_code == 0, done.output
+        assert done.stdout.strip() == f"{hub.endpoint}/lab/{name}/commit/{hub.history(f'lab/{name}')[0]}"
+        assert saved == {path: path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file()}
+        files = hub.files(f"lab/{name}")
+        assert {path.relative_to(tmp_path / name).as_posix() for path in saved} <= files.keys()
+        assert {"README.md", "modeling_qformer.py", "processing_qformer.py"} <= files.keys()
+        assert "AutoProcessor" in json.loads(files["processor_config.json"])["auto_map"]
+        assert hub.repositories[f"lab/{name}"].private and len(hub.history(f"lab/{name}")) == 2
+        assert torch.equal(logits_of(AutoModel.from_pretrained(f"lab/{name}"), processor), logits_of(model, processor))
+    for arguments, message in (
+        ([str(tmp_path), "lab/x"], "no config.json"),
+        ([str(tmp_path / "bridge"), "someone/x"], "403"),
+    ):
+        done = CliRunner().invoke(app, ["push", *arguments])
+        assert done.exit_code == 1 and message in done.stderr
+    assert "lab/x" not in hub.repositories
 
 
 def test_folders_of_ones_own_are_no_good_to_others(hub, parts, caplog):
@@ -442,7 +473,7 @@ REMOTE = """
 import json, sys
 from PIL import Image
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
 for missing in ("vlbridge", "accelerate", "peft", "timm"):
     try:
@@ -530,16 +561,20 @@ def test_code_beside_a_processor_alone(repositories, tmp_path):
 # ---------------------------------------------------------------------- the embedded default
 
 
-def test_the_embedded_bridge_is_small(hub):
+@pytest.fixture(scope="module")
+def embedded():
+    """Loaded before the local Hub takes the real one's place: its parts may still have to be fetched."""
+    folder = vlbridge.default_model()
+    return AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+
+
+def test_the_embedded_bridge_is_small(embedded, hub):
     """8 MB with processor and card; one line of AutoModel, online and offline."""
-    model, processor = (
-        AutoModel.from_pretrained(vlbridge.default_model()),
-        AutoProcessor.from_pretrained(vlbridge.default_model()),
-    )
+    model, processor = embedded
     model.push_to_hub("me/easy-vqa", bridge_only=True, processor=processor)
     assert sum(map(len, hub.files("me/easy-vqa").values())) <= 8_000_000
-    picture = vlbridge.example_picture()
-    inputs = processor(images=[picture], text=["<image>"], return_tensors="pt")
+    assert hub.files("me/easy-vqa")["README.md"]
+    inputs = processor(images=[vlbridge.example_picture()], text=["<image>"], return_tensors="pt")
     with torch.no_grad():
         expected = model(**inputs, logits_to_keep=1).logits
         assert torch.equal(AutoModel.from_pretrained("me/easy-vqa")(**inputs, logits_to_keep=1).logits, expected)
