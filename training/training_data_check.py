@@ -138,14 +138,14 @@ class DataReport:
     """
 
     records: int = 0
-    kinds: Counter = field(default_factory=Counter)
+    kinds: dict[str, int] = field(default_factory=dict)
     text_only: int = 0
     turns: int = 0
     images: int = 0
     distinct_images: int = 0
     findings: dict[str, Finding] = field(default_factory=dict)
     broken_records: int = 0
-    reasons: Counter = field(default_factory=Counter)
+    reasons: dict[str, int] = field(default_factory=dict)
     widths: list[int] = field(default_factory=list)
     heights: list[int] = field(default_factory=list)
     answer_lengths: list[int] = field(default_factory=list)
@@ -166,7 +166,7 @@ class DataReport:
 
     def lines(self) -> Iterator[str]:
         """For people."""
-        kinds = ", ".join(f"{number:,} {kind}" for kind, number in self.kinds.most_common())
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in self.kinds.items())
         yield f"records: {self.records:,} ({kinds}), {self.text_only:,} without an image; {self.turns:,} turns"
         yield f"images: {self.images:,}, of which {self.distinct_images:,} distinct" + (
             f"; width {_range(self.widths)}, height {_range(self.heights)} pixels" if self.widths else ""
@@ -222,10 +222,25 @@ class TokenCounter:
             self.processor.image_token if item["type"] == "image" else item["text"] for item in items_of(record)
         )
 
-    def text_tokens(self, texts: list[str]) -> list[int]:
-        """Tokens of texts alone."""
-        texts = [text.replace(self.processor.image_token, "") for text in texts]
-        return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    def text_tokens(self, texts: list[str], whole: bool = True) -> list[int]:
+        """Tokens of texts, without those of image tokens.
+
+        Args:
+            texts: From `text_of`, or parts of them.
+            whole: They are whole inputs: a begin of sequence is counted, once.
+        """
+        counts, begin = [], self.tokenizer.bos_token
+        for special in (True, False):
+            chosen = [
+                number
+                for number, text in enumerate(texts)
+                if special == (whole and not (begin and text.startswith(begin)))
+            ]
+            if chosen:
+                found = self.tokenizer([texts[number] for number in chosen], add_special_tokens=special)["input_ids"]
+                image = self.processor.image_token_id
+                counts += [(number, sum(token != image for token in ids)) for number, ids in zip(chosen, found)]
+        return [count for _, count in sorted(counts)]
 
     def image_tokens(self, sizes: list[tuple[int, int]]) -> int:
         """Places that images take in the prompt.
@@ -350,6 +365,8 @@ class _Check:
         self.sizes: dict[str | bytes, tuple[int, int]] = {}
         self.owners: dict[bytes, str] = {}
         self.names: set = set()
+        self.kinds: Counter = Counter()
+        self.reasons: Counter = Counter()
         self.texts: Counter = Counter()
         self.contents: Counter = Counter()
         self.lengths: list[int] = []
@@ -373,7 +390,7 @@ class _Check:
         if wrong is not None and wrong[0] == "form":
             return
         kind = kind_of(record) or "label"
-        report.kinds[kind] += 1
+        self.kinds[kind] += 1
         turns = turns_of(record)
         report.turns += len(turns) if kind == "messages" else 0
         self.add_texts(record, turns, images)
@@ -391,7 +408,7 @@ class _Check:
                 self.names.add(image.file)
                 missing = image.reason == "no such file" or "is an address" in image.reason
                 self.note("missing" if missing else "broken", record, image.reason, image.file)
-                self.report.reasons[image.reason] += 1
+                self.reasons[image.reason] += 1
                 reason = reason or image.reason
                 continue
             if image.file in self.names:
@@ -444,7 +461,7 @@ class _Check:
         if not waiting:
             return
         answers = list(itertools.chain.from_iterable(row[3] for row in waiting))
-        self.lengths += self.counter.text_tokens(answers) if answers else []
+        self.lengths += self.counter.text_tokens(answers, whole=False)
         for (record_id, _, sizes, _), text in zip(waiting, self.counter.text_tokens([row[1] for row in waiting])):
             images = self.counter.image_tokens(sizes)
             self.totals.append(text + images)
@@ -460,6 +477,7 @@ class _Check:
         order = ("missing", "broken", *STRUCTURE, "no_room", "too_long", "encoding", "leaks", "small", "long")
         order += ("duplicate_records", "duplicate_images", "duplicate_texts")
         report.findings = {name: found[name] for name in order if name in found}
+        report.kinds, report.reasons = dict(self.kinds.most_common()), dict(self.reasons.most_common())
         report.distinct_images = len(self.names)
         report.widths = _summary([width for width, _ in self.sizes.values()], tail=False)
         report.heights = _summary([height for _, height in self.sizes.values()], tail=False)

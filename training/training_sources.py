@@ -92,9 +92,14 @@ def _build(generate, files: list[str], kind: str, streaming: bool, extra: dict |
         return IterableDataset.from_generator(generate, features=features, gen_kwargs=kwargs)
     stamps = [(os.path.abspath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
     key = json.dumps([generate.__name__, stamps, arguments, repr(features), CODE], sort_keys=True, default=str)
-    return Dataset.from_generator(
-        generate, features=features, gen_kwargs=kwargs, fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32]
-    )
+    try:
+        return Dataset.from_generator(
+            generate, features=features, gen_kwargs=kwargs, fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32]
+        )
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):
+            raise
+        raise ValueError(f"{', '.join(files)}: there are no records.") from error
 
 
 def _files(path: str | os.PathLike | Sequence | None, split: str | None, suffixes: tuple[str, ...]) -> list[str]:
@@ -387,15 +392,16 @@ def load_imagefolder(path, split=None, streaming=False, caption=None, source="im
             f"{folder}: the metadata have {', '.join(columns)}; expected a caption ({', '.join(CAPTION_KEYS)}, or the option "
             "caption=COLUMN), question and answer, messages, document, or classes."
         )
-    extra = {}
+    extra, classes = {}, None
     if "label" in columns:
         extra["label"] = columns["label"]
         if getattr(columns["label"], "dtype", None) in ("string", "large_string"):
             labels = loaded["label"] if isinstance(loaded, Dataset) else (row["label"] for row in loaded)
-            extra["label"] = ClassLabel(names=sorted({label for label in labels if label is not None}))
+            classes = sorted({label for label in labels if label is not None})
+            extra["label"] = ClassLabel(names=classes)
     if "notes" in columns:
         extra["notes"] = Value("string")
-    convert = partial(_folder_record, folder=folder, kind=kind, caption=caption, source=source)
+    convert = partial(_folder_record, folder=folder, kind=kind, caption=caption, classes=classes, source=source)
     return _converted(loaded, convert, kind, extra)
 
 
@@ -429,7 +435,7 @@ def _images_of(row: dict) -> list[dict]:
     return [image for image in images if image is not None]
 
 
-def _folder_record(row, index, folder, kind, caption, source, code) -> dict:
+def _folder_record(row, index, folder, kind, caption, classes, source, code) -> dict:
     images = _images_of(row)
     name = images[0].get("path") if images else None
     place = f"{folder}, {os.path.relpath(name, folder) if name and '://' not in name else f'row {index}'}"
@@ -448,6 +454,8 @@ def _folder_record(row, index, folder, kind, caption, source, code) -> dict:
     elif kind == "caption":
         record["caption"] = "" if row[caption] is None else str(row[caption])
     record.update({name: row[name] for name in ("label", "notes") if name in row})
+    if classes is not None and record["label"] is not None:
+        record["label"] = classes.index(record["label"])  # a stream does not encode what is given back here
     return record
 
 
@@ -493,7 +501,14 @@ def load_webdataset(path, split=None, streaming=False, caption=None, image_first
     about = parse_json(members[1]["json"].decode("utf-8", "replace"), files[0]) if "json" in members[1] else {}
     kind = "messages" if isinstance(about, dict) and "conversations" in about and caption is None else "caption"
     return _build(
-        _webdataset, files, kind, streaming, kind=kind, caption=caption, image_first=image_first, source=source
+        _webdataset,
+        files,
+        kind,
+        streaming,
+        conversations=kind == "messages",
+        caption=caption,
+        image_first=image_first,
+        source=source,
     )
 
 
@@ -525,7 +540,7 @@ def _samples(file: str) -> Iterator[tuple[str, dict[str, bytes]]]:
         yield name, members
 
 
-def _webdataset(files, kind, caption, image_first, source) -> Iterator[dict]:
+def _webdataset(files, conversations, caption, image_first, source) -> Iterator[dict]:
     for file in files:
         for name, members in _samples(file):
             place = f"{file}, sample {name}"
@@ -541,7 +556,7 @@ def _webdataset(files, kind, caption, image_first, source) -> Iterator[dict]:
                     if suffix.rpartition(".")[2] in _IMAGE_SUFFIXES
                 ],
             }
-            if kind == "messages":
+            if conversations:
                 record["messages"] = _llava_messages(_field(about, "conversations", place), place, image_first)
             else:
                 record["caption"] = _sample_caption(members, about, caption, place)
@@ -595,7 +610,7 @@ def _interleaved(files, images, downloaded, min_similarity, source) -> Iterator[
             if isinstance(value, dict):
                 return value
             value = place_of.get(value, value)
-            return value if "://" in value else os.path.join(root, value)
+            return {"path": value if "://" in value else os.path.join(root, value), "bytes": None}
 
         for number, (place, row) in enumerate(read_rows(Path(file))):
             if "text_list" in row:
