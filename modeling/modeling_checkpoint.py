@@ -17,6 +17,8 @@ from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
 import torch
+from huggingface_hub import is_offline_mode
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -63,16 +65,28 @@ def checkpoint_files(source: str, **hub_kwargs) -> list[Path]:
 
     Raises:
         FrozenPartError: There are none.
+        OSError: The Hub can't be asked, or has no such repository.
     """
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    unsure = None
     for name in ("model.safetensors", "pytorch_model.bin"):
-        index = cached_file(source, f"{name}.index.json", **hub_kwargs, **quiet)
-        if index is not None:
-            shards = _shard_names(Path(index))
-            return [Path(retried(cached_file, source, shard, **hub_kwargs)) for shard in shards]
-        single = retried(cached_file, source, name, **hub_kwargs, _raise_exceptions_for_missing_entries=False)
-        if single is not None:
-            return [Path(single)]
+        for found in (name, f"{name}.index.json"):
+            try:
+                path = Path(retried(cached_file, source, found, **hub_kwargs))
+            except OSError as error:
+                if isinstance(
+                    error.__cause__, LocalEntryNotFoundError
+                ):  # not in the cache, and the Hub does not answer
+                    unsure = unsure or error
+                    if not is_offline_mode() and not hub_kwargs.get("local_files_only"):
+                        raise  # it has not answered for half a minute
+                elif error.__cause__ is not None:
+                    raise
+                continue
+            if found == name:
+                return [path]
+            return [Path(retried(cached_file, source, shard, **hub_kwargs)) for shard in _shard_names(path)]
+    if unsure is not None:
+        raise unsure
     raise FrozenPartError(f"No weights (model.safetensors or pytorch_model.bin, whole or sharded) in {source!r}.")
 
 
@@ -683,13 +697,15 @@ class BridgeCheckpointMixin:
             ValueError: The bridge's weights are not those of this configuration.
         """
         # once, so that all files are of one commit
-        kwargs["revision"] = resolve_revision(
+        revision = resolve_revision(
             pretrained_model_name_or_path,
-            kwargs.get("revision"),
+            kwargs.pop("revision", None),
             token=kwargs.get("token"),
             local_files_only=kwargs.get("local_files_only", False),
             cache_dir=kwargs.get("cache_dir"),
         )
+        if revision is not None:
+            kwargs["revision"] = revision
         hub_kwargs = {name: kwargs[name] for name in HUB_KEYWORDS if kwargs.get(name) is not None}
         bridge_only = getattr(config, "bridge_only", None)
         if bridge_only is None and pretrained_model_name_or_path is not None:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoConfig
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import logging
@@ -46,7 +47,7 @@ def cache_dir() -> Path:
 
 def _passing_error(error: BaseException) -> BaseException | None:
     """The error of the HTTP client behind `error`, where it may be gone the next time."""
-    while error is not None:
+    while error is not None and not isinstance(error, LocalEntryNotFoundError):  # for which the client has tried again
         response = getattr(error, "response", None)
         if response is not None and hasattr(response, "status_code"):
             return error if response.status_code in TRANSIENT else None

@@ -353,6 +353,22 @@ def test_a_missing_part_is_named(pushed):
     for allow_mismatch in (False, True):
         with pytest.raises(vlbridge.FrozenPartError, match="language_model 'lab/llama' at revision"):
             AutoModel.from_pretrained("me/bridge", allow_mismatch=allow_mismatch)
+    for known in (True, False):
+        with hub.offline(known=known), pytest.raises(vlbridge.FrozenPartError, match="lab/llama.*couldn't connect"):
+            AutoModel.from_pretrained("me/bridge")
+
+
+def test_sharded_parts_and_bridges(repositories, parts, tmp_path):
+    hub = repositories
+    AutoModelForCausalLM.from_pretrained(parts / "llama").save_pretrained(tmp_path / "llama", max_shard_size="20KB")
+    tiny_tokenizer().save_pretrained(tmp_path / "llama")
+    hub.add("lab/sharded", tmp_path / "llama")
+    model, processor = composed("mlp", language="lab/sharded")
+    model.push_to_hub("me/bridge", bridge_only=True, max_shard_size="5KB")
+    assert sum(name.endswith(".safetensors") for name in hub.files("me/bridge")) > 1
+    assert torch.equal(logits_of(AutoModel.from_pretrained("me/bridge"), processor), logits_of(model, processor))
+    with hub.offline():
+        AutoModel.from_pretrained("me/bridge")
 
 
 def test_parts_in_memory_are_shared(pushed):
