@@ -2,6 +2,12 @@
 
 from .modeling_bridged import Bridge, BridgedModel, BridgedOutput
 from .modeling_checkpoint import FrozenPartError
+from .modeling_classification import (
+    BridgedForImageClassification,
+    MLPLlavaForImageClassification,
+    PerceiverFlamingoForImageClassification,
+    QFormerBlip2ForImageClassification,
+)
 from .modeling_flamingo import PerceiverFlamingoForConditionalGeneration
 from .modeling_llava import MLPLlavaForConditionalGeneration
 from .modeling_mpt import MosaicGPTForCausalLM, MptForCausalLM
@@ -11,14 +17,18 @@ from .modeling_qformer_pretraining import QFormerBlip2ForImageTextRetrieval, QFo
 
 __all__ = [
     "Bridge",
+    "BridgedForImageClassification",
     "BridgedModel",
     "BridgedOutput",
     "FrozenPartError",
     "MLPLlavaForConditionalGeneration",
+    "MLPLlavaForImageClassification",
     "MosaicGPTForCausalLM",
     "MptForCausalLM",
     "PerceiverFlamingoForConditionalGeneration",
+    "PerceiverFlamingoForImageClassification",
     "QFormerBlip2ForConditionalGeneration",
+    "QFormerBlip2ForImageClassification",
     "QFormerBlip2ForImageTextRetrieval",
     "QFormerBlip2ForPreTraining",
 ]

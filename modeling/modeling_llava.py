@@ -113,11 +113,8 @@ class MLPBridge(Bridge):
         return torch.cat([tiles[0], picture.flatten(0, 1)])
 
 
-class MLPLlavaForConditionalGeneration(BridgedModel):
-    config_class = MLPLlavaConfig
-    config: MLPLlavaConfig
-    bridge_class = MLPBridge
-    image_arguments = (*BridgedModel.image_arguments, "image_sizes")
+class PooledPatchesMixin:
+    """Neighbouring patch features become one, where the configuration says so."""
 
     def _patch_features_of(self, vision_outputs: ModelOutput, pixel_values: torch.Tensor) -> torch.Tensor:
         patch_features = super()._patch_features_of(vision_outputs, pixel_values)
@@ -127,4 +124,11 @@ class MLPLlavaForConditionalGeneration(BridgedModel):
         return pool_patches(patch_features, rows, columns, self.config.pooling, self.config.pooling_factor)
 
 
-__all__ = ["MLPBridge", "MLPLlavaForConditionalGeneration", "pool_patches"]
+class MLPLlavaForConditionalGeneration(PooledPatchesMixin, BridgedModel):
+    config_class = MLPLlavaConfig
+    config: MLPLlavaConfig
+    bridge_class = MLPBridge
+    image_arguments = (*BridgedModel.image_arguments, "image_sizes")
+
+
+__all__ = ["MLPBridge", "MLPLlavaForConditionalGeneration", "PooledPatchesMixin", "pool_patches"]

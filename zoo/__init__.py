@@ -1,14 +1,17 @@
 """vlbridge: compose, train, convert, share and run bridges between frozen vision encoders and frozen language models.
 
 `import vlbridge` registers the families with `AutoConfig`, `AutoModel`, `AutoModelForImageTextToText`,
-`AutoModelForMultimodalLM` and `AutoProcessor`.
+`AutoModelForMultimodalLM` and `AutoProcessor`, and their classifiers with `AutoModelForImageClassification`.
 """
 
 from .assets import default_model, example_picture
 from .compose import compose
 from .configuration import (
+    MLPLlavaClassificationConfig,
     MLPLlavaConfig,
+    PerceiverFlamingoClassificationConfig,
     PerceiverFlamingoConfig,
+    QFormerBlip2ClassificationConfig,
     QFormerBlip2Config,
     QFormerBlip2PreTrainingConfig,
 )
@@ -16,8 +19,11 @@ from .families import FAMILIES, register
 from .modeling import (
     FrozenPartError,
     MLPLlavaForConditionalGeneration,
+    MLPLlavaForImageClassification,
     PerceiverFlamingoForConditionalGeneration,
+    PerceiverFlamingoForImageClassification,
     QFormerBlip2ForConditionalGeneration,
+    QFormerBlip2ForImageClassification,
     QFormerBlip2ForImageTextRetrieval,
     QFormerBlip2ForPreTraining,
 )
@@ -36,14 +42,20 @@ register()
 __all__ = [
     "FAMILIES",
     "FrozenPartError",
+    "MLPLlavaClassificationConfig",
     "MLPLlavaConfig",
     "MLPLlavaForConditionalGeneration",
+    "MLPLlavaForImageClassification",
     "MLPLlavaProcessor",
+    "PerceiverFlamingoClassificationConfig",
     "PerceiverFlamingoConfig",
     "PerceiverFlamingoForConditionalGeneration",
+    "PerceiverFlamingoForImageClassification",
     "PerceiverFlamingoProcessor",
+    "QFormerBlip2ClassificationConfig",
     "QFormerBlip2Config",
     "QFormerBlip2ForConditionalGeneration",
+    "QFormerBlip2ForImageClassification",
     "QFormerBlip2ForImageTextRetrieval",
     "QFormerBlip2ForPreTraining",
     "QFormerBlip2PreTrainingConfig",

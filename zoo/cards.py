@@ -24,6 +24,7 @@ from transformers import AutoConfig
 
 from .catalogue import CATALOGUE, CLIP_L_LAVIS, EVA, File, Release, needs_language
 from .configuration import BridgedConfig
+from .configuration.configuration_classification import ClassificationConfigMixin
 from .convert.convert_certificate import card_section, read_certificate
 from .families import FAMILIES
 from .modeling.modeling_checkpoint import FrozenPartError, checkpoint_files, frozen_parts_of
@@ -349,11 +350,17 @@ def _slug(name: str) -> str:
 
 # ---------------------------------------------------------------------- of a folder
 
+GENERATION = "image-text-to-text"
+RETRIEVAL = "zero-shot-image-classification"  # stage 1 says which of several texts goes with an image
+CLASSIFICATION = "image-classification"
 WHAT = {
     "perceiver_flamingo": "A Perceiver-Flamingo bridge (Perceiver Resampler and gated cross-attention layers)",
     "qformer_blip2": "A Q-Former BLIP-2 bridge (Q-Former and a linear layer)",
     "qformer_blip2_pretraining": "A Q-Former of stage 1 of BLIP-2 (contrast, matching and captioning)",
     "mlp_llava": "An MLP-LLaVA bridge (linear layers)",
+    "perceiver_flamingo_classification": "A classifier on the latents of a Perceiver Resampler",
+    "qformer_blip2_classification": "A classifier on the query tokens of a Q-Former",
+    "mlp_llava_classification": "A classifier on the visual tokens of an MLP-LLaVA bridge",
 }
 ROLES = {"vision_model": "vision encoder", "language_model": "language model"}
 LIMITS = (
@@ -363,16 +370,23 @@ LIMITS = (
 )
 
 
-def _use(source: str, retrieval: bool = False, encoder_decoder: bool = False, remote_code: bool = False) -> str:
+def _use(source: str, task: str, encoder_decoder: bool = False, remote_code: bool = False) -> str:
     """How to use a model, in six lines.
 
     Args:
         source: A Python expression for where it lies.
-        retrieval: It is of stage 1 and says which text goes with an image.
+        task: Its pipeline's name.
         encoder_decoder: What it generates does not begin with the prompt.
         remote_code: Its code lies beside it.
     """
-    if retrieval:
+    trust = ", trust_remote_code=True" if remote_code else ""
+    if task == CLASSIFICATION:
+        return (
+            ("" if remote_code else "import vlbridge\n") + "from transformers import pipeline\n"
+            f"classify = pipeline({task!r}, model={source}{trust})\n"
+            'print(classify("picture.png"))'
+        )
+    if task == RETRIEVAL:
         return (
             "from transformers import AutoProcessor\n"
             "import vlbridge\n"
@@ -381,7 +395,6 @@ def _use(source: str, retrieval: bool = False, encoder_decoder: bool = False, re
             'inputs = processor(images=["picture.png"], text=["what may be in it"], return_tensors="pt")\n'
             "print(model(**inputs).itc_scores)"
         )
-    trust = ", trust_remote_code=True" if remote_code else ""
     cut = "" if encoder_decoder else '[:, inputs["input_ids"].shape[1] :]'
     return (
         ("" if remote_code else "import vlbridge\n") + "from transformers import AutoModel, AutoProcessor\n"
@@ -489,6 +502,9 @@ def _about_folder(folder: Path, title: str, source: str) -> _About:
     release = CATALOGUE.get(certificate.get("release", ""))
     parts = _parts_of(config, certificate, release)
     between = " and ".join(f"{part.link}" for part in parts if part.role)
+    task = GENERATION if config.text_config is not None else RETRIEVAL
+    if isinstance(config, ClassificationConfigMixin):
+        task = CLASSIFICATION
     what = WHAT.get(config.model_type, f"A {config.model_type} bridge")
     description = summary.get("description") or (
         f"{what}" + (f" for {between}." if between else ".") + (f" Converted from {release.title}." if release else "")
@@ -518,7 +534,7 @@ def _about_folder(folder: Path, title: str, source: str) -> _About:
     }
     results = [
         EvalResult(
-            task_type="image-text-to-text",
+            task_type=task,
             dataset_type=_slug(result["dataset"]),
             dataset_name=result["dataset"],
             dataset_split=result.get("split"),
@@ -542,11 +558,10 @@ def _about_folder(folder: Path, title: str, source: str) -> _About:
         relation="adapter" if config.bridge_only else "finetune",
         claimed=summary.get("license"),
         description=description,
-        # stage 1 says which of several texts goes with an image
-        pipeline_tag="zero-shot-image-classification" if config.text_config is None else "image-text-to-text",
+        pipeline_tag=task,
         use=_use(
             source,
-            retrieval=config.text_config is None,
+            task,
             encoder_decoder=config.is_encoder_decoder,
             remote_code=bool(getattr(config, "auto_map", None)),
         ),
@@ -675,9 +690,9 @@ def card_of_release(release: Release) -> ModelCard:
             relation="finetune",
             claimed=release.licence if release.licence in LICENCES else None,
             description=f"{release.title}: an official release, `{release.name}`, as a model of vlbridge. Source: [{paper}]({link}).",
-            pipeline_tag="zero-shot-image-classification" if stage1 else "image-text-to-text",
+            pipeline_tag=RETRIEVAL if stage1 else GENERATION,
             convert=command or "",
-            use=_use(json.dumps(title), stage1, "t5" in release.name) if command else "",
+            use=_use(json.dumps(title), RETRIEVAL if stage1 else GENERATION, "t5" in release.name) if command else "",
             note=release.note or "",
             facts={"Visual tokens per image": tokens},
             prompts=release.prompts,

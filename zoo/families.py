@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForImageClassification,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoModelForPreTraining,
@@ -21,10 +22,14 @@ from .configuration import (
     QFormerBlip2PreTrainingConfig,
 )
 from .modeling import (
+    BridgedForImageClassification,
     BridgedModel,
     MLPLlavaForConditionalGeneration,
+    MLPLlavaForImageClassification,
     PerceiverFlamingoForConditionalGeneration,
+    PerceiverFlamingoForImageClassification,
     QFormerBlip2ForConditionalGeneration,
+    QFormerBlip2ForImageClassification,
     QFormerBlip2ForPreTraining,
 )
 from .processing import (
@@ -45,6 +50,7 @@ class Family:
         config_class: Its configuration.
         model_class: Its generating model.
         processor_class: Its processor.
+        classifier_class: Its bridge with a classifier on top, for images.
         special_tokens: Tokens that are really read or written, whose rows are trained with the bridge.
     """
 
@@ -52,19 +58,33 @@ class Family:
     config_class: type[BridgedConfig]
     model_class: type[BridgedModel]
     processor_class: type[BridgedProcessor]
+    classifier_class: type[BridgedForImageClassification]
     special_tokens: tuple[str, ...] = ()
 
 
 FAMILIES = {
     family.name: family
     for family in (
-        Family("mlp", MLPLlavaConfig, MLPLlavaForConditionalGeneration, MLPLlavaProcessor),
-        Family("qformer", QFormerBlip2Config, QFormerBlip2ForConditionalGeneration, QFormerBlip2Processor),
+        Family(
+            "mlp",
+            MLPLlavaConfig,
+            MLPLlavaForConditionalGeneration,
+            MLPLlavaProcessor,
+            MLPLlavaForImageClassification,
+        ),
+        Family(
+            "qformer",
+            QFormerBlip2Config,
+            QFormerBlip2ForConditionalGeneration,
+            QFormerBlip2Processor,
+            QFormerBlip2ForImageClassification,
+        ),
         Family(
             "perceiver",
             PerceiverFlamingoConfig,
             PerceiverFlamingoForConditionalGeneration,
             PerceiverFlamingoProcessor,
+            PerceiverFlamingoForImageClassification,
             special_tokens=("<image>", "<|endofchunk|>"),
         ),
     )
@@ -78,6 +98,10 @@ def register() -> None:
         for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
             auto_class.register(family.config_class, family.model_class, exist_ok=True)
         AutoProcessor.register(family.config_class, family.processor_class, exist_ok=True)
+        classifier = family.classifier_class
+        AutoConfig.register(classifier.config_class.model_type, classifier.config_class, exist_ok=True)
+        for auto_class in (AutoModel, AutoModelForImageClassification):
+            auto_class.register(classifier.config_class, classifier, exist_ok=True)
     stage1 = QFormerBlip2PreTrainingConfig
     AutoConfig.register(stage1.model_type, stage1, exist_ok=True)
     for auto_class in (AutoModel, AutoModelForPreTraining):

@@ -1,0 +1,97 @@
+"""Configurations of image classification on a bridge's visual tokens: a family's own, without a language model.
+
+`num_labels`, `id2label`, `label2id` and `problem_type` are those of every configuration of transformers.
+"""
+
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from .configuration_flamingo import PerceiverFlamingoConfig
+from .configuration_llava import MLPLlavaConfig
+from .configuration_qformer import QFormerBlip2Config, QFormerConfig
+
+
+class ClassificationConfigMixin:
+    """What the families' classification configurations share. What concerns a language model has no meaning there."""
+
+    visual_tokens_in_prompt: ClassVar[bool] = False
+
+    def __post_init__(self, **kwargs):
+        if self.text_config is not None:
+            raise ValueError("Image classification has no language model: text_config must be None.")
+        super().__post_init__(**kwargs)
+        if sorted(self.id2label) != list(range(len(self.id2label))):
+            raise ValueError(f"id2label has the keys {sorted(self.id2label)}; expected 0 to {len(self.id2label) - 1}.")
+        inverse = {label: number for number, label in self.id2label.items()}
+        if len(inverse) < len(self.id2label):
+            raise ValueError(f"id2label names a class twice: {list(self.id2label.values())}.")
+        if self.label2id is None:
+            self.label2id = inverse
+        elif {label: int(number) for label, number in self.label2id.items()} != inverse:
+            raise ValueError(
+                f"label2id is {self.label2id}, but id2label says {inverse}. Leave label2id out: it is made of id2label."
+            )
+
+
+@strict
+class QFormerBlip2ClassificationConfig(ClassificationConfigMixin, QFormerBlip2Config):
+    """Image classification on the query tokens of a Q-Former, which reads images only.
+
+    For the fields see `QFormerBlip2Config`; `qformer_config.use_text` is always false here.
+    """
+
+    model_type = "qformer_blip2_classification"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+        "qformer_config": SubConfigSpec(config_class=QFormerConfig),
+    }
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.qformer_config.use_text = False
+
+
+@strict
+class MLPLlavaClassificationConfig(ClassificationConfigMixin, MLPLlavaConfig):
+    """Image classification on the visual tokens of MLP-LLaVA: one per patch, of one tile per image.
+
+    Args:
+        hidden_size: Width of the visual tokens; where they were trained for a language model, that model's.
+
+    For the rest see `MLPLlavaConfig`; `image_grid_pinpoints` must be `None`.
+    """
+
+    model_type = "mlp_llava_classification"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+    }
+
+    hidden_size: int = 768
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.image_grid_pinpoints is not None:
+            raise ValueError("Image classification reads one tile per image: image_grid_pinpoints must be None.")
+
+
+@strict
+class PerceiverFlamingoClassificationConfig(ClassificationConfigMixin, PerceiverFlamingoConfig):
+    """Image classification on the latents of a Perceiver Resampler.
+
+    For the fields see `PerceiverFlamingoConfig`; what concerns cross-attention has no meaning here.
+    """
+
+    model_type = "perceiver_flamingo_classification"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+    }
+
+
+__all__ = [
+    "MLPLlavaClassificationConfig",
+    "PerceiverFlamingoClassificationConfig",
+    "QFormerBlip2ClassificationConfig",
+]

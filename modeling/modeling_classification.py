@@ -1,0 +1,470 @@
+"""Image classification on a bridge's visual tokens: a frozen vision encoder, the bridge, and a linear layer on top.
+
+There is no language model. The part of a family's bridge that makes visual tokens (Q-Former, linear layers, Perceiver
+Resampler) keeps its names; `bridge.pooler` makes one vector of an image's tokens and `bridge.classifier` scores the classes.
+Everything that is trained lies under `bridge`, the head too, so that a bridge checkpoint is a whole classifier.
+
+Source: for what the classes of an image mean and how losses are computed, transformers' own `ViTForImageClassification`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.utils import torch_compilable_check
+from transformers.utils.generic import can_return_tuple
+
+from ..configuration.configuration_bridged import BridgedConfig
+from ..configuration.configuration_classification import (
+    MLPLlavaClassificationConfig,
+    PerceiverFlamingoClassificationConfig,
+    QFormerBlip2ClassificationConfig,
+)
+from .modeling_bridged import Bridge, BridgedModel
+from .modeling_flamingo import PerceiverFlamingoForConditionalGeneration, PerceiverResampler
+from .modeling_llava import MLPBridge, MLPLlavaForConditionalGeneration, PooledPatchesMixin
+from .modeling_qformer import QFormer, QFormerBlip2ForConditionalGeneration, summary
+from .modeling_qformer_pretraining import QFormerBlip2Stage1Model
+
+
+# fields of a configuration that say nothing about how a bridge makes visual tokens
+_NOT_OF_THE_BRIDGE = {
+    *PreTrainedConfig.__dataclass_fields__, "vision_config", "text_config", "image_token_id", "special_token_ids",
+    "freeze_vision_model", "freeze_language_model", "bridge_only", "frozen_parts", "trained_tensors",
+    "visual_tokens_in_prompt",
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------- bridges
+
+
+class TokenPooling(nn.Module):
+    """One vector of an image's visual tokens: their mean, weighted by a learned query.
+
+    The query begins as zero, and so with the plain mean, which is how BLIP-2 scores matches of image and text over its
+    query tokens: what stage 1 has learned is read the way it was trained. From there the query learns which tokens matter,
+    with no more than one number per channel: Q-Former queries and latents are not alike, and of an MLP's tokens, one per
+    patch, most show background.
+
+    Args:
+        width: Channels of a token.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(width))
+
+    def init_parameters(self, config: BridgedConfig) -> None:
+        init.zeros_(self.query)
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        """Map `(num_images, num_image_tokens, width)` to `(num_images, width)`."""
+        scores = (image_features @ self.query) * self.query.numel() ** -0.5  # (num_images, num_image_tokens)
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(image_features.dtype)
+        return torch.einsum("it,itw->iw", weights, image_features)
+
+
+class ClassificationBridge(Bridge):
+    """Base of every family's bridge for classification; its own modules make the visual tokens."""
+
+    def add_head(self, width: int, num_labels: int) -> None:
+        """Add what makes scores of visual tokens of `width` channels."""
+        self.pooler = TokenPooling(width)
+        self.classifier = nn.Linear(width, num_labels)
+
+    def logits(self, image_features: torch.Tensor) -> torch.Tensor:
+        """Scores of the classes, `(num_images, num_labels)`, of visual tokens."""
+        return self.classifier(self.pooler(image_features))
+
+
+class QFormerClassificationBridge(ClassificationBridge):
+    """Layer norm on the patch features, Q-Former, head."""
+
+    adapter_targets = r"qformer\.layers\..*\.(query|key|value|dense)"
+
+    def __init__(self, config: QFormerBlip2ClassificationConfig, language_model: None = None):
+        super().__init__(config, None)
+        self.vision_layer_norm = nn.LayerNorm(config.vision_feature_size, eps=config.vision_layer_norm_eps)
+        self.qformer = QFormer(config.qformer_config, config.vision_feature_size)
+        self.add_head(config.qformer_config.hidden_size, config.num_labels)
+
+    def forward(self, patch_features: torch.Tensor) -> torch.Tensor:
+        """Map `(num_images, num_patches, vision_dim)` to `(num_images, num_query_tokens, hidden_size)`."""
+        return self.qformer(self.vision_layer_norm(patch_features))
+
+
+class MLPClassificationBridge(ClassificationBridge, MLPBridge):
+    """Linear layers, one visual token per patch, and the head."""
+
+    adapter_targets = r"linear_\d+"
+
+    def __init__(self, config: MLPLlavaClassificationConfig, language_model: None = None):
+        super().__init__(config, None)
+        self.add_head(config.hidden_size, config.num_labels)
+
+    @property
+    def text_dim(self) -> int:
+        return self.config.hidden_size  # there is no language model to ask
+
+
+class PerceiverClassificationBridge(ClassificationBridge):
+    """Perceiver Resampler and head."""
+
+    adapter_targets = r"resampler\.layers\..*"
+
+    def __init__(self, config: PerceiverFlamingoClassificationConfig, language_model: None = None):
+        super().__init__(config, None)
+        self.resampler = PerceiverResampler(config.vision_feature_size, config)
+        self.add_head(config.vision_feature_size, config.num_labels)
+
+    def forward(self, patch_features: torch.Tensor) -> torch.Tensor:
+        """Map `(num_images, num_patches, vision_dim)` to `(num_images, num_latents, vision_dim)`."""
+        first = None
+        if self.resampler.media_time_embeddings is not None:  # each image is the first of its document
+            first = torch.zeros(len(patch_features), dtype=torch.long, device=patch_features.device)
+        return self.resampler(patch_features, media_index=first)
+
+
+# ---------------------------------------------------------------------- models
+
+
+class BridgedForImageClassification(BridgedModel):
+    """A frozen vision encoder, a bridge and a classifier.
+
+    Args:
+        config: The family's configuration for classification.
+        vision_model: An encoder that exists already; it is used as it is.
+    """
+
+    auto_classes = ("AutoModel", "AutoModelForImageClassification")
+    bridge_class: ClassVar[type[ClassificationBridge]] = ClassificationBridge
+    begins_as: ClassVar[tuple[type[BridgedModel], ...]] = ()  # models whose bridge this one can begin with
+    takes_over: ClassVar[tuple[str, ...]] = ()  # beginnings of names, in that bridge, of what makes visual tokens
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    accepts_loss_kwargs = False  # losses are means over the images of a batch
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return False
+
+    def _inherit_generation_config(self) -> None:
+        return None
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+    # ------------------------------------------------------------------ beginning
+
+    @classmethod
+    def from_vision(
+        cls,
+        vision,
+        *,
+        num_labels: int | None = None,
+        id2label: dict[int, str] | None = None,
+        image_processor=None,
+        dtype: torch.dtype | str | None = None,
+        **options,
+    ):
+        """Put a fresh bridge and classifier behind a vision encoder, which is frozen.
+
+        Args:
+            vision: Vision encoder: Hub id, folder, configuration (random weights) or loaded model.
+            num_labels: Classes, or values to predict; where `id2label` names them it can be left out.
+            id2label: Names of the classes, by number from 0.
+            image_processor: The encoder's image processor, where it is not found beside it: object, Hub id or folder.
+            dtype: Of the vision encoder; the bridge is in float32.
+            options: Fields of the configuration, such as `problem_type` or `qformer_config={...}`.
+
+        Returns:
+            Model (in eval mode) and image processor.
+
+        Raises:
+            ValueError: Neither `num_labels` nor `id2label` is given, they contradict each other, or an unknown option.
+        """
+        from ..compose import _image_processor, _resolve
+
+        options |= cls._labels(num_labels, id2label)
+        known = {*cls.config_class.__dataclass_fields__, "num_labels"}
+        known -= {"vision_config", "text_config", "frozen_parts", "bridge_only", "trained_tensors"}
+        if unknown := sorted(set(options) - known):
+            raise ValueError(f"{cls.__name__} has no option {', '.join(unknown)}; see {cls.config_class.__name__}.")
+        vision_model, name, pin = _resolve("vision_model", vision, dtype)
+        config = cls.config_class(vision_config=vision_model.config, frozen_parts={"vision_model": pin}, **options)
+        model = cls(config, vision_model=vision_model)
+        return model.eval(), _image_processor(image_processor, name, config.vision_config)
+
+    @classmethod
+    def from_bridge(
+        cls,
+        source,
+        *,
+        num_labels: int | None = None,
+        id2label: dict[int, str] | None = None,
+        image_processor=None,
+        **options,
+    ):
+        """Begin with a bridge that was trained for something else: its vision encoder and the part that makes visual tokens.
+
+        Args:
+            source: A model of the family, or the folder or Hub id of one. A folder's model is loaded as it is, its
+                language model too where it has one; that is let go afterwards.
+            num_labels: As for `from_vision`.
+            id2label: Likewise.
+            image_processor: Likewise; by default the source's, where that is a folder or a Hub id.
+            options: `label2id` and `problem_type`.
+
+        Returns:
+            Model (in eval mode) and image processor. The vision encoder is shared with a model that was passed in, the
+            bridge's weights are copies.
+
+        Raises:
+            ValueError: It is no model of this family, or as for `from_vision`.
+        """
+        from ..compose import _image_processor
+
+        options |= cls._labels(num_labels, id2label)
+        if unknown := sorted(set(options) - {"num_labels", "id2label", "label2id", "problem_type"}):
+            raise ValueError(
+                f"{', '.join(unknown)} can't be chosen here: the bridge brings all but labels and problem_type with it."
+            )
+        place = None
+        if not isinstance(source, PreTrainedModel):
+            place = os.fspath(source)
+            kind = AutoConfig.from_pretrained(place).model_type
+            if kind not in [model.config_class.model_type for model in cls.begins_as]:
+                cls._refuse(f"{place} holds a {kind!r} model")
+            source = AutoModel.from_pretrained(place)
+        if not isinstance(source, cls.begins_as):
+            cls._refuse(f"the source is a {type(source).__name__}")
+        before = source.config
+        fields = set(cls.config_class.__dataclass_fields__) & set(type(before).__dataclass_fields__)
+        fields -= _NOT_OF_THE_BRIDGE
+        kept = {name: getattr(before, name) for name in sorted(fields)}
+        config = cls.config_class(
+            vision_config=source.vision_model.config, **{**kept, **cls.fields_of(source)}, **options
+        )
+        pin, trained = (before.frozen_parts or {}).get("vision_model"), before.trained_tensors or []
+        config.frozen_parts = None if pin is None else {"vision_model": pin}
+        config.trained_tensors = [name for name in trained if name.startswith("vision_model.")] or None
+        model = cls(config, vision_model=source.vision_model)
+        model.load_tokens(source)
+        if image_processor is None and place is not None:
+            image_processor = AutoImageProcessor.from_pretrained(place)
+        name = source.vision_model.name_or_path or None
+        return model.eval(), _image_processor(image_processor, name, config.vision_config)
+
+    @classmethod
+    def _refuse(cls, found: str) -> None:
+        expected = " or ".join(sorted({model.config_class.model_type for model in cls.begins_as}))
+        raise ValueError(f"{found}; {cls.__name__} begins as {expected}.")
+
+    @staticmethod
+    def _labels(num_labels: int | None, id2label: dict[int, str] | None) -> dict:
+        """The configuration's fields that say what the classes are.
+
+        Raises:
+            ValueError: Nothing says so, or they contradict each other.
+        """
+        if id2label is None:
+            if num_labels is None:
+                raise ValueError("How many classes? Give num_labels, or their names: id2label={0: 'cat', 1: 'dog'}.")
+            if num_labels < 1:
+                raise ValueError(f"num_labels is {num_labels}; expected at least 1.")
+            return {"num_labels": num_labels}
+        if num_labels is not None and num_labels != len(id2label):
+            raise ValueError(f"num_labels is {num_labels}, but id2label names {len(id2label)} classes.")
+        return {"id2label": dict(id2label)}
+
+    @classmethod
+    def fields_of(cls, source: BridgedModel) -> dict:
+        """Fields of the configuration that another model's bridge implies without having them under this name."""
+        return {}
+
+    def load_tokens(self, source: BridgedModel) -> None:
+        """Take over what makes visual tokens in another model's bridge.
+
+        Args:
+            source: A model of this family.
+
+        Raises:
+            ValueError: Its bridge has another shape.
+        """
+        ours = {name: value for name, value in self.bridge.state_dict().items() if name.startswith(self.takes_over)}
+        theirs = source.bridge.state_dict()
+        problems = [f"there is no {name}" for name in sorted(ours.keys() - theirs.keys())]
+        problems += [
+            f"{name} has shape {list(theirs[name].shape)}, expected {list(value.shape)}"
+            for name, value in ours.items()
+            if name in theirs and theirs[name].shape != value.shape
+        ]
+        if problems:
+            raise ValueError(f"The bridge of this {type(source).__name__} does not fit: {summary(problems)}.")
+        self.bridge.load_state_dict({**self.bridge.state_dict(), **{name: theirs[name] for name in ours}})
+
+    # ------------------------------------------------------------------ forward
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        patch_features: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> ImageClassifierOutput:
+        """Score the classes.
+
+        Args:
+            pixel_values: `(batch, channels, height, width)`.
+            labels: One class per image: integers `(batch,)`, -100 for images that do not count. Several at once: floats
+                `(batch, num_labels)`, 0 or 1. Values to predict: floats `(batch, num_labels)`, or `(batch,)` where
+                `num_labels` is 1. Which of these it is says the configuration's `problem_type`; where that is `None`, it is
+                told from the first labels, as transformers does.
+            patch_features: `(batch, num_patches, vision_dim)` instead of pixels, from `get_patch_features`: the encoder
+                does not run again.
+            output_hidden_states: Return the vision encoder's hidden states too.
+            output_attentions: Return its attention weights too.
+
+        Returns:
+            An output with `logits`, `(batch, num_labels)`, and `loss` where labels were given.
+
+        Raises:
+            ValueError: Not exactly one of `pixel_values` and `patch_features`, or labels that do not fit.
+        """
+        if (pixel_values is None) == (patch_features is None):
+            raise ValueError("Give exactly one of pixel_values and patch_features.")
+        images = self.get_image_features(
+            pixel_values,
+            patch_features,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+        logits = self.bridge.logits(images.pooler_output)  # (batch, num_labels)
+        loss = None
+        if labels is not None:
+            self._check_labels(labels, logits)
+            loss = self.loss_function(labels, logits.float(), self.config)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=images.hidden_states, attentions=images.attentions
+        )
+
+    def _check_labels(self, labels: torch.Tensor, logits: torch.Tensor) -> None:
+        """Refuse labels that do not fit `problem_type`.
+
+        Raises:
+            ValueError: Their dtype, shape or values.
+        """
+        (batch, num_labels), problem = logits.shape, self.config.problem_type
+        integers = not labels.is_floating_point()
+        if problem is None:
+            single = num_labels > 1 and labels.dtype in (torch.long, torch.int)
+        else:
+            single = problem == "single_label_classification"
+        if single:
+            if not integers or labels.shape.numel() != batch:
+                raise ValueError(
+                    f"labels are {labels.dtype} of shape {tuple(labels.shape)}; expected one number of a class per image, "
+                    f"integers of shape {(batch,)}. Several classes at once: problem_type='multi_label_classification'."
+                )
+            torch_compilable_check(
+                ((labels == -100) | (labels >= 0) & (labels < num_labels)).all(),
+                lambda: (
+                    f"labels are {sorted(set(labels.flatten().tolist()))}; expected 0 to {num_labels - 1}, or -100."
+                ),
+            )
+            return
+        expected = [(batch, num_labels)] + (
+            [(batch,)] if num_labels == 1 and problem != "multi_label_classification" else []
+        )
+        if integers or tuple(labels.shape) not in expected:
+            kind = problem or ("regression" if num_labels == 1 else "multi_label_classification")
+            raise ValueError(
+                f"labels are {labels.dtype} of shape {tuple(labels.shape)}; {kind} expects floats of shape "
+                f"{' or '.join(map(str, expected))}."
+            )
+
+    # ------------------------------------------------------------------ saving
+
+    def _save_company(self, folder: Path, processor, with_code: bool) -> None:
+        if processor is not None:  # an image processor, which belongs to the encoder alone
+            processor.save_pretrained(folder)
+        super()._save_company(folder, None, with_code)
+
+
+class QFormerBlip2ForImageClassification(BridgedForImageClassification):
+    config_class = QFormerBlip2ClassificationConfig
+    config: QFormerBlip2ClassificationConfig
+    bridge_class = QFormerClassificationBridge
+    begins_as = (QFormerBlip2Stage1Model, QFormerBlip2ForConditionalGeneration)
+    takes_over = ("vision_layer_norm.", "qformer.")
+    _no_split_modules = ["QFormerLayer"]
+
+    @classmethod
+    def fields_of(cls, source: BridgedModel) -> dict:
+        return {"qformer_config": {**source.config.qformer_config.to_dict(), "use_text": False}}
+
+    @classmethod
+    def from_stage1(cls, stage1, **options):
+        """Begin with a Q-Former that has learned from images and notes: `QFormerBlip2ForPreTraining`.
+
+        Args:
+            stage1: A stage-1 model, or the folder or Hub id of one; no language model is loaded.
+            options: As for `from_bridge`.
+
+        Returns:
+            Model (in eval mode) and image processor.
+
+        Raises:
+            ValueError: It is no stage-1 model, or as for `from_bridge`.
+        """
+        is_model = isinstance(stage1, PreTrainedModel)
+        found = (stage1.config if is_model else AutoConfig.from_pretrained(os.fspath(stage1))).model_type
+        if found != QFormerBlip2Stage1Model.config_class.model_type:
+            raise ValueError(
+                f"stage1 is a {found!r} model; expected a QFormerBlip2ForPreTraining. Other bridges: from_bridge."
+            )
+        return cls.from_bridge(stage1, **options)
+
+
+class MLPLlavaForImageClassification(PooledPatchesMixin, BridgedForImageClassification):
+    config_class = MLPLlavaClassificationConfig
+    config: MLPLlavaClassificationConfig
+    bridge_class = MLPClassificationBridge
+    begins_as = (MLPLlavaForConditionalGeneration,)
+    takes_over = ("linear_",)
+
+    @classmethod
+    def fields_of(cls, source: BridgedModel) -> dict:
+        # of a model for any resolution, the base image alone
+        return {"hidden_size": source.bridge.text_dim, "image_grid_pinpoints": None}
+
+
+class PerceiverFlamingoForImageClassification(BridgedForImageClassification):
+    config_class = PerceiverFlamingoClassificationConfig
+    config: PerceiverFlamingoClassificationConfig
+    bridge_class = PerceiverClassificationBridge
+    begins_as = (PerceiverFlamingoForConditionalGeneration,)
+    takes_over = ("resampler.",)
+
+
+__all__ = [
+    "BridgedForImageClassification",
+    "ClassificationBridge",
+    "MLPLlavaForImageClassification",
+    "PerceiverFlamingoForImageClassification",
+    "QFormerBlip2ForImageClassification",
+    "TokenPooling",
+]
