@@ -35,7 +35,7 @@ from transformers import (
 from transformers.utils import cached_file, logging
 from transformers.utils.hub import resolve_revision
 
-from ..hub import add_code, auto_map_of, cache_dir, push_folder, push_options, retried
+from ..hub import WEIGHTS, add_code, auto_map_of, cache_dir, push_folder, push_options, retried
 from .modeling_changes import changed_tensors, has_adapters, samples_of
 from .modeling_mpt import MosaicGPTForCausalLM, MptForCausalLM
 
@@ -615,8 +615,12 @@ class BridgeCheckpointMixin:
                 shutil.copymode(temporary / "config.json", weights)  # or nobody else may read it
             self._save_company(temporary, processor, with_code)
             target.mkdir(exist_ok=True)
+            written = {path.name for path in temporary.iterdir()}
             for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
                 os.replace(path, target / path.name)  # the configuration last: without it the folder is no model
+            for path in target.iterdir():
+                if WEIGHTS.fullmatch(path.name) and path.name not in written:
+                    path.unlink()  # of an earlier model
         finally:
             self.config.frozen_parts, self.config.bridge_only = before
             shutil.rmtree(temporary, ignore_errors=True)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoConfig
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -29,6 +29,8 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 ATTEMPTS = 4
+# one checkpoint's files: those of an earlier one must not stay beside them
+WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 IGNORED = re.compile(
     r"(.*/)?(\.git|\.cache|__pycache__)/.*"
@@ -113,7 +115,8 @@ def push_folder(
     """Upload a folder in one commit: the repository shows all of it or nothing.
 
     Args:
-        folder: A saved model, or files for one. Files of the repository that are not in it stay.
+        folder: A saved model, or files for one. Files of the repository that are not in it stay; but new weights replace the
+            old ones, however many files these were.
         repo_id: `name` or `owner/name`; the repository is made if it is not there.
         private: Of a new repository: who may see it; `None` leaves that to the account's settings.
         token: Hub token; `None` takes the saved one.
@@ -146,8 +149,12 @@ def push_folder(
     def commit() -> CommitInfo:
         # the operations anew for each attempt: so the client sees what an attempt whose answer was lost has done
         operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in paths.items()]
+        if any(map(WEIGHTS.fullmatch, paths)):
+            known = api.list_repo_files(repo_id, revision=revision)
+            stale = [name for name in known if WEIGHTS.fullmatch(name) and name not in paths]
+            operations += [CommitOperationDelete(path_in_repo=name) for name in stale]
         return api.create_commit(
-            repo_id, operations, commit_message=commit_message or f"Upload {len(operations)} files",
+            repo_id, operations, commit_message=commit_message or f"Upload {len(paths)} files",
             commit_description=commit_description, revision=revision, create_pr=create_pr,
         )  # fmt: skip
 

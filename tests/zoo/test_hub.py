@@ -369,6 +369,15 @@ def test_sharded_parts_and_bridges(repositories, parts, tmp_path):
     assert torch.equal(logits_of(AutoModel.from_pretrained("me/bridge"), processor), logits_of(model, processor))
     with hub.offline():
         AutoModel.from_pretrained("me/bridge")
+    # one file where there were several, and the other way round: nothing old is left to be read
+    for max_shard_size in ("5GB", "5KB"):
+        with torch.no_grad():
+            model.bridge.linear_1.bias += 1
+        for save in (model.save_pretrained, model.push_to_hub):
+            place = "me/bridge" if save == model.push_to_hub else tmp_path / "bridge"
+            save(place, bridge_only=True, max_shard_size=max_shard_size)
+            loaded = AutoModel.from_pretrained(place)
+            assert torch.equal(loaded.bridge.linear_1.bias, model.bridge.linear_1.bias)
 
 
 def test_parts_in_memory_are_shared(pushed):
