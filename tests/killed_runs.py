@@ -23,10 +23,21 @@ from safetensors import safe_open
 sys.path.insert(0, str(Path(__file__).parent))
 
 from toy_runs import toy_trainer  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
 from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 
 
 STEPS = 60
+
+
+class Tell(TrainerCallback):
+    """Write a byte for every step."""
+
+    def __init__(self, pipe: int):
+        self.pipe = pipe
+
+    def on_step_end(self, args, state, control, **kwargs):
+        os.write(self.pipe, b".")
 
 
 def forked(work) -> int:
@@ -64,6 +75,7 @@ def main(root: Path, kills: int, seed: int) -> None:
     torch.set_num_threads(1)
     rng = random.Random(seed)
     build = toy_trainer(root / "parts")
+    composed = build.compose()  # every child has a copy of its own
     options = {
         "max_steps": STEPS,
         "save_steps": 1,
@@ -72,12 +84,12 @@ def main(root: Path, kills: int, seed: int) -> None:
         "lr_scheduler_type": "linear",
     }
 
-    def run(name: str, started: int | None = None, **more) -> None:
+    def run(name: str, tell: int | None = None, **more) -> None:
         folder = root / name
         last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        trainer = build(folder, **{**options, **more})
-        if started is not None:
-            os.write(started, b"!")
+        trainer = build(folder, composed=composed, **{**options, **more})
+        if tell is not None:
+            trainer.add_callback(Tell(tell))
         trainer.train(resume_from_checkpoint=last)
 
     whole = forked(lambda: run("whole", save_strategy="steps", save_steps=STEPS))
@@ -86,9 +98,11 @@ def main(root: Path, kills: int, seed: int) -> None:
         listen, tell = os.pipe()
         child = forked(lambda tell=tell: run("killed", tell))
         os.close(tell)
+        os.read(listen, 1)  # a step is done, its checkpoint comes next
+        before = time.monotonic()
         os.read(listen, 1)
+        time.sleep(rng.uniform(0, time.monotonic() - before))
         os.close(listen)
-        time.sleep(rng.uniform(0.02, 0.5))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         folder = root / "killed"

@@ -92,35 +92,30 @@ def toy_records(count: int = 8) -> list[dict]:
     return records
 
 
-def toy_trainer(parts: Path, bridge: str = "qformer", language: str = "llama"):
+def toy_trainer(parts: Path, bridge: str = "qformer", language: str = "llama", dropout: float = 0.1):
     """A function that makes a trainer for a folder, always of the same model: a Q-Former with dropout, by default."""
     if not (parts / "vision").exists():
         save_parts(parts, language)
-    # pictures are opened once: tries to kill a run are many
     records = toy_records()
 
-    def build(
-        output: Path,
-        *,
-        records=records,
-        stream: bool = False,
-        freeze: dict | None = None,
-        wrap=None,
-        keywords=None,
-        **arguments,
-    ):
+    def compose():
         torch.manual_seed(0)
-        qformer = {**QFORMER, "hidden_dropout_prob": 0.1}
+        qformer = {**QFORMER, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
         if bridge == "stage1":
-            model, processor = vlbridge.QFormerBlip2ForPreTraining.from_vision(
+            return vlbridge.QFormerBlip2ForPreTraining.from_vision(
                 str(parts / "vision"),
                 str(parts / "bert"),
                 qformer_config={**qformer, "max_position_embeddings": 40},
                 embed_dim=16,
             )
-        else:
-            options = {"qformer_config": qformer} if bridge == "qformer" else BRIDGE_OPTIONS[bridge]
-            model, processor = vlbridge.compose(str(parts / "vision"), str(parts / language), bridge, **options)
+        options = {"qformer_config": qformer} if bridge == "qformer" else BRIDGE_OPTIONS[bridge]
+        return vlbridge.compose(str(parts / "vision"), str(parts / language), bridge, **options)
+
+    def build(
+        output: Path, *, records=records, stream: bool = False, freeze: dict | None = None, wrap=None, keywords=None, composed=None,
+        **arguments,
+    ):  # fmt: skip
+        model, processor = composed or compose()
         spread_weights(model.bridge)
         model.freeze(**(freeze or {}))
         encoder = encoder_for(model, processor)
@@ -134,4 +129,5 @@ def toy_trainer(parts: Path, bridge: str = "qformer", language: str = "llama"):
         data = SampleStream(records, encoder, args.per_device_train_batch_size) if stream else Samples(records, encoder)
         return BridgeTrainer(model, args, encoder=encoder, processor=processor, train_dataset=data, **(keywords or {}))
 
+    build.compose = compose
     return build

@@ -670,6 +670,15 @@ class BridgeTrainer(Trainer):
             self._globalstep_last_logged = state["last_logged"]
             self._started -= state["seconds"]
 
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            raise TrainingError(
+                f"The optimizer's state in {checkpoint} is of other parameters ({error}): go on with the recipe that the run "
+                "began with."
+            ) from error
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Load the trained weights; the frozen ones are in memory already.
 

@@ -305,7 +305,8 @@ def test_learning_rates_by_part(parts, tmp_path):
     saved = keys(tmp_path / "checkpoint-2")  # the language model was trained: the whole model is saved
     assert any(name.startswith("language_model.") for name in saved)
     again = build(tmp_path, freeze={"language_model": False}, keywords={"learning_rates": rates}, max_steps=3)
-    again.train(resume_from_checkpoint=True)
+    with pytest.raises(TrainingError, match="optimizer's state .* is of other parameters"):
+        again.train(resume_from_checkpoint=True)
     with pytest.raises(TrainingError, match="learning_rates has lora, but trained is bridge only"):
         build(tmp_path, keywords={"learning_rates": {"lora": 1e-3}}).create_optimizer()
 
@@ -342,13 +343,10 @@ def test_lora_beside_the_bridge(parts, tmp_path):
 def test_small_steps_accumulated_are_one_large_step(parts, tmp_path, bridge, language):
     curves, trained = [], []
     for size, accumulated in ((4, 1), (1, 4)):
-        trainer = toy_trainer(parts, bridge, language)(
+        trainer = toy_trainer(parts, bridge, language, dropout=0.0)(
             tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulated, max_steps=2, save_strategy="no",
             optim="sgd", learning_rate=0.1,
         )  # fmt: skip
-        for module in trainer.model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
         trainer.train()
         curves.append(curve(trainer))
         trained.append(weights(trainer))
@@ -385,6 +383,7 @@ def test_data_sets_that_count_differently_each_have_their_own_mean(parts, tmp_pa
         batch = encoder.collate([encoder.encode(record) for record in records if record["source"] == name])
         expected += factor * model(**batch).loss
     expected.backward()
+    expected = expected.detach()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
@@ -438,7 +437,7 @@ def test_gaps_are_not_learned_from(parts, tmp_path):
 
 @pytest.mark.parametrize("bridge", ["mlp", "perceiver", "stage1"])
 def test_the_sample_table_shows_fixed_records_every_so_often(parts, tmp_path, bridge):
-    records = toy_records(3)
+    records = toy_records(4)
     if bridge == "stage1":
         records = [{**record, "caption": f"w{n}"} for n, record in enumerate(records)]
     build = toy_trainer(parts, bridge)
@@ -459,7 +458,7 @@ def test_the_sample_table_shows_fixed_records_every_so_often(parts, tmp_path, br
     assert [(row["step"], row["id"]) for row in rows] == [(step, f"r{k}") for step in (1, 2, 3, 4) for k in (0, 1)]
     assert rows[0]["wanted"] == records[0]["caption"]
     table = (tmp_path / "whole" / "samples.md").read_text()
-    assert table.startswith("Step 4\n") and table.count("\n| r") == 2
+    assert table.startswith("Step 4\n") and table.count("\n| r0 | ") == table.count("\n| r1 | ") == 1
     run(tmp_path / "parts", steps=3)
     run(tmp_path / "parts", resume=True)
     assert (tmp_path / "parts" / "samples.jsonl").read_text() == text
