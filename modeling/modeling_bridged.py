@@ -543,7 +543,9 @@ class BridgedModel(HotSwapMixin, BridgeCheckpointMixin, PreTrainedModel, Generat
 
     # ------------------------------------------------------------------ forward
 
-    def _visual_conditioning(self, input_ids, image_features, visual_states) -> tuple[dict, ModelOutput | None]:
+    def _visual_conditioning(
+        self, input_ids, image_features, visual_states, segment_ids=None
+    ) -> tuple[dict, ModelOutput | None]:
         """Keyword arguments for the language model beside the embeddings, and the state to carry along: a family whose
         visual tokens do not stand in the prompt overrides this."""
         return {}, None
@@ -589,6 +591,7 @@ class BridgedModel(HotSwapMixin, BridgeCheckpointMixin, PreTrainedModel, Generat
         decoder_input_ids: torch.LongTensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         encoder_outputs: ModelOutput | None = None,
+        segment_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> BridgedOutput:
         """Run the model.
@@ -611,6 +614,9 @@ class BridgedModel(HotSwapMixin, BridgeCheckpointMixin, PreTrainedModel, Generat
             decoder_input_ids: For an encoder-decoder language model.
             decoder_attention_mask: For an encoder-decoder language model.
             encoder_outputs: For an encoder-decoder language model: its encoder need not run again.
+            segment_ids: `(batch, tokens)`: which sample of a packed row a token belongs to, rising from left to right.
+                Conditioned text sees the images of its own sample only. The mask and the positions that packing needs
+                too are `attention_mask` and `position_ids`.
             kwargs: The family's other `image_arguments`; the rest is for the language model. `shift_labels` (beside `labels`): what each position predicts, instead of the
                 next position's label.
 
@@ -629,7 +635,7 @@ class BridgedModel(HotSwapMixin, BridgeCheckpointMixin, PreTrainedModel, Generat
             )  # fmt: skip
         image_features = self._image_features(images, mm_encoder_outputs)
         hidden = self._prompt_embeddings(input_ids, inputs_embeds, image_features)
-        conditioning, visual_states = self._visual_conditioning(input_ids, image_features, visual_states)
+        conditioning, visual_states = self._visual_conditioning(input_ids, image_features, visual_states, segment_ids)
         arguments = self._language_model_arguments
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -hidden.shape[1] :]

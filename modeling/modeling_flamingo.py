@@ -481,7 +481,7 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
             num_forgotten=torch.zeros_like(num_images) if before is None else before.num_forgotten,
         )
 
-    def _visual_conditioning(self, input_ids, image_features, visual_states):
+    def _visual_conditioning(self, input_ids, image_features, visual_states, segment_ids=None):
         # looked up now: PEFT may have put a trained copy of the bridge here, or another bridge may have been set
         bridge = self, self.bridge.cross_attention_layers, self.config.cross_attention_every_n_layers
         if image_features is not None:
@@ -509,7 +509,12 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
             mask = text_time[..., None] == media_time
         else:
             mask = text_time[..., None] >= media_time
-        sees_image = text_time > 0
+        if segment_ids is None:
+            sees_image = text_time > 0
+        else:
+            earlier = self._images_of_earlier_segments(is_image, segment_ids.to(limit.device))
+            mask = mask & (media_time > earlier[..., None])
+            sees_image = text_time > earlier
         mask = mask | ~sees_image[..., None]  # a row that sees nothing would be NaN; its result is dropped
         conditioning = Conditioning(*bridge, visual_states.key_states, visual_states.value_states, mask, sees_image)
         return {CONDITIONING: conditioning}, VisualStates(
@@ -519,6 +524,13 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
             text_time=text_time[:, -1].contiguous(),
             num_forgotten=visual_states.num_forgotten,
         )
+
+    @staticmethod
+    def _images_of_earlier_segments(is_image: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
+        """How many images of a packed row come before the sample that a token belongs to: `(rows, tokens)` of all."""
+        before = is_image.cumsum(dim=-1) - is_image.long()
+        begins = nn.functional.pad(segment_ids.diff(dim=-1) != 0, (1, 0), value=True)
+        return torch.where(begins, before, 0).cummax(dim=-1).values
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Make the visual states of the samples, before these become beams: beams share them."""

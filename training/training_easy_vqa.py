@@ -10,9 +10,7 @@ and itself only, so that every question is exactly what it would be alone).
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import time
 from collections import Counter, defaultdict
@@ -21,16 +19,14 @@ from pathlib import Path
 
 import torch
 import typer
-from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import vlbridge
 from vlbridge import demo
-from vlbridge.modeling.modeling_checkpoint import weights_sha256
-from vlbridge.training.training_packing import PackedCollator, common_prefix, pack
+from vlbridge.training.training_features import FeatureCache
+from vlbridge.training.training_packing import PackedCollator, append_pairs, common_prefix
 
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -222,29 +218,15 @@ class PackedConversations(Dataset):
         asked += [own[choice] for choice in order[: self.num_questions - len(asked)]]
         end = [self.processor.tokenizer.eos_token_id]
         pairs = [(self.prompt(question), self.tokenize(answer) + end) for question, answer in asked]
-        return {"patch_features": self.features[index].float(), **pack(pairs)}
+        return {"patch_features": self.features[index].float(), **append_pairs(pairs)}
 
 
-@torch.no_grad()
 def encode(model, processor, examples: list[Example], batch_size: int = 8) -> torch.Tensor:
     """Patch features of every picture, `(num_examples, num_patches, vision_dim)`, in half precision; kept on disk."""
-    key = hashlib.sha256(json.dumps([example.image.as_posix() for example in examples]).encode())
-    key.update(json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str).encode())
-    key.update(weights_sha256(demo.resolve(demo.VISION)).encode())
-    path = demo.cache_dir() / f"features-{key.hexdigest()[:16]}.safetensors"
-    if path.exists():
-        return load_file(path)["patch_features"]
     model.vision_model.to(memory_format=torch.channels_last)  # twice as fast for a CNN on a CPU
-    features = []
-    for start in tqdm(range(0, len(examples), batch_size), desc="encoding", unit="batch"):
-        images = [Image.open(example.image).convert("RGB") for example in examples[start : start + batch_size]]
-        pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"].to(model.device)
-        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        features.append(model.get_patch_features(pixel_values).half().cpu())
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file({"patch_features": torch.cat(features).contiguous()}, temporary)
-    os.replace(temporary, path)
-    return torch.cat(features)
+    cache = FeatureCache(model, processor, dtype="float16", batch_size=batch_size)
+    cache.fill([{"images": [{"path": str(example.image), "bytes": None}]} for example in examples])
+    return cache.get(example.image for example in examples)
 
 
 @torch.no_grad()

@@ -1,8 +1,31 @@
-"""Packing: many short answers behind one shared prefix, each as if it stood alone."""
+"""Packing: several samples in one row, each as if it stood alone.
+
+- Samples stand one after the other, each with its own images. A token sees its own sample only, and positions begin anew.
+- Questions about one picture share what they have in common, the picture above all: behind the shared prefix every
+  question is a branch, which sees the prefix and itself.
+
+A batch that is packed gives the loss and the gradients that it gives unpacked: the same samples, the same learned tokens,
+with less or no padding. So batches are what they were, and only become fewer rows: a `per_device_train_batch_size` of 64
+with `max_tokens: 2048` may be 64 samples in 5 rows.
+
+Rows need a mask that says who sees whom, which PyTorch's SDPA takes. Flash attention takes lengths of samples instead
+(`cu_seq_lens_q` in transformers) and can't express branches: it is refused, not approximated.
+"""
 
 from __future__ import annotations
 
 import torch
+from torch.utils.data import get_worker_info
+
+from .training_encoding import IGNORED, Encoder, SampleError, checked_kind
+from .training_features import FeatureStore, PreparedEncoder
+
+
+ROW_NAMES = ("input_ids", "labels", "position_ids", "branch_ids", "segment_ids")  # of a sample, `(tokens,)` each
+MAX_WORKERS = 256
+
+
+# ---------------------------------------------------------------------- samples
 
 
 def common_prefix(sequences: list[list[int]]) -> int:
@@ -11,63 +34,348 @@ def common_prefix(sequences: list[list[int]]) -> int:
     return next((i for i in range(shortest) if len({ids[i] for ids in sequences}) > 1), shortest)
 
 
-def pack(pairs: list[tuple[list[int], list[int]]]) -> dict:
-    """Pack prompts that begin alike, and their answers, into one row.
+def share_prefix(sequences: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+    """Several sequences that begin alike as one sample: the prefix once, and a branch for each.
+
+    Args:
+        sequences: `(input_ids, labels)` of each, the labels as long as the ids and -100 where nothing is learned.
+
+    Returns:
+        `input_ids`, `labels`, `position_ids` and `branch_ids` (0 for the shared prefix, else the sequence's number from 1),
+        each `(tokens,)`.
+    """
+    # the token before the first learned one stays in its branch, which predicts from there
+    shared = common_prefix([ids for ids, _ in sequences])
+    for ids, labels in sequences:
+        first = next((place for place, label in enumerate(labels) if label != IGNORED), len(ids))
+        shared = min(shared, max(first - 1, 0))
+    input_ids, labels = list(sequences[0][0][:shared]), [IGNORED] * shared
+    position_ids, branch_ids = list(range(shared)), [0] * shared
+    for number, (ids, learned) in enumerate(sequences, start=1):
+        input_ids += ids[shared:]
+        labels += learned[shared:]
+        position_ids += range(shared, len(ids))
+        branch_ids += [number] * (len(ids) - shared)
+    sample = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "branch_ids": branch_ids}
+    return {name: torch.tensor(values) for name, values in sample.items()}
+
+
+def append_pairs(pairs: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+    """Prompts that begin alike, and their answers, as one sample.
 
     Args:
         pairs: Token ids of `(prompt, answer)`. The answer's tokens are learned, the prompt's are not.
 
     Returns:
-        `input_ids`, `position_ids`, `branch_ids` (0 for the shared prefix, else the pair's number) and `next_ids` (the
-        token to predict at each position, -100 where nothing is learned), each `(tokens,)`.
+        See `share_prefix`.
     """
-    # One token of every prompt stays in its branch, so that the first answer token is predicted from there.
-    shared = min(common_prefix([prompt for prompt, _ in pairs]), min(len(prompt) for prompt, _ in pairs) - 1)
-    input_ids, position_ids = list(pairs[0][0][:shared]), list(range(shared))
-    branch_ids, next_ids = [0] * shared, [-100] * shared
-    for number, (prompt, answer) in enumerate(pairs, start=1):
-        branch = [*prompt[shared:], *answer[:-1]]
-        input_ids += branch
-        position_ids += range(shared, shared + len(branch))
-        branch_ids += [number] * len(branch)
-        next_ids += [-100] * (len(prompt) - shared - 1) + list(answer)
-    packed = {"input_ids": input_ids, "position_ids": position_ids, "branch_ids": branch_ids, "next_ids": next_ids}
-    return {name: torch.tensor(values) for name, values in packed.items()}
+    return share_prefix([([*prompt, *answer], [IGNORED] * len(prompt) + list(answer)) for prompt, answer in pairs])
 
 
-def branch_mask(branch_ids: torch.Tensor) -> torch.Tensor:
-    """Who sees whom: everybody the prefix, and what came before in the same branch.
+def _complete(sample: dict) -> dict[str, torch.Tensor]:
+    """What a row says of each token of one sample, `(tokens,)` each; `next_ids` is what it predicts.
+
+    The last token of a branch or sample predicts nothing and is seen by nobody: where it was learned, it is left out.
+    """
+    ids, labels = sample["input_ids"], sample["labels"]
+    tokens, zeros = torch.arange(len(ids)), torch.zeros(len(ids), dtype=torch.long)
+    row = {
+        "input_ids": ids,
+        "position_ids": sample.get("position_ids", tokens),
+        "branch_ids": sample.get("branch_ids", zeros),
+        "segment_ids": sample.get("segment_ids", zeros),
+    }
+    begins = torch.ones(len(ids) + 1, dtype=torch.bool)  # of a branch or segment; one more behind the last token
+    begins[1:-1] = (row["branch_ids"].diff() != 0) | (row["segment_ids"].diff() != 0)
+    row["next_ids"] = torch.nn.functional.pad(labels[1:], (0, 1), value=IGNORED).masked_fill(begins[1:], IGNORED)
+    kept = ~(begins[1:] & (labels != IGNORED))
+    return {name: values[kept] for name, values in row.items()}
+
+
+# ---------------------------------------------------------------------- rows
+
+
+def first_fit(lengths: list[int], max_tokens: int | None) -> list[list[int]]:
+    """Share samples out among rows: each goes to the first row that has room for it.
 
     Args:
-        branch_ids: `(tokens,)`.
+        lengths: Tokens of each sample.
+        max_tokens: Longest row; a longer sample has a row of its own. `None`: all in one row.
 
     Returns:
-        Bool, `(1, 1, tokens, tokens)`, true where attention is allowed.
+        Numbers of the samples of each row, in their order.
     """
-    same = (branch_ids[:, None] == branch_ids[None]) | (branch_ids[None] == 0)
-    return same.tril()[None, None]
+    rows: list[list[int]] = []
+    used: list[int] = []
+    for number, length in enumerate(lengths):
+        for row, total in enumerate(used):
+            if max_tokens is None or total + length <= max_tokens:
+                rows[row].append(number)
+                used[row] += length
+                break
+        else:
+            rows.append([number])
+            used.append(length)
+    return rows
+
+
+def packed_mask(segment_ids: torch.Tensor, branch_ids: torch.Tensor) -> torch.Tensor:
+    """Who sees whom: what came before in the same sample, of that the prefix and the same branch.
+
+    Args:
+        segment_ids: `(batch, tokens)`: the sample that a token belongs to, -1 for padding.
+        branch_ids: `(batch, tokens)`: 0 for a sample's shared prefix, else the branch's number.
+
+    Returns:
+        Bool, `(batch, 1, tokens, tokens)`, true where attention is allowed. Padding sees padding.
+    """
+    same_segment = segment_ids[:, :, None] == segment_ids[:, None]
+    same_branch = (branch_ids[:, :, None] == branch_ids[:, None]) | (branch_ids[:, None] == 0)
+    return (same_segment & same_branch).tril()[:, None]
 
 
 class PackedCollator:
-    """One packed row to model inputs; logits are computed where something is learned, nowhere else."""
+    """Samples to packed rows; logits are computed where something is learned, nowhere else.
 
-    def __call__(self, rows: list[dict]) -> dict:
-        if len(rows) != 1:
-            raise ValueError(
-                f"A step takes one packed row, got {len(rows)}: use gradient accumulation for larger batches."
-            )
-        row = rows[0]
-        learned = (row["next_ids"] != -100).nonzero()[:, 0]
+    Args:
+        max_tokens: Longest row, in tokens; `None` puts all samples in one row.
+    """
+
+    def __init__(self, max_tokens: int | None = None):
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens is {max_tokens}; expected a positive number of tokens, or None.")
+        self.max_tokens = max_tokens
+        # per worker, in memory that all processes share: batches, samples, rows, tokens, places of the packed rows, and
+        # places of the same batches unpacked
+        self._counts = torch.zeros(MAX_WORKERS, 6, dtype=torch.int64).share_memory_()
+
+    def order(self, samples: list[dict]) -> list[list[int]]:
+        """Numbers of the samples of each row; images have to be in this order, too."""
+        return first_fit([len(_complete(sample)["input_ids"]) for sample in samples], self.max_tokens)
+
+    def rows(self, samples: list[dict], order: list[list[int]]) -> dict[str, torch.Tensor]:
+        """All of a batch but its images.
+
+        Args:
+            samples: With `input_ids` and `labels`, `(tokens,)`, and what `share_prefix` gives.
+            order: From `order`.
+
+        Returns:
+            `input_ids`, `position_ids` and `segment_ids`, `(rows, tokens)`; `attention_mask`, `(rows, 1, tokens, tokens)`;
+            `logits_to_keep`, the columns where a row learns something; `shift_labels` and `labels`, what is predicted
+            there, `(rows, columns)`.
+        """
+        fillers = {"input_ids": 0, "position_ids": 0, "branch_ids": 0, "segment_ids": -1, "next_ids": IGNORED}
+        columns: dict[str, list] = {name: [] for name in fillers}
+        for numbers in order:
+            parts, segments = [_complete(samples[number]) for number in numbers], 0
+            for part in parts:
+                part["segment_ids"] = part["segment_ids"] + segments
+                segments = int(part["segment_ids"].max()) + 1 if len(part["segment_ids"]) else segments
+            for name, values in columns.items():
+                values.append(torch.cat([part[name] for part in parts]))
+        row = {
+            name: torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fillers[name])
+            for name, values in columns.items()
+        }
+        self._count(samples, columns["input_ids"], row["input_ids"])
+        learned = (row["next_ids"] != IGNORED).any(dim=0).nonzero()[:, 0]
+        if not len(learned):  # of no columns there would be no mean
+            learned = learned.new_zeros(1)
+        next_ids = row["next_ids"][:, learned]
         return {
-            "input_ids": row["input_ids"][None],
-            "position_ids": row["position_ids"][None],
-            "attention_mask": branch_mask(row["branch_ids"]),
-            "patch_features": row["patch_features"][None],
+            "input_ids": row["input_ids"],
+            "position_ids": row["position_ids"],
+            "segment_ids": row["segment_ids"],
+            "attention_mask": packed_mask(row["segment_ids"], row["branch_ids"]),
             "logits_to_keep": learned,
-            "labels": row["next_ids"][learned][None],  # counted by the trainer
-            "shift_labels": row["next_ids"][learned][None],
+            "labels": next_ids,
+            "shift_labels": next_ids,
             "use_cache": False,
         }
 
+    def __call__(self, samples: list[dict]) -> dict:
+        """Rows with their images, each sample having `patch_features` `(num_patches, vision_dim)` of its one image."""
+        order = self.order(samples)
+        features = [samples[number]["patch_features"] for numbers in order for number in numbers]
+        return {**self.rows(samples, order), "patch_features": torch.stack(features)}
 
-__all__ = ["PackedCollator", "branch_mask", "common_prefix", "pack"]
+    # ------------------------------------------------------------------ counting
+
+    def _count(self, samples: list[dict], rows: list[torch.Tensor], padded: torch.Tensor) -> None:
+        info = get_worker_info()
+        worker = 0 if info is None else info.id + 1
+        alone = [length for sample in samples for length in _lengths_alone(sample)]
+        counts = [1, len(alone), len(rows), sum(map(len, rows)), padded.numel(), len(alone) * max(alone)]
+        self._counts[min(worker, MAX_WORKERS - 1)] += torch.tensor(counts)
+
+    def savings(self) -> dict[str, float]:
+        """What packing has saved so far, in all workers of this process.
+
+        Returns:
+            `batches`, `samples` (a question each), `rows`, `tokens`, `padding`: places of the packed rows without a token,
+            and `places_saved`: the share of the places that the same batches, unpacked and padded, would have had.
+        """
+        batches, samples, rows, tokens, places, unpacked = self._counts.sum(dim=0).tolist()
+        return {
+            "batches": batches, "samples": samples, "rows": rows, "tokens": tokens, "padding": places - tokens,
+            "places_saved": 1 - places / max(unpacked, 1),
+        }  # fmt: skip
+
+
+def _lengths_alone(sample: dict) -> list[int]:
+    """Tokens of each sequence in a sample, if it stood in a row of its own."""
+    branches, segments = sample.get("branch_ids"), sample.get("segment_ids")
+    if segments is not None:
+        return torch.bincount(segments).tolist()
+    if branches is None:
+        return [len(sample["input_ids"])]
+    counts = torch.bincount(branches).tolist()
+    return [counts[0] + count for count in counts[1:]]
+
+
+# ---------------------------------------------------------------------- records
+
+
+def check_packable(model, max_tokens: int | None = None) -> None:
+    """Refuse models that would not give packed samples what they get alone.
+
+    Args:
+        model: The model.
+        max_tokens: Longest row, in tokens.
+
+    Raises:
+        ValueError: It is one of them, and why.
+    """
+    config = model.config
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(base, "language_model", None) is None:
+        raise ValueError("Packing puts texts for a language model in one row; stage 1 of Q-Former BLIP-2 has none.")
+    name = type(base.language_model).__name__
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"{name} is an encoder-decoder: packing is for decoder-only language models. Leave packing out."
+        )
+    text_config = base.language_model.config.get_text_config()
+    if "position_ids" not in base._language_model_arguments or getattr(text_config, "alibi", False):
+        raise ValueError(
+            f"{name} does not go by position_ids: it would count positions from the row's beginning, not from the sample's. Leave "
+            "packing out."
+        )
+    if (attention := text_config._attn_implementation) != "sdpa":
+        raise ValueError(
+            f"The language model's attn_implementation is {attention!r}: packed rows need a mask of their own, which only 'sdpa' "
+            "takes. Call model.language_model.set_attn_implementation('sdpa'), or leave packing out."
+        )
+    window = getattr(text_config, "sliding_window", None)
+    slides = "sliding_attention" in (getattr(text_config, "layer_types", None) or ["sliding_attention"])
+    if window and slides and getattr(text_config, "use_sliding_window", True) and window < (max_tokens or window + 1):
+        raise ValueError(
+            f"{name} has attention over a window of {window} tokens, which packed rows do not have. Set max_tokens to {window} at "
+            "most, or leave packing out."
+        )
+
+
+def independent(record: dict) -> list[dict]:
+    """The questions of a conversation as conversations of their own.
+
+    Each has the system's message and the images that were shown up to it, in front.
+
+    Args:
+        record: With `messages`, system first where there is one, then user and assistant in turn.
+    """
+    messages = record["messages"]
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    turns, found, shown = messages[len(system) :], [], 0
+    for question, answer in zip(turns[::2], turns[1::2]):
+        before = [{"type": "image", "text": None}] * shown
+        shown += sum(item["type"] == "image" for item in question["content"])
+        asked = {**question, "content": [*before, *question["content"]]}
+        found.append({**record, "images": record["images"][:shown], "messages": [*system, asked, answer]})
+    return found
+
+
+class PackedEncoder(PreparedEncoder):
+    """An encoder whose batches are packed.
+
+    Args:
+        encoder: The model's encoder, from `encoder_for`.
+        model: The model; it is only read.
+        max_tokens: Longest row, in tokens; a longer sample has a row of its own.
+        independent_turns: The questions of a conversation do not know of each other: each is answered from the images
+            alone. They stand behind the images as branches.
+        store: Features of images, see `FeatureCache`.
+
+    Raises:
+        ValueError: The model can't be trained on packed rows, see `check_packable`.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        model,
+        max_tokens: int,
+        independent_turns: bool = False,
+        store: FeatureStore | None = None,
+    ):
+        super().__init__(encoder, store)
+        check_packable(model, max_tokens)
+        self.packer, self.independent_turns = PackedCollator(max_tokens), independent_turns
+
+    def encode(self, record: dict) -> dict:
+        if not self.independent_turns or checked_kind(record) != "messages":
+            return super().encode(record)
+        prepared, samples, problem = self.prepare(record), [], None
+        for part in independent(record):
+            try:
+                samples.append(self.encode_prepared(part, prepared[: len(part["images"])]))
+            except SampleError as error:
+                problem = error
+        if not samples:
+            raise problem
+        return samples[0] if len(samples) == 1 else self.merge(samples)
+
+    def merge(self, samples: list[dict]) -> dict:
+        """Samples about the same images as one: behind a shared prefix, where the images are in it, else in turn."""
+        sequences = [(sample["input_ids"].tolist(), sample["labels"].tolist()) for sample in samples]
+        shared = share_prefix(sequences)
+        own = {name: value for name, value in samples[0].items() if name not in ROW_NAMES}
+        after = (shared["input_ids"] == self.image_token_id) & (shared["branch_ids"] > 0)
+        if not bool(after.any()) and all(_same_images(own, sample) for sample in samples[1:]):
+            return {**own, **shared}
+        merged = {name: torch.cat([sample[name] for sample in samples]) for name in ("input_ids", "labels")}
+        lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
+        merged["position_ids"] = torch.cat([torch.arange(length) for length in lengths.tolist()])
+        merged["segment_ids"] = torch.arange(len(samples)).repeat_interleave(lengths)
+        merged["images"] = [image for sample in samples for image in sample["images"]]
+        for name in ("patch_features", *self.image_arguments):
+            if given := [sample[name] for sample in samples if name in sample]:
+                merged[name] = self.join_images(name, given)
+        return merged
+
+    def collate(self, samples: list[dict]) -> dict:
+        """Rows, see `PackedCollator.rows`, and the images in the order in which they stand there."""
+        order = self.packer.order(samples)
+        batch = super().collate([samples[number] for numbers in order for number in numbers])
+        return {**batch, **self.packer.rows(samples, order)}
+
+
+def _same_images(one: dict, other: dict) -> bool:
+    """Whether two samples have the same images, and what else the bridge reads with them."""
+    if one.get("images") != other.get("images"):
+        return False
+    names = [name for name, value in one.items() if name != "images" and isinstance(value, torch.Tensor)]
+    return all(name in other and torch.equal(one[name], other[name]) for name in names)
+
+
+__all__ = [
+    "PackedCollator",
+    "PackedEncoder",
+    "append_pairs",
+    "check_packable",
+    "common_prefix",
+    "first_fit",
+    "independent",
+    "packed_mask",
+    "share_prefix",
+]

@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-import io
-
 import pytest
 import torch
 from tiny import COMBINATIONS, tiny_image, tiny_model, tiny_stage1
+from toy_records import TEXT, caption, document, talk
 
 from vlbridge.training.training_encoding import IGNORED, SampleError, encoder_for
 
 
-IMAGE, TEXT = {"type": "image", "text": None}, lambda text: {"type": "text", "text": text}
 # a template without {% generation %}, and one that tells what it wrote before
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 FORGETFUL = "{{ messages[-1].content }}{% if add_generation_prompt %}{{ '>' }}{% endif %}"
-
-
-def image(seed: int = 0) -> dict:
-    buffer = io.BytesIO()
-    tiny_image(seed).save(buffer, "PNG")
-    return {"path": None, "bytes": buffer.getvalue()}
-
-
-def caption(text: str = "two dogs", seed: int = 0) -> dict:
-    return {"id": f"c{seed}", "source": "captions", "images": [image(seed)], "caption": text}
-
-
-def talk(*texts: str, seed: int = 0) -> dict:
-    content = [[IMAGE, TEXT(texts[0])], *([TEXT(text)] for text in texts[1:])]
-    roles = ["user", "assistant"] * (len(texts) // 2)
-    messages = [{"role": role, "content": part} for role, part in zip(roles, content)]
-    return {"id": f"t{seed}", "source": "talks", "images": [image(seed)], "messages": messages}
-
-
-def document(*parts: str | int) -> dict:
-    items = [IMAGE if isinstance(part, int) else TEXT(part) for part in parts]
-    images = [image(part) for part in parts if isinstance(part, int)]
-    return {"id": "d", "source": "documents", "images": images, "document": items}
 
 
 RECORDS = [caption("two dogs", 0), caption("a sea", 1), talk("what?", "a cat", "why is that so?", "so", seed=2)]

@@ -1,11 +1,18 @@
-"""Packing: every answer behind the shared prefix is what it is alone."""
+"""Packing: every sample of a row, and every answer behind the shared prefix, is what it is alone."""
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
-from tiny import tiny_image, tiny_model
+from tiny import QFORMER, VISION, VOCAB, bert_like_tokenizer, tiny_image, tiny_model, tiny_stage1, tiny_tokenizer
+from torch.utils.data import DataLoader
+from toy_records import assert_same, caption, document, image, loss_and_gradients, talk
+from transformers import BloomConfig, FalconConfig
 
+import vlbridge
 from vlbridge.training.training_easy_vqa import (
     COLORS,
     SHAPES,
@@ -22,10 +29,33 @@ from vlbridge.training.training_easy_vqa import (
     warm_up,
     yes_no_templates,
 )
-from vlbridge.training.training_packing import PackedCollator, branch_mask, common_prefix, pack
+from vlbridge.training.training_encoding import IGNORED, SampleError, encoder_for
+from vlbridge.training.training_features import FeatureCache
+from vlbridge.training.training_packing import (
+    PackedCollator,
+    PackedEncoder,
+    append_pairs,
+    check_packable,
+    common_prefix,
+    first_fit,
+    independent,
+    share_prefix,
+)
 
 
 PAIRS = [([5, 6, 7, 8], [30, 31, 2]), ([5, 6, 9], [32, 2]), ([5, 6, 7, 10, 11], [33, 34, 35, 2])]
+FAMILIES = [("mlp", "llama"), ("mlp", "opt"), ("qformer", "llama"), ("qformer", "opt"), ("perceiver", "llama"),
+            ("perceiver", "gpt_neox"), ("perceiver", "mpt")]  # fmt: skip
+QUESTIONS = talk("what is it?", "a cat", "what colour", "red", "why is that so?", "so", seed=3)
+RECORDS = [
+    caption("two dogs", 0),
+    caption("a very long caption about the sea", 1),
+    talk("what?", "a cat", seed=2),
+    QUESTIONS,
+]
+
+
+# ---------------------------------------------------------------------- layout
 
 
 def test_common_prefix():
@@ -33,53 +63,227 @@ def test_common_prefix():
     assert common_prefix([[1], [2]]) == 0
 
 
-def test_layout():
-    packed = pack(PAIRS)
-    assert packed["input_ids"].tolist() == [5, 6, 7, 8, 30, 31, 9, 32, 7, 10, 11, 33, 34, 35]
-    assert packed["position_ids"].tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 2, 3, 4, 5, 6, 7]
-    assert packed["branch_ids"].tolist() == [0, 0, 1, 1, 1, 1, 2, 2, 3, 3, 3, 3, 3, 3]
-    assert packed["next_ids"].tolist() == [-100] * 3 + [30, 31, 2, 32, 2] + [-100] * 2 + [33, 34, 35, 2]
-    mask = branch_mask(packed["branch_ids"])[0, 0]
-    assert mask[7].nonzero()[:, 0].tolist() == [0, 1, 6, 7]
+def test_layout_of_branches():
+    sample = append_pairs(PAIRS)
+    assert sample["branch_ids"].tolist() == [0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3]
+    collator = PackedCollator()
+    row = collator.rows([sample], collator.order([sample]))
+    # the last token of a branch predicts nothing
+    assert row["input_ids"][0].tolist() == [5, 6, 7, 8, 30, 31, 9, 32, 7, 10, 11, 33, 34, 35]
+    assert row["position_ids"][0].tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 2, 3, 4, 5, 6, 7]
+    assert row["logits_to_keep"].tolist() == [3, 4, 5, 6, 7, 10, 11, 12, 13]
+    assert row["shift_labels"][0].tolist() == [30, 31, 2, 32, 2, 33, 34, 35, 2]
+    assert row["attention_mask"][0, 0, 7].nonzero()[:, 0].tolist() == [0, 1, 6, 7]
+
+
+def test_layout_of_samples():
+    samples = [
+        {"input_ids": torch.tensor([1, 2, 3]), "labels": torch.tensor([-100, 2, 3])},
+        {"input_ids": torch.tensor([4, 5, 6, 7]), "labels": torch.tensor([4, 5, -100, -100])},
+        append_pairs(PAIRS[:2]),
+    ]
+    collator = PackedCollator(8)
+    order = collator.order(samples)
+    assert order == [[0, 1], [2]]
+    rows = collator.rows(samples, order)
+    assert rows["input_ids"].tolist() == [[1, 2, 4, 5, 6, 7, 0, 0], [5, 6, 7, 8, 30, 31, 9, 32]]
+    assert rows["segment_ids"].tolist() == [[0, 0, 1, 1, 1, 1, -1, -1], [0] * 8]
+    assert rows["position_ids"].tolist() == [[0, 1, 0, 1, 2, 3, 0, 0], [0, 1, 2, 3, 4, 5, 2, 3]]
+    # the first token of a sample is predicted by nobody: the loss of a sample alone does not count it either
+    full = torch.full((2, 8), IGNORED)
+    full[:, rows["logits_to_keep"]] = rows["shift_labels"]
+    assert full.tolist() == [[2, 3, 5] + [IGNORED] * 5, [IGNORED] * 3 + [30, 31, 2, 32, 2]]
+    seen = rows["attention_mask"][0, 0]
+    assert [row.nonzero()[:, 0].tolist() for row in seen] == [
+        [0],
+        [0, 1],
+        [2],
+        [2, 3],
+        [2, 3, 4],
+        [2, 3, 4, 5],
+        [6],
+        [6, 7],
+    ]
+
+
+def test_prefixes_end_before_the_token_that_predicts_the_first_learned_one():
+    sample = share_prefix([([1, 2, 3, 4], [-100, -100, 3, 4]), ([1, 2, 3, 5], [-100, -100, 3, 5])])
+    assert sample["branch_ids"].tolist() == [0, 1, 1, 1, 2, 2, 2]
+    same = share_prefix([([1, 2, 3], [-100, -100, 3])] * 2)  # the same question twice counts twice
+    assert same["branch_ids"].tolist() == [0, 1, 1, 2, 2]
+    learned_from_the_start = share_prefix([([1, 2], [1, 2]), ([1, 3], [1, 3])])
+    assert learned_from_the_start["branch_ids"].tolist() == [1, 1, 2, 2]
+
+
+def test_first_fit():
+    assert first_fit([5, 4, 3, 9, 1, 30, 2], 10) == [[0, 1, 4], [2, 6], [3], [5]]
+    assert first_fit([5, 4], None) == [[0, 1]]
+    with pytest.raises(ValueError, match="max_tokens is 0"):
+        PackedCollator(0)
+
+
+# ---------------------------------------------------------------------- equal to unpacked
+
+
+@pytest.mark.parametrize(("bridge", "language"), FAMILIES)
+@pytest.mark.parametrize("max_tokens", [90, 400])
+def test_packed_samples_have_the_loss_and_gradients_of_unpacked_ones(bridge, language, max_tokens):
+    model, processor = tiny_model(bridge, language)
+    model.eval()  # the Q-Former has dropout
+    encoder = encoder_for(model, processor)
+    packed = PackedEncoder(encoder, model, max_tokens)
+    expected = encoder.collate([encoder.encode(record) for record in RECORDS])
+    batch = packed.collate([packed.encode(record) for record in RECORDS])
+    assert len(batch["input_ids"]) < len(RECORDS)
+    assert_same(loss_and_gradients(model, batch), loss_and_gradients(model, expected))
+    # as the trainer has it: a sum over what is learned, divided by the number of all batches of a step
+    count = (batch["shift_labels"] != IGNORED).sum()
+    assert count == (expected["labels"][:, 1:] != IGNORED).sum()
+    ours = loss_and_gradients(model, batch, num_items_in_batch=count * 3)
+    assert_same(ours, loss_and_gradients(model, expected, num_items_in_batch=count * 3))
+
+
+@pytest.mark.parametrize("immediate", [True, False])
+def test_conditioned_text_sees_the_images_of_its_own_sample_only(immediate):
+    model, processor = tiny_model("perceiver", only_attend_immediate_media=immediate)
+    encoder = encoder_for(model, processor)
+    text = {**caption("no picture"), "images": [], "document": [{"type": "text", "text": "only words"}]}
+    del text["caption"]
+    records = [document("before", 0, "one", 1, "two"), text, document("long before", 2, "three"), caption("four", 3)]
+    packed = PackedEncoder(encoder, model, 200)
+    batch = packed.collate([packed.encode(record) for record in records])
+    assert len(batch["input_ids"]) == 1
+    expected = encoder.collate([encoder.encode(record) for record in records])
+    assert_same(loss_and_gradients(model, batch), loss_and_gradients(model, expected))
+    wrong = loss_and_gradients(model, {**batch, "segment_ids": None})[0]
+    assert abs(wrong - model(**expected).loss) > 1e-3
+
+
+@pytest.mark.parametrize(("bridge", "language"), FAMILIES)
+def test_independent_questions_are_what_they_are_alone(bridge, language):
+    model, processor = tiny_model(bridge, language)
+    encoder = encoder_for(model, processor)
+    records = [QUESTIONS, caption("two dogs", 0), talk("one question", "yes", seed=4)]
+    alone = [part for record in records for part in (independent(record) if "messages" in record else [record])]
+    assert len(alone) == 5
+    expected = encoder.collate([encoder.encode(record) for record in alone])
+    packed = PackedEncoder(encoder, model, 400, independent_turns=True)
+    samples = [packed.encode(record) for record in records]
+    assert len(samples[0]["pixel_values"]) == 1 and int(samples[0]["branch_ids"].max()) == 3
+    batch = packed.collate(samples)
+    assert len(batch["pixel_values"]) == 3
+    assert_same(loss_and_gradients(model, batch), loss_and_gradients(model, expected))
+    connected = encoder.collate([encoder.encode(record) for record in records])
+    assert connected["input_ids"].shape != expected["input_ids"].shape
+
+
+def test_questions_that_an_instruction_aware_qformer_reads_have_images_of_their_own():
+    model, processor = tiny_model("qformer", qformer_config={**QFORMER, "use_text": True, "vocab_size": 60})
+    words = bert_like_tokenizer()
+    processor.qformer_tokenizer = words
+    encoder = encoder_for(model, processor)
+    record = talk("w1 w2", "a cat", "w3", "red", seed=3)
+    packed = PackedEncoder(encoder, model, 400, independent_turns=True)
+    sample = packed.encode(record)
+    assert len(sample["pixel_values"]) == 2 and sample["segment_ids"].max() == 1
+    expected = encoder.collate([encoder.encode(part) for part in independent(record)])
+    assert_same(loss_and_gradients(model, packed.collate([sample])), loss_and_gradients(model, expected))
+
+
+def test_later_images_belong_to_later_questions():
+    record = talk("what?", "a cat", "and this?", "a dog", "both?", "yes", seed=0)
+    record["messages"][2]["content"].insert(0, {"type": "image", "text": None})
+    record["images"].append(image(1))
+    parts = independent(record)
+    assert [len(part["images"]) for part in parts] == [1, 2, 2]
+    assert [len(part["messages"][0]["content"]) for part in parts] == [2, 3, 3]
+    model, processor = tiny_model("mlp")
+    encoder = encoder_for(model, processor)
+    packed = PackedEncoder(encoder, model, 400, independent_turns=True)
+    expected = encoder.collate([encoder.encode(part) for part in parts])
+    batch = packed.collate([packed.encode(record)])
+    assert_same(loss_and_gradients(model, batch), loss_and_gradients(model, expected))
+
+
+def test_questions_without_room_are_left_out_and_records_without_any_are_refused():
+    model, processor = tiny_model("mlp")
+    encoder = encoder_for(model, processor, max_length=50)
+    packed = PackedEncoder(encoder, model, 400, independent_turns=True)
+    record = talk("what?", "a cat", "why " * 20, "no room", "who?", "me")
+    sample = packed.encode(record)
+    assert int(sample["branch_ids"].max()) == 2
+    with pytest.raises(SampleError, match="nothing to learn within max_length=50"):
+        packed.encode(talk("why " * 20, "no room", "who " * 20, "no room"))
+
+
+@pytest.mark.parametrize("bridge", ["mlp", "qformer", "perceiver"])
+def test_packed_and_cached_is_uncached_and_unpacked(bridge, tmp_path):
+    model, processor = tiny_model(bridge)
+    encoder = encoder_for(model, processor)
+    cache = FeatureCache(model, processor, tmp_path)
+    cache.fill(RECORDS)
+    packed = PackedEncoder(encoder, model, 150, store=cache.store)
+    batch = packed.collate([packed.encode(record) for record in RECORDS])
+    assert "pixel_values" not in batch
+    expected = encoder.collate([encoder.encode(record) for record in RECORDS])
+    assert_same(loss_and_gradients(model, batch), loss_and_gradients(model, expected))
+
+
+def test_the_order_is_the_same_each_time_and_padding_is_counted_in_workers_too():
+    model, processor = tiny_model("mlp")
+    packed = PackedEncoder(encoder_for(model, processor), model, 100)
+    samples = [packed.encode(record) for record in RECORDS]
+    first, second = packed.collate(samples), packed.collate(copy.deepcopy(samples))
+    assert all(torch.equal(first[name], second[name]) for name in first if isinstance(first[name], torch.Tensor))
+    before = packed.packer.savings()
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    assert before["batches"] == 2 and before["samples"] == 8 and before["tokens"] <= 2 * sum(lengths)
+    rows, columns = first["input_ids"].shape
+    assert before["padding"] == 2 * rows * columns - before["tokens"]
+    assert before["places_saved"] == pytest.approx(1 - rows * columns / (len(lengths) * max(lengths)))
+    list(DataLoader(samples, batch_size=4, collate_fn=packed.collate, num_workers=1))
+    assert packed.packer.savings()["batches"] == 3
+    pickle.loads(pickle.dumps(packed)).encode(RECORDS[0])
+
+
+# ---------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize("bridge", ["mlp", "qformer"])
-@pytest.mark.parametrize("language", ["llama", "opt"])
-def test_packed_loss_and_gradients_equal_unpacked(bridge, language):
-    model, processor = tiny_model(bridge, language)
-    prompts = ["<image>what is it?", "<image>what colour", "<image>why"]
-    answers = ["a cat", "red", "no"]
-    num_tokens = model.config.num_image_tokens(30, 30)
-    pixel_values = processor(images=[tiny_image()], text=["<image>"], return_tensors="pt")["pixel_values"]
-    features = model.get_patch_features(pixel_values)
-    pairs = [
-        (
-            processor.tokenizer(prompt.replace("<image>", "<image>" * num_tokens))["input_ids"],
-            [*processor.tokenizer(answer)["input_ids"], 2],
-        )
-        for prompt, answer in zip(prompts, answers)
-    ]
-    model.eval()
-    inputs = PackedCollator()([{"patch_features": features[0], **pack(pairs)}])
-    packed = model(**inputs).loss
-    packed.backward()
-    gradients = [parameter.grad.clone() for parameter in model.bridge.parameters()]
-    model.zero_grad()
-    total, count = 0, 0
-    for prompt, answer in pairs:
-        ids = torch.tensor([prompt + answer])
-        labels = torch.tensor([[-100] * len(prompt) + answer])
-        total = total + model(input_ids=ids, patch_features=features, labels=labels).loss * len(answer)
-        count += len(answer)
-    (total / count).backward()
-    torch.testing.assert_close(packed, total / count, atol=1e-5, rtol=1e-5)
-    for gradient, parameter in zip(gradients, model.bridge.parameters()):
-        torch.testing.assert_close(gradient, parameter.grad, atol=1e-5, rtol=1e-3)
+def test_encoder_decoders_are_refused(bridge):
+    model, processor = tiny_model(bridge, "t5")
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        PackedEncoder(encoder_for(model, processor), model, 100)
 
 
-def test_one_row_a_step():
-    with pytest.raises(ValueError, match="gradient accumulation"):
-        PackedCollator()([pack(PAIRS), pack(PAIRS)])
+def test_language_models_that_count_positions_themselves_are_refused():
+    bloom = BloomConfig(hidden_size=32, n_layer=1, n_head=4, vocab_size=VOCAB)
+    falcon = FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=VOCAB, alibi=True)
+    for language in (bloom, falcon):
+        model, _ = vlbridge.compose(VISION["clip"](), language, "mlp", tokenizer=tiny_tokenizer())
+        with pytest.raises(ValueError, match="does not go by position_ids"):
+            check_packable(model)
+
+
+def test_windows_are_refused_where_rows_are_longer():
+    model, _ = tiny_model("mlp", "mistral")
+    check_packable(model, 4096)
+    for max_tokens in (4097, None):
+        with pytest.raises(ValueError, match="a window of 4096 tokens"):
+            check_packable(model, max_tokens)
+
+
+def test_stage_1_and_other_attention_are_refused():
+    model, processor = tiny_stage1()
+    with pytest.raises(ValueError, match="stage 1"):
+        PackedEncoder(encoder_for(model, processor), model, 100)
+    model, processor = tiny_model("mlp")
+    model.language_model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="attn_implementation is 'eager'"):
+        PackedEncoder(encoder_for(model, processor), model, 100)
+
+
+# ---------------------------------------------------------------------- easy-VQA
 
 
 @pytest.mark.parametrize(
