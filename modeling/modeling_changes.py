@@ -1,0 +1,71 @@
+"""Whether a frozen part is still what it was when it was loaded: a bridge alone must not be saved if it is not."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def has_adapters(module: nn.Module | None) -> bool:
+    """Whether PEFT has put layers of its own into a module, or a copy in its place."""
+    layers = module.modules() if module is not None else ()
+    return any("base_layer" in layer._modules or "modules_to_save" in layer._modules for layer in layers)
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without what adapters have put around its layer."""
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+@torch.no_grad()
+def samples_of(module: nn.Module | None) -> dict[str, torch.Tensor]:
+    """One number of every row of every parameter: enough to see training, merged adapters and single trained tokens.
+
+    Training changes tensors densely, or (tokens of an embedding table) row by row. The column differs from row to row.
+    What has no data here is left out: offloaded, or spread over processes.
+
+    Args:
+        module: Its matrices may be quantised; vectors are kept whole.
+
+    Returns:
+        By name, on the CPU and in the parameter's own precision.
+    """
+    samples = {}
+    for name, parameter in module.named_parameters() if module is not None else ():
+        name, tensor = _plain(name), parameter.detach()
+        if tensor.is_meta or tensor.numel() == 0 or hasattr(tensor, "to_local"):
+            continue
+        if tensor.element_size() == 1:
+            tensor = tensor.view(torch.uint8)  # 8-bit floats can't be gathered
+        if tensor.ndim < 2:
+            sample = tensor
+        elif (rows := tensor.flatten(1)).shape[1] == 1:  # packed 4-bit weights have no rows
+            sample = rows[:: max(1, len(rows) // 4096), 0]
+        else:
+            column = torch.arange(len(rows), device=rows.device) % rows.shape[1]
+            sample = rows.gather(1, column[:, None])[:, 0]
+        samples[name] = sample.to("cpu", copy=True)
+    return samples
+
+
+def changed_tensors(module: nn.Module | None, before: dict[str, torch.Tensor]) -> list[str]:
+    """Names of parameters that are not what they were. A change of precision is none, nor are adapters beside them.
+
+    Args:
+        module: As for `samples_of`.
+        before: What that gave.
+    """
+    now = samples_of(module)
+    present = {_plain(name) for name, _ in module.named_parameters()} if module is not None else set()
+
+    def same(old: torch.Tensor, new: torch.Tensor) -> bool:
+        by_way_of = (new.dtype, torch.bfloat16, torch.float16) if new.is_floating_point() else (new.dtype,)
+        return old.shape == new.shape and any(torch.equal(old.to(dtype).to(new.dtype), new) for dtype in by_way_of)
+
+    gone = before.keys() - present
+    new = set() if has_adapters(module) else now.keys() - before.keys()
+    differ = {name for name in before.keys() & now.keys() if not same(before[name], now[name])}
+    return sorted(gone | new | differ)
+
+
+__all__ = ["changed_tensors", "has_adapters", "samples_of"]
