@@ -301,8 +301,12 @@ def check_part(part: str, model: PreTrainedModel, config: PreTrainedConfig) -> N
         raise FrozenPartError(
             f"The {part} passed in is a {model.config.model_type}; this bridge was trained with a {config.model_type}."
         )
-    fields = [(name, getattr(model.config, name, None), getattr(config, name, None)) for name in SHAPE_FIELDS]
-    if wrong := [f"{name} is {found}, expected {wanted}" for name, found, wanted in fields if found != wanted]:
+    wrong = []
+    for name in SHAPE_FIELDS:
+        found, wanted = (getattr(each, name, None) for each in (model.config, config))
+        if None not in (found, wanted) and json.dumps(found) != json.dumps(wanted):  # a tuple is a list, once saved
+            wrong.append(f"{name} is {found}, expected {wanted}")
+    if wrong:
         raise FrozenPartError(
             f"The {part} passed in does not have the shape that this bridge was trained with: {'; '.join(wrong)}."
         )

@@ -15,13 +15,13 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 from tiny import BRIDGE_OPTIONS, LANGUAGE, VISION, clip_image_processor, spread_weights, tiny_image, tiny_tokenizer
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor
 from typer.testing import CliRunner
 
 import vlbridge
 from vlbridge.cli import app
 from vlbridge.convert import convert_openflamingo
-from vlbridge.hub import flat_code, push_folder
+from vlbridge.hub import auto_map_of, flat_code, push_folder
 from vlbridge.modeling.modeling_checkpoint import weights_sha256
 
 
@@ -380,7 +380,7 @@ def test_sharded_parts_and_bridges(repositories, parts, tmp_path):
             assert torch.equal(loaded.bridge.linear_1.bias, model.bridge.linear_1.bias)
 
 
-def test_parts_in_memory_are_shared(pushed):
+def test_parts_in_memory_are_shared(pushed, monkeypatch):
     hub, model, processor = pushed
     forget_cache()
     hub.requests.clear()
@@ -390,6 +390,13 @@ def test_parts_in_memory_are_shared(pushed):
     assert loaded.language_model is model.language_model and loaded.vision_model is model.vision_model
     assert torch.equal(logits_of(loaded, processor), logits_of(model, processor))
     assert not of_kind(hub, "lab/")
+    # transformers' Auto classes copy their arguments, unless they are given the configuration too
+    monkeypatch.setattr(type(model.language_model), "__deepcopy__", lambda *_: pytest.fail("copied"), raising=False)
+    config = AutoConfig.from_pretrained("me/bridge")
+    loaded = AutoModel.from_pretrained(
+        "me/bridge", config=config, vision_model=model.vision_model, language_model=model.language_model
+    )
+    assert loaded.language_model is model.language_model
 
 
 @pytest.mark.parametrize(
@@ -479,11 +486,20 @@ def test_wrong_origins_are_refused(parts, tmp_path):
 # ---------------------------------------------------------------------- without vlbridge
 
 
-@families
-def test_flat_code_imports_nothing_but_itself(bridge):
-    family = vlbridge.FAMILIES[bridge]
-    files = flat_code([family.config_class, family.model_class, family.processor_class])
-    assert f"{family.model_class.__module__.rpartition('.')[2]}.py" in files
+@pytest.mark.parametrize(
+    "model_class",
+    [
+        *(family.model_class for family in vlbridge.FAMILIES.values()),
+        *(family.classifier_class for family in vlbridge.FAMILIES.values()),
+        vlbridge.QFormerBlip2ForPreTraining,
+        vlbridge.QFormerBlip2ForImageTextRetrieval,
+    ],
+)
+def test_flat_code_imports_nothing_but_itself(model_class):
+    auto_map = auto_map_of(model_class.config_class, model_class)
+    assert auto_map.keys() >= {"AutoConfig", "AutoModel"} and auto_map["AutoModel"] is model_class
+    files = flat_code(auto_map.values())
+    assert f"{model_class.__module__.rpartition('.')[2]}.py" in files
     for name, source in files.items():
         compile(source, name, "exec")
         for line in source.splitlines():
@@ -498,7 +514,7 @@ REMOTE = """
 import json, sys
 from PIL import Image
 import transformers
-from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
 for missing in ("vlbridge", "accelerate", "peft", "timm"):
     try:
