@@ -68,17 +68,8 @@ def naming(examples: list[Example]) -> dict[int, Example]:
     }
 
 
-def run(projector: str, seed: int, splits: dict[str, list[Example]], settings: dict) -> dict:
-    """Train one bridge and ask it."""
-    set_seed(seed)
-    model, processor = vlbridge.compose(demo.VISION, demo.LANGUAGE, "mlp", projector_type=projector)
-    model.language_model.float()  # half precision is slow on many CPUs
-    features = {name: encode(model, processor, examples) for name, examples in splits.items()}
-    named = naming(splits["train"])
-    examples, patches = list(named.values()), features["train"][list(named)]
-    set_seed(seed)  # whether features were kept on disk makes no difference to the draws
-    started = time.time()
-    warm_up(model, processor, examples, patches, settings["warm_up_steps"], settings["learning_rate"])
+def fit(model, processor, examples: list[Example], patches: torch.Tensor, settings: dict, seed: int) -> list[float]:
+    """Train a bridge through its language model; the loss of every step."""
     curriculum = [Stage(settings["steps"])]
     dataset = PackedConversations(examples, patches, processor, settings["num_questions"], curriculum, seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -103,15 +94,35 @@ def run(projector: str, seed: int, splits: dict[str, list[Example]], settings: d
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.train()
-    seconds = time.time() - started
-    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def ask(model, processor, examples: list[Example], features: torch.Tensor) -> tuple[float, dict[str, float], int]:
+    """Accuracy of greedy answers to the pictures' own questions for colour and shape, that of each kind, and their number."""
     asked = {
         place: [pair for pair in example.questions if kind_of(*pair) in ("color", "shape")]
-        for place, example in enumerate(splits["test"])
+        for place, example in enumerate(examples)
     }
     places = [place for place, pairs in asked.items() if pairs]
-    test = [Example(splits["test"][place].image, asked[place]) for place in places]
-    accuracy, by_kind = accuracies(test, answer_all(model.eval(), processor, test, features["test"][places]))
+    test = [Example(examples[place].image, asked[place]) for place in places]
+    accuracy, by_kind = accuracies(test, answer_all(model.eval(), processor, test, features[places]))
+    return accuracy, by_kind, sum(map(len, asked.values()))
+
+
+def run(projector: str, seed: int, splits: dict[str, list[Example]], settings: dict) -> dict:
+    """Train one bridge and ask it."""
+    set_seed(seed)
+    model, processor = vlbridge.compose(demo.VISION, demo.LANGUAGE, "mlp", projector_type=projector)
+    model.language_model.float()  # half precision is slow on many CPUs
+    features = {name: encode(model, processor, examples) for name, examples in splits.items()}
+    named = naming(splits["train"])
+    examples, patches = list(named.values()), features["train"][list(named)]
+    set_seed(seed)  # whether features were kept on disk makes no difference to the draws
+    started = time.time()
+    warm_up(model, processor, examples, patches, settings["warm_up_steps"], settings["learning_rate"])
+    losses = fit(model, processor, examples, patches, settings, seed)
+    seconds = time.time() - started
+    accuracy, by_kind, test_questions = ask(model, processor, splits["test"], features["test"])
     return {
         "projector": projector,
         "seed": seed,
@@ -119,7 +130,7 @@ def run(projector: str, seed: int, splits: dict[str, list[Example]], settings: d
         "final_loss": round(statistics.mean(losses[-LAST:]), 4),
         "accuracy": round(accuracy, 4),
         **{kind: round(share, 4) for kind, share in by_kind.items()},
-        "test_questions": sum(map(len, asked.values())),
+        "test_questions": test_questions,
         "training_seconds": round(seconds),
     }
 
