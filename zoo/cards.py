@@ -167,11 +167,7 @@ def licence_conflicts(parts: Mapping[str, Licence], claimed: str | None = None) 
         parts: Licences by the names of the parts.
         claimed: What the model itself is said to be under.
     """
-    found = [
-        f"The licence of {name} is not known ({licence.label}): ask its publisher before you share or use this model."
-        for name, licence in parts.items()
-        if licence.strictness == UNKNOWN
-    ]
+    found = []
     for name, licence in parts.items():
         others = [
             f"{other} ({its.label})"
@@ -309,6 +305,11 @@ def _render(about: _About) -> ModelCard:
     conflicts = licence_conflicts(licences, about.claimed)
     for conflict in conflicts:
         logger.warning(f"{about.title}: {conflict}")
+    conflicts += [
+        f"That of {name} is not known ({licence.label}): ask its publisher before you share or use this model."
+        for name, licence in licences.items()
+        if licence.strictness == UNKNOWN
+    ]
     base_models = list(dict.fromkeys(part.name for part in about.parts if part.on_hub))
     datasets = [name for name in about.datasets if HUB_ID.fullmatch(name)]
     data = ModelCardData(

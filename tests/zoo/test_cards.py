@@ -222,7 +222,7 @@ def test_the_strictest_licence_holds():
         ("cc-by-nc-sa-4.0", "gpl-3.0", None, "other asks for gpl-3.0"),
         ("mit", "cc-by-nc-4.0", "apache-2.0", "other allows no more than cc-by-nc-4.0"),
         ("mit", "llama2", "mit", "other allows no more than llama2"),
-        ("mit", "unknown", None, "other is not known"),
+        ("mit", "unknown", "mit", None),
     ],
 )
 def test_conflicts(one, other, claimed, expected):
@@ -238,6 +238,15 @@ def test_conflicts_are_logged_and_in_the_card(folder, caplog):
     assert card.data.license == "llama2"
     said = "It is said to be under mit, but meta-llama/Llama-2-7b-hf allows no more than llama2 does."
     assert said in str(card) and said in caplog.text
+
+
+def test_unknown_licences_are_in_the_card_alone(folder, caplog):
+    """A bridge is saved often while it is trained."""
+    pin(folder, vision_model="openai/clip-vit-large-patch14", language_model="someone/something")
+    with caplog.at_level(logging.WARNING, logger="vlbridge.cards"):
+        text = str(card_of_folder(folder, "me/bridge"))
+    assert "That of someone/something is not known" in text and "\nlicense: other\nlicense_name: unknown\n" in text
+    assert not caplog.records
 
 
 def test_a_part_says_its_licence_itself(tmp_path):
