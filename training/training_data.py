@@ -34,13 +34,22 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from datasets import Dataset, Features, IterableDataset, Value, interleave_datasets
 from torch.utils.data import get_worker_info
 
-from .training_records import FEATURES, KINDS, items_of, kind_of, open_image, problem_of, structure_problem
+from .training_records import (
+    FEATURES,
+    KINDS,
+    image_problem,
+    items_of,
+    kind_of,
+    open_image,
+    problem_of,
+    structure_problem,
+)
 from .training_sources import CODE, SOURCES, load
 
 
@@ -248,8 +257,19 @@ def _whole(record: dict, report: BrokenReport) -> bool:
 
 
 def _verdict(record: dict, code: str, images: str) -> dict:
-    file, reason = problem_of(record) or (None, None)
+    def remembered(value):
+        if value.get("bytes") is not None or not value.get("path"):
+            return image_problem(value)
+        return _file_problem(value["path"], images)
+
+    file, reason = problem_of(record, remembered) or (None, None)
     return {"id": record["id"], "file": file, "reason": reason}
+
+
+@lru_cache(maxsize=1 << 18)
+def _file_problem(path: str, images: str) -> tuple[str, str] | None:
+    """As `image_problem`; captions and questions about one image come in dozens, as long as `images` is the same."""
+    return image_problem({"path": path, "bytes": None})
 
 
 def _images_stamp(dataset: Dataset) -> str:

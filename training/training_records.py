@@ -114,20 +114,28 @@ def _conversation_problem(messages: list[dict]) -> tuple[str, str] | None:
     return None
 
 
-def problem_of(record: dict) -> tuple[str, str] | None:
+def image_problem(value: dict) -> tuple[str, str] | None:
+    """What is wrong with one image: the file and the reason; or `None`."""
+    try:
+        open_image(value)
+    except ImageError as error:
+        return error.path, error.reason
+    return None
+
+
+def problem_of(record: dict, image_problem=image_problem) -> tuple[str, str] | None:
     """What is wrong with a record, its images opened.
+
+    Args:
+        record: The record.
+        image_problem: What opens them.
 
     Returns:
         The file (or the record's id) and the reason, or `None`.
     """
     if wrong := structure_problem(record):
         return f"record {record.get('id')}", wrong[1]
-    for value in record["images"]:
-        try:
-            open_image(value)
-        except ImageError as error:
-            return error.path, error.reason
-    return None
+    return next(filter(None, map(image_problem, record["images"])), None)
 
 
 __all__ = [
@@ -135,6 +143,7 @@ __all__ = [
     "IMAGE_TOKEN",
     "KINDS",
     "STRUCTURE",
+    "image_problem",
     "items_of",
     "kind_of",
     "open_image",

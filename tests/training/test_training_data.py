@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from vlbridge.images import ImageError
-from vlbridge.training import training_easy_vqa
+from vlbridge.training import training_easy_vqa, training_records
 from vlbridge.training.training_data import (
     FEATURES,
     SOURCES,
@@ -728,6 +728,17 @@ def test_images_are_opened_again_when_they_change(tmp_path):
     assert len(skip_broken(loaded, max_broken=1)[0]) == 11
     write(tmp_path / "0.png", "red")
     assert len(skip_broken(loaded, max_broken=1)[0]) == 12
+
+
+def test_an_image_of_many_records_is_opened_once(tmp_path, monkeypatch):
+    write(tmp_path / "0.jpg", "red")
+    annotations = [{"id": number, "image_id": number % 2, "caption": f"a {number}"} for number in range(10)]
+    images = [{"id": number, "file_name": f"{number}.jpg"} for number in range(2)]
+    loaded = load("coco_captions", write(tmp_path / "a.json", {"images": images, "annotations": annotations}))
+    opened = []
+    monkeypatch.setattr(training_records, "open_image", lambda value: opened.append(value["path"]) or open_image(value))
+    kept, report = skip_broken(loaded, max_broken=5)
+    assert len(opened) == 2 and list(kept["id"]) == ["0", "2", "4", "6", "8"] and report.num_broken == 5
 
 
 # ---------------------------------------------------------------------- mixtures
