@@ -90,6 +90,37 @@ class TextRecipe:
     max_length: int | None = None
     prefix_lm: bool = False
     conversation: str | None = None
+    max_images: int | None = None
+
+
+@dataclass
+class CacheRecipe:
+    """Features of the frozen vision encoder on disk; see `vlbridge.training.training_features.FeatureCache`.
+
+    Args:
+        folder: Folder of all caches; by default in vlbridge's own cache.
+        dtype: `"float32"` is exact; `"float16"` and `"bfloat16"` take half the room.
+        max_bytes: Largest size on disk, in bytes; further images are encoded each time.
+        batch_size: Images that the encoder gets at a time.
+    """
+
+    folder: str | None = None
+    dtype: str = "float32"
+    max_bytes: int | None = None
+    batch_size: int = 16
+
+
+@dataclass
+class PackingRecipe:
+    """Several samples of a batch in one row; see `vlbridge.training.training_packing.PackedEncoder`.
+
+    Args:
+        max_tokens: Longest row, in tokens.
+        independent_turns: The questions of a conversation do not know of each other.
+    """
+
+    max_tokens: int
+    independent_turns: bool = False
 
 
 @dataclass
@@ -125,6 +156,8 @@ class Recipe:
         dtype: Of all parts, such as `"bfloat16"`; the bridge of a fresh model stays in float32 where not given.
         freeze: Which parts are not trained.
         text: How records become text.
+        cache_features: Keep the vision encoder's features on disk, so that it runs once per image.
+        packing: Pack the samples of a batch into fewer rows: losses stay what they are.
         data: What is trained on.
         shuffle_buffer: Streamed records to draw the next one from; map-style data is shuffled as a whole.
         stopping: When several data sets end, see `vlbridge.training.training_data.mix`.
@@ -153,6 +186,8 @@ class Recipe:
     dtype: str | None = None
     freeze: list[str] = field(default_factory=lambda: list(PARTS))
     text: TextRecipe = field(default_factory=TextRecipe)
+    cache_features: CacheRecipe | None = None
+    packing: PackingRecipe | None = None
     data: list[DataRecipe] = field(default_factory=list)
     shuffle_buffer: int = 1000
     stopping: str = "all_exhausted"
@@ -208,8 +243,14 @@ class Recipe:
                 _one_of("bridge", self.bridge, tuple(FAMILIES))
         elif self.vision is not None:
             raise RecipeError("from brings its own vision encoder: leave vision out.")
-        if self.stage == "stage1" and (self.language is not None or self.lora is not None):
-            raise RecipeError("stage1 has no language model: leave language and lora out.")
+        if self.stage == "stage1" and any(given is not None for given in (self.language, self.lora, self.packing)):
+            raise RecipeError("stage1 has no language model: leave language, lora and packing out.")
+        if self.cache_features is not None and "vision_model" not in self.freeze:
+            raise RecipeError(
+                "cache_features needs a frozen vision encoder: freeze vision_model, or leave cache_features out."
+            )
+        if self.packing is not None and len({data.loss_weight for data in self.data}) > 1:
+            raise RecipeError("packed rows have samples of several data sets: leave data.*.loss_weight or packing out.")
         for part in self.freeze:
             _one_of("freeze", part, PARTS)
         for group in self.learning_rates:
@@ -432,8 +473,10 @@ def _without_defaults(value):
 
 
 __all__ = [
+    "CacheRecipe",
     "DataRecipe",
     "EvaluationRecipe",
+    "PackingRecipe",
     "RECIPES",
     "Recipe",
     "RecipeError",

@@ -33,6 +33,8 @@ from ..images import ImageError
 from ..modeling.modeling_bridged import TokenRows
 from ..modeling.modeling_checkpoint import FROZEN_PARTS, frozen_parts_of
 from .training_encoding import IGNORED, Encoder, SampleError, encoder_for
+from .training_features import FeatureCache, FlushFeatures, PreparedEncoder
+from .training_packing import PackedEncoder
 from .training_recipes import DataRecipe, Recipe, RecipeError
 
 
@@ -318,18 +320,21 @@ class BridgeTrainer(Trainer):
         no_weight_decay: Beginnings of names of parameters without weight decay, beside the usual ones.
         loss_weights: Of data sets by name, where they count differently.
         max_broken: Share (of at least 1,000) or number of records that may be left out because they can't be used.
+        feature_cache: Where `encoder` takes patch features from.
         kwargs: Of `Trainer`.
     """
 
     def __init__(
         self, model, args, *, encoder: Encoder, processor, learning_rates: dict[str, float] | None = None,
-        no_weight_decay: tuple[str, ...] = (), loss_weights: dict[str, float] | None = None, max_broken: float = 0.01, **kwargs,
+        no_weight_decay: tuple[str, ...] = (), loss_weights: dict[str, float] | None = None, max_broken: float = 0.01,
+        feature_cache: FeatureCache | None = None, **kwargs,
     ):  # fmt: skip
         self.encoder, self.processor = encoder, processor
         self.learning_rates, self.no_weight_decay = dict(learning_rates or {}), tuple(no_weight_decay)
         self.loss_weights = loss_weights if loss_weights and len(set(loss_weights.values())) > 1 else None
         self.skipped, self.num_seen, self.max_broken = Counter(), 0, max_broken
         self.failed_saves: list[str] = []
+        self.feature_cache = feature_cache
         self._step_batches: list[tuple] = []
         self._started = time.time()
         use_cache = getattr(model.config, "use_cache", None)
@@ -405,7 +410,15 @@ class BridgeTrainer(Trainer):
             )
 
     def _prepare_inputs(self, inputs):
-        return super()._prepare_inputs({name: value for name, value in inputs.items() if name not in EXTRA_KEYS})
+        inputs = {name: value for name, value in inputs.items() if name not in EXTRA_KEYS}
+        if "uncached" in inputs:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise TrainingError(
+                    f"features of some images are not in {self.feature_cache.store.folder}: where the model is spread over "
+                    "processes, all have to be there before training. Raise cache_features.max_bytes, or leave cache_features out."
+                )
+            inputs = self.feature_cache.complete(inputs)
+        return super()._prepare_inputs(inputs)
 
     # ------------------------------------------------------------------ loss
 
@@ -927,6 +940,14 @@ def build_trainer(recipe: Recipe, output: str | os.PathLike) -> BridgeTrainer:
     seed = args.seed if args.data_seed is None else args.data_seed
     model, processor = build_model(recipe)
     encoder = encoder_for(model, processor, seed=seed, **vars(recipe.text))
+    cache = store = None
+    if recipe.cache_features is not None:
+        cache = FeatureCache(model, processor, device=args.device, **vars(recipe.cache_features))
+        store = cache.store
+    if recipe.packing is not None:
+        encoder = PackedEncoder(encoder, model, **vars(recipe.packing), store=store)
+    elif cache is not None:
+        encoder = PreparedEncoder(encoder, store)
     records = load_mixture(recipe, seed)
     if recipe.data[0].streaming:
         data = SampleStream(records, encoder, args.per_device_train_batch_size, args.process_index, args.world_size)
@@ -936,6 +957,11 @@ def build_trainer(recipe: Recipe, output: str | os.PathLike) -> BridgeTrainer:
         f"{number}_{evaluation.name or evaluation.source}": load_data(evaluation, recipe.max_broken)
         for number, evaluation in enumerate(recipe.evaluation)
     }
+    if cache is not None:
+        for known in ([] if recipe.data[0].streaming else [records]) + list(held_out.values()):
+            cache.fill(known, args.dataloader_num_workers, args.process_index, args.world_size)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()
     callbacks = []
     if recipe.samples.every > 0:
         source = next(iter(held_out.values()), records)
@@ -955,10 +981,13 @@ def build_trainer(recipe: Recipe, output: str | os.PathLike) -> BridgeTrainer:
         max_broken=recipe.max_broken,
         train_dataset=data,
         eval_dataset={name: Samples(records, encoder) for name, records in held_out.items()} or None,
+        feature_cache=cache,
         callbacks=callbacks,
     )
     for callback in callbacks:
         callback.trainer_callbacks = trainer.callback_handler.callbacks
+    if cache is not None:
+        trainer.add_callback(FlushFeatures(cache))
     return trainer
 
 
@@ -1028,6 +1057,8 @@ def finish(trainer: BridgeTrainer, recipe: Recipe) -> dict:
         "skipped_records": trainer.skipped.total(),
         "failed_saves": trainer.failed_saves,
     }
+    if isinstance(trainer.encoder, PackedEncoder):
+        summary["packing"] = trainer.encoder.packer.savings()
     if trainer.encoder.caption_end_stops and trainer.encoder.end_token_id is not None:
         options = trainer.encoder.generation_options(trainer._bare_model, 1)
         trainer._bare_model.generation_config.eos_token_id = options["eos_token_id"]

@@ -13,13 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny import clip_image_processor, tiny_image, tiny_model, tiny_stage1
+from tiny import BRIDGE_OPTIONS, QFORMER, clip_image_processor, tiny_image, tiny_model, tiny_stage1
 from torch.utils.data import DataLoader
 from toy_records import assert_same, caption, document, image, loss_and_gradients, talk
+from toy_runs import save_data, save_parts
 
 from vlbridge.images import ImageError
 from vlbridge.training.training_encoding import encoder_for
 from vlbridge.training.training_features import FeatureCache, FeatureStore, PreparedEncoder, PreparedImage, image_key
+from vlbridge.training.training_recipes import Recipe, RecipeError
+from vlbridge.training.training_trainer import build_trainer, finish
 
 
 RECORDS = [caption("two dogs", 0), caption("a sea", 1), talk("what?", "a cat", "why?", "so", seed=2)]
@@ -395,3 +398,83 @@ class Collate:
 
     def __call__(self, records):
         return self.encoder.collate([self.encoder.encode(record) for record in records])
+
+
+# ---------------------------------------------------------------------- recipes
+
+
+def losses(tmp_path, bridge: str, name: str, streaming: bool = False, **more):
+    """Train on a recipe, and give the loss of every step with the trainer."""
+    parts, data = tmp_path / "parts", tmp_path / "data"
+    if not parts.exists():
+        save_parts(parts)
+        save_data(data)
+    options = dict(BRIDGE_OPTIONS[bridge])
+    if bridge == "qformer":
+        options["qformer_config"] = {**QFORMER, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    source = {"source": "llava", "path": str(data / "llava.json"), "options": {"images": str(data / "images")}}
+    arguments = {
+        "max_steps": 6, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "logging_steps": 1,
+        "learning_rate": 1e-3, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True,
+    }  # fmt: skip
+    recipe = Recipe.from_dict(
+        {
+            "vision": str(parts / "vision"),
+            "language": str(parts / "llama"),
+            "bridge": bridge,
+            "bridge_options": options,
+            "data": [{**source, "streaming": streaming}],
+            "evaluation": [source],
+            "arguments": arguments,
+            **more,
+        }  # fmt: skip
+    )
+    trainer = build_trainer(recipe, tmp_path / name)
+    counts = counting(trainer.model)
+    trainer.train()
+    found = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    summary = finish(trainer, recipe)
+    return torch.tensor(found + [row["value"] for row in summary["evaluation"]]), counts, summary
+
+
+@pytest.mark.parametrize("bridge", ["mlp", "qformer", "perceiver"])
+def test_recipes_learn_the_same_cached_and_packed(bridge, tmp_path):
+    plain, counts, _ = losses(tmp_path, bridge, "plain")
+    assert sum(counts) == 32 and len(plain) == 7  # three epochs of eight pictures, and the evaluation
+    cached = {"cache_features": {"folder": str(tmp_path / "features")}}
+    packed = {"packing": {"max_tokens": 150}}
+    found, counts, summary = losses(tmp_path, bridge, "both", **cached, **packed)
+    torch.testing.assert_close(found, plain, atol=1e-4, rtol=1e-5)  # six optimizer steps apart
+    assert not counts
+    assert summary["packing"]["rows"] < summary["packing"]["samples"]
+
+
+def test_streams_fill_the_cache_as_they_go(tmp_path):
+    options = {"streaming": True, "shuffle_buffer": 1, "evaluation": []}
+    plain, counts, _ = losses(tmp_path, "mlp", "plain", **options)
+    num_shown = sum(counts)
+    cached = {"cache_features": {"folder": str(tmp_path / "features")}}
+    first, counts, _ = losses(tmp_path, "mlp", "first", **options, **cached)
+    assert num_shown == 36 and sum(counts) <= 12  # once for each picture, but for batches that were fetched early
+    second, counts, _ = losses(tmp_path, "mlp", "second", **options, **cached)
+    assert not counts
+    for found in (first, second):
+        torch.testing.assert_close(found, plain, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"cache_features": {}, "freeze": ["language_model"]}, "needs a frozen vision encoder"),
+        ({"packing": {}}, "packing.max_tokens is missing"),
+        (
+            {"packing": {"max_tokens": 10}, "data": [{"source": "a"}, {"source": "b", "loss_weight": 2.0}]},
+            "several data sets",
+        ),
+        ({"cache_features": {"dtypes": "float16"}}, "did you mean 'dtype'"),
+    ],
+)
+def test_recipes_that_contradict_themselves(fields, message):
+    recipe = {"vision": "v", "language": "l", "bridge": "mlp", "data": [{"source": "a"}]}
+    with pytest.raises(RecipeError, match=message):
+        Recipe.from_dict({**recipe, **fields})
