@@ -8,6 +8,7 @@ kills fall into one.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -76,6 +77,7 @@ def main(root: Path, kills: int, seed: int) -> None:
     rng = random.Random(seed)
     build = toy_trainer(root / "parts")
     composed = build.compose()  # every child has a copy of its own
+    gc.freeze()  # children don't look through all that was imported
     options = {
         "max_steps": STEPS,
         "save_steps": 1,

@@ -45,6 +45,8 @@ def test_the_wheel_holds_every_file(built):
         for path in (ROOT / folder).iterdir():
             if path.is_file() and path.suffix in (".py", ".png"):
                 assert f"{package.replace('.', '/')}/{path.name}" in held
+    recipes = (ROOT / "training" / "recipes").glob("*.yaml")
+    assert {f"vlbridge/training/recipes/{path.name}" for path in recipes} <= held
     bridge = ROOT / "zoo" / "assets" / "easy_vqa_mlp"
     assert {f"vlbridge/assets/easy_vqa_mlp/{path.name}" for path in bridge.iterdir()} <= held
     assert [name for name in held if name.startswith("vlbridge/model_cards/") and name.endswith(".md")] == [

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import random
 import re
+import zlib
 from typing import ClassVar
 
 import torch
@@ -85,6 +86,7 @@ class Encoder:
         max_length: Longest sample, in tokens, image tokens included; longer texts are cut off at the end.
         conversation: Format of conversations in training, where it is another than the processor's: MLP-LLaVA only, one of
             `vlbridge.processing.processing_llava.CONVERSATIONS` (stage 1's is `"plain"`).
+        max_images: Images of a document that are kept; the text of later ones stays.
         prefix_lm: Encoder-decoders read the first words of a caption and write the others; where it is split is drawn.
         seed: Of what is drawn: it depends on this and the record's id alone.
 
@@ -105,6 +107,7 @@ class Encoder:
         max_length: int | None = None,
         prefix_lm: bool = False,
         conversation: str | None = None,
+        max_images: int | None = None,
         seed: int = 0,
     ):
         self.processor, self.tokenizer = processor, processor.tokenizer
@@ -114,7 +117,7 @@ class Encoder:
         self.image_arguments = [name for name in model.image_arguments if name != "patch_features"]
         end = self.default_end if end is None else end
         self.end = (self.tokenizer.eos_token or "") if end is None else end
-        self.prompt, self.max_length, self.seed = prompt, max_length, seed
+        self.prompt, self.max_length, self.max_images, self.seed = prompt, max_length, max_images, seed
         if prefix_lm and not self.is_encoder_decoder:
             raise ValueError(
                 "prefix_lm splits captions between encoder and decoder, but the language model is decoder-only. Leave it out."
@@ -213,8 +216,20 @@ class Encoder:
     def encode_document(self, record: dict) -> dict[str, torch.Tensor]:
         if self.is_encoder_decoder:
             raise SampleError("documents need a decoder-only language model")
+        record = self.with_few_images(record)
         text, spans = self.document_text(record)
         return self.encode_text(text, spans, self.images_of(record))
+
+    def with_few_images(self, record: dict) -> dict:
+        """A document with its first `max_images` images."""
+        if self.max_images is None or len(record["images"]) <= self.max_images:
+            return record
+        items, seen = [], 0
+        for item in record["document"]:
+            seen += item["type"] == "image"
+            if item["type"] == "text" or seen <= self.max_images:
+                items.append(item)
+        return {**record, "images": record["images"][: self.max_images], "document": items}
 
     def caption_parts(self, record: dict) -> tuple[str, str]:
         """What stands in front of a caption, and the caption with its end."""
@@ -252,7 +267,9 @@ class Encoder:
 
         The last answer of a conversation is asked for, the caption of an image, or what follows a document's last image.
         """
-        kind, images = checked_kind(record), self.images_of(record)
+        kind = checked_kind(record)
+        record = self.with_few_images(record) if kind == "document" else record
+        images = self.images_of(record)
         qformer_text = None
         if kind == "messages":
             text, spans = self.answer_spans(record["messages"])
@@ -486,6 +503,17 @@ class MLPLlavaEncoder(Encoder):
 class QFormerBlip2Encoder(Encoder):
     """Captions behind a prompt; conversations and, for an instruction-aware Q-Former, their questions."""
 
+    def answer_spans(self, messages: list[dict]) -> tuple[str, list[Span]]:
+        """As for all families; a conversation whose template does not end its last answer ends as captions do.
+
+        Source: `blip2_vicuna_instruct.py`: answers end with the end of sequence.
+        """
+        text, spans = super().answer_spans(messages)
+        if spans and not text[: spans[-1][1]].endswith((self.end, *_end_of_turn(self.tokenizer))):
+            start, end = spans[-1]
+            text, spans[-1] = text[:end] + self.end, (start, end + len(self.end))
+        return text, spans
+
 
 class PerceiverFlamingoEncoder(Encoder):
     """Pairs and interleaved documents as chunks, each an image and the text that belongs to it."""
@@ -517,7 +545,7 @@ class Stage1Encoder(Encoder):
         self.processor, self.tokenizer, self.prompt = processor, processor.tokenizer, prompt
         self.max_length = processor.max_length if max_length is None else max_length
         self.seed, self.end, self.is_encoder_decoder = seed, "", False
-        self.image_arguments = ["pixel_values"]
+        self.image_arguments = ["pixel_values", "image_ids"]
 
     def encode(self, record: dict) -> dict[str, torch.Tensor]:
         if (kind := checked_kind(record)) != "caption":
@@ -528,7 +556,13 @@ class Stage1Encoder(Encoder):
             max_length=self.max_length,
             return_tensors="pt",
         )
-        return {"input_ids": inputs["input_ids"][0], "pixel_values": inputs["pixel_values"]}
+        # captions that are the same word for word are no negatives of each other
+        image_id = zlib.crc32(" ".join(record["caption"].lower().split()).encode())
+        return {
+            "input_ids": inputs["input_ids"][0],
+            "pixel_values": inputs["pixel_values"],
+            "image_ids": torch.tensor([image_id]),
+        }
 
     __call__ = encode
 

@@ -278,7 +278,12 @@ class Recipe:
     def missing_paths(self) -> list[str]:
         """Keys of data sets that have no path yet."""
         named = (("data", self.data), ("evaluation", self.evaluation))
-        return [f"{key}.{k}.path" for key, sets in named for k, data in enumerate(sets) if data.path is None]
+        return [
+            f"{key}.{k}.path"
+            for key, sets in named
+            for k, data in enumerate(sets)
+            if data.path is None and data.source != "easy_vqa"  # which is fetched
+        ]
 
     def training_arguments(self, output_dir: str | Path) -> TrainingArguments:
         """The trainer's arguments.

@@ -22,16 +22,26 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
-from transformers import AutoModel, AutoProcessor, PreTrainedModel, Trainer, TrainerCallback, set_seed
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from ..hub import push_folder
 from ..images import ImageError
 from ..modeling.modeling_bridged import TokenRows
-from ..modeling.modeling_checkpoint import FROZEN_PARTS, frozen_parts_of
+from ..modeling.modeling_checkpoint import FROZEN_PARTS, frozen_parts_of, where_to_load
+from ..processing.processing_qformer import bert_tokenizer
 from .training_encoding import IGNORED, Encoder, SampleError, encoder_for
 from .training_features import FeatureCache, FlushFeatures, PreparedEncoder
 from .training_packing import PackedEncoder
@@ -864,13 +874,17 @@ def build_model(recipe: Recipe):
             model = AutoModel.from_pretrained(source, dtype=recipe.dtype or "auto")
             processor = AutoProcessor.from_pretrained(source)
     elif recipe.stage == "stage1":
-        tokenizer = options.pop("tokenizer")
+        tokenizer = framing_tokenizer(options.pop("tokenizer"))
         model, processor = QFormerBlip2ForPreTraining.from_vision(recipe.vision, tokenizer, **options)
     else:
         model, processor = compose(recipe.vision, recipe.language, recipe.bridge, **options)
     if isinstance(model, QFormerBlip2Stage1Model) != (recipe.stage == "stage1"):
         raise RecipeError(f"stage is {recipe.stage!r}, but {recipe.from_} is a {type(model).__name__}.")
     model.freeze(**{part: part in recipe.freeze for part in FROZEN_PARTS})
+    if recipe.arguments.get("bf16") or recipe.arguments.get("fp16"):
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # updates are too small for half precision; computing is autocast's affair
+                parameter.data = parameter.data.float()
     if recipe.lora is not None:
         from peft import get_peft_model
 
@@ -878,6 +892,19 @@ def build_model(recipe: Recipe):
 
         model = get_peft_model(model, lora_config(model, **recipe.lora))
     return model, processor
+
+
+def framing_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """A tokenizer for stage 1, whose texts begin and end with a token of their own, as BERT's do."""
+    tokenizer = bert_tokenizer(where_to_load(source))
+    begin, end = tokenizer.cls_token or tokenizer.bos_token, tokenizer.sep_token or tokenizer.eos_token
+    ids = tokenizer("a")["input_ids"]
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in (begin, end)]
+    if [ids[0], ids[-1]] != ends:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{begin} $A {end}", special_tokens=list(zip((begin, end), ends))
+        )
+    return tokenizer
 
 
 def load_data(data: DataRecipe, max_broken: float = 0.01):
@@ -1038,7 +1065,8 @@ def finish(trainer: BridgeTrainer, recipe: Recipe) -> dict:
     for data, (key, samples) in zip(recipe.evaluation, (trainer.eval_dataset or {}).items()):
         name, about = data.name or data.source, {"split": data.split or "train"}
         metrics = trainer.evaluate(samples, metric_key_prefix=f"eval_{key}")
-        evaluation.append({"dataset": name, **about, "metric": "loss", "value": metrics[f"eval_{key}_loss"]})
+        if (loss := metrics.get(f"eval_{key}_loss")) is not None:  # stage 1 drops batches that are not full
+            evaluation.append({"dataset": name, **about, "metric": "loss", "value": loss})
         if data.generate:
             count = len(samples) if data.generate < 0 else min(data.generate, len(samples))
             chosen = samples.records.select(range(count))

@@ -159,6 +159,20 @@ def test_flamingo_pairs_and_documents_are_chunks():
         assert sample["labels"].tolist() == official_flamingo_labels(ids, *special)
 
 
+def test_documents_keep_their_first_images():
+    model, processor = tiny_model("perceiver")
+    sample = encoder_for(model, processor, max_images=1).encode(document(0, "one", 1, "two"))
+    assert sample["input_ids"].tolist() == ids_of(processor, "<image>one two<|endofchunk|></s>")
+    assert len(sample["pixel_values"]) == 1
+
+
+def test_blip2_answers_end_as_captions_do():
+    model, processor = tiny_model("qformer")
+    encoder = encoder_for(model, processor)
+    sample = encoder.encode(talk("what?", "a cat"))
+    assert learned(encoder, sample) == "a cat</s>" and sample["input_ids"][-1] == 2
+
+
 def test_instruction_aware_qformers_read_the_question_not_the_answer():
     from tiny import QFORMER, bert_like_tokenizer
 
@@ -178,9 +192,11 @@ def test_stage_1_takes_pairs():
     encoder = encoder_for(model, processor)
     batch = encoder.collate([encoder.encode(caption("w1 w2")), encoder.encode(caption("w3", 1))])
     expected = processor(images=[tiny_image(0), tiny_image(1)], text=["w1 w2", "w3"], padding=True, return_tensors="pt")
-    assert batch.keys() == {"input_ids", "attention_mask", "pixel_values"}
-    for name, tensor in batch.items():
-        torch.testing.assert_close(tensor, expected[name])
+    assert batch.keys() == {"input_ids", "attention_mask", "pixel_values", "image_ids"}
+    for name in expected:
+        torch.testing.assert_close(batch[name], expected[name])
+    again = [encoder.encode(caption(text, seed))["image_ids"] for text, seed in (("w1 w2", 3), ("w3", 4))]
+    assert torch.cat(again).tolist() == batch["image_ids"].tolist()  # same captions are no negatives of each other
     with pytest.raises(SampleError, match="stage 1 learns from captions"):
         encoder.encode(talk("w1", "w2"))
     with pytest.raises(ValueError, match="no option end, prefix_lm"):
