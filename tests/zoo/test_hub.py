@@ -540,11 +540,8 @@ for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
 assert type(AutoConfig.from_pretrained(place, trust_remote_code=True)).__name__ == type(model.config).__name__
 
 # saved again, from here
-for place in [place for place in repositories if "bridge" in place]:
-    again = folder + "/again/" + place
-    AutoModel.from_pretrained(place, trust_remote_code=True).save_pretrained(again, bridge_only=True)
-    AutoProcessor.from_pretrained(place, trust_remote_code=True).save_pretrained(again)
-    answers["again " + place] = answer(AutoModel.from_pretrained(again, trust_remote_code=True), again)
+model.save_pretrained(folder + "/again", bridge_only=True, processor=AutoProcessor.from_pretrained(place, trust_remote_code=True))
+answers["again"] = answer(AutoModel.from_pretrained(folder + "/again", trust_remote_code=True), folder + "/again")
 print(json.dumps(answers))
 """
 
@@ -587,7 +584,7 @@ def test_the_code_travels_along(repositories, bare_environment, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     answers = json.loads(done.stdout.splitlines()[-1])
-    expected.update({f"again {repo}": tokens for repo, tokens in expected.items() if "bridge" in repo})
+    expected["again"] = tokens  # of the last one
     assert answers == expected
 
 
@@ -615,9 +612,9 @@ def test_the_embedded_bridge_is_small(embedded, hub):
     model.push_to_hub("me/easy-vqa", bridge_only=True, processor=processor)
     assert sum(map(len, hub.files("me/easy-vqa").values())) <= 8_000_000
     assert hub.files("me/easy-vqa")["README.md"]
-    inputs = processor(images=[vlbridge.example_picture()], text=["<image>"], return_tensors="pt")
-    with torch.no_grad():
-        expected = model(**inputs, logits_to_keep=1).logits
-        assert torch.equal(AutoModel.from_pretrained("me/easy-vqa")(**inputs, logits_to_keep=1).logits, expected)
-        with hub.offline():
-            assert torch.equal(AutoModel.from_pretrained("me/easy-vqa")(**inputs, logits_to_keep=1).logits, expected)
+    expected = model.state_dict()
+    loaded = AutoModel.from_pretrained("me/easy-vqa").state_dict()
+    assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in expected)
+    with hub.offline():
+        loaded = AutoModel.from_pretrained("me/easy-vqa").state_dict()
+    assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in expected)
