@@ -96,6 +96,11 @@ class TokenRows(nn.Module):
         return hidden_states @ rows.to(hidden_states).T
 
 
+def num_embeddings(embedding: nn.Module) -> int:
+    """Rows of a table, where PEFT has put a wrapper around it too."""
+    return next(module.num_embeddings for module in embedding.modules() if hasattr(module, "num_embeddings"))
+
+
 class Bridge(nn.Module):
     """Base of every family's bridge: all that is trained, and nothing else.
 
@@ -103,6 +108,8 @@ class Bridge(nn.Module):
         config: The family's configuration.
         language_model: Used to read widths only; no reference is kept. `None` for a family that has none.
     """
+
+    adapter_targets: ClassVar[str] = r".*"  # which linear layers adapters reach: a regular expression for their names
 
     def __init__(self, config: BridgedConfig, language_model: PreTrainedModel | None):
         super().__init__()
@@ -244,6 +251,7 @@ class BridgedModel(HotSwapMixin, BridgeCheckpointMixin, PreTrainedModel, Generat
     takes_frames: ClassVar[bool] = False  # pixel_values may be (num_images, num_frames, channels, height, width)
     base_model_prefix = "model"
     main_input_name = "input_ids"
+    _tied_weights_keys = {}  # of its own; PEFT asks the parts only where this is a dict
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
@@ -276,6 +284,8 @@ class BridgedModel(HotSwapMixin, BridgeCheckpointMixin, PreTrainedModel, Generat
         )
         self._watch_output_layer(config)
         self._residents = {self._active_bridge: None}
+        given = {"vision_model": vision_model, "language_model": language_model}
+        self._remember_parts(*(part for part, model in given.items() if model is not None))
         self.post_init()
         self.generation_config = self._inherit_generation_config()
         self.freeze(config.freeze_vision_model, config.freeze_language_model)
@@ -495,7 +505,7 @@ class BridgedModel(HotSwapMixin, BridgeCheckpointMixin, PreTrainedModel, Generat
             `(batch, tokens, text_dim)`.
         """
         embedding = self.get_input_embeddings()
-        inputs_embeds = embedding(input_ids.masked_fill(input_ids >= embedding.num_embeddings, 0))
+        inputs_embeds = embedding(input_ids.masked_fill(input_ids >= num_embeddings(embedding), 0))
         if self.bridge.token_rows is not None:
             inputs_embeds = self.bridge.token_rows.fill(inputs_embeds, input_ids)
         return inputs_embeds
@@ -773,8 +783,8 @@ class BridgedModel(HotSwapMixin, BridgeCheckpointMixin, PreTrainedModel, Generat
 
     def _get_logits_processor(self, *args, **kwargs):
         processors = super()._get_logits_processor(*args, **kwargs)
-        embeddings = self.get_input_embeddings()
-        known = max([embeddings.num_embeddings, *(token_id + 1 for token_id in self.config.special_token_ids or [])])
+        rows = num_embeddings(self.get_input_embeddings())
+        known = max([rows, *(token_id + 1 for token_id in self.config.special_token_ids or [])])
         if self.config.image_token_id >= known:
             processors.insert(0, _PlaceholderScores(self.config.image_token_id + 1))
         return processors

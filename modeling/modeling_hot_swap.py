@@ -14,10 +14,13 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from .modeling_changes import has_adapters
 from .modeling_checkpoint import (
+    FROZEN_PARTS,
     FrozenPartError,
     frozen_parts_of,
     load_bridge_weights,
+    overlay_of,
     weights_sha256,
     where_to_load,
 )
@@ -68,12 +71,6 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
         tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name].to(tensor.device))
         for name, tensor in ours.items()
     )
-
-
-def has_adapters(module: nn.Module | None) -> bool:
-    """Whether PEFT has put layers of its own into a module, or a copy in its place."""
-    layers = module.modules() if module is not None else ()
-    return any("base_layer" in layer._modules or "modules_to_save" in layer._modules for layer in layers)
 
 
 class HotSwapMixin:
@@ -203,7 +200,15 @@ class HotSwapMixin:
         # its own would be equal, or another part's
         config.vision_config, config.text_config = self.config.vision_config, self.config.text_config
         bridge = self._empty_bridge(config)
-        load_bridge_weights(bridge, path, self.all_tied_weights_keys, "auto" if dtype is None else dtype, **hub_kwargs)
+        load_bridge_weights(
+            bridge,
+            path,
+            self.all_tied_weights_keys,
+            "auto" if dtype is None else dtype,
+            overlay=overlay_of(self, config.trained_tensors or []),
+            shared=FROZEN_PARTS,
+            **hub_kwargs,
+        )
         try:
             generation_config = GenerationConfig.from_pretrained(path, **hub_kwargs)
         except OSError:
@@ -249,14 +254,22 @@ class HotSwapMixin:
         """What is wrong with a frozen part in memory, from the point of view of a bridge; nothing if all is well."""
         if not getattr(self.config, f"freeze_{part}"):
             return [f"the {part} in memory is being trained"]
+        pin = (self.config.frozen_parts or {}).get(part) or {}
+        if not pin.get("source"):
+            return [f"the {part} in memory has no source to compare it with"]
+        if changes := self._changes_of(part, adapters=False):
+            return [f"the {part} in memory has changed since it was loaded ({changes[0]}, ...)"]
+        trained = [
+            {name for name in each.trained_tensors or [] if name.startswith(f"{part}.")}
+            for each in (self.config, config)
+        ]
+        if more := sorted(trained[0] - trained[1]):
+            return [f"the {part} in memory has a trained {more[0]}, which came with another bridge"]
         wanted = accepted_hashes((config.frozen_parts or {}).get(part))
         if not wanted:
             return [f"it does not say which {part} it was trained with"]
-        pin = (self.config.frozen_parts or {}).get(part) or {}
         found = accepted_hashes(pin)
         if not found:
-            if not pin.get("source"):
-                return [f"the {part} in memory has no source to compare it with"]
             place = where_to_load(pin["source"])
             revision = {"revision": pin["revision"]} if pin.get("revision") and place == pin["source"] else {}
             found = {weights_sha256(place, **revision)}
@@ -309,7 +322,8 @@ class HotSwapMixin:
             before = getattr(self.config, field)
             if before is not value:
                 if isinstance(before, PreTrainedConfig):  # the choice of attention is the model's
-                    value._attn_implementation = before._attn_implementation
+                    if value._attn_implementation != before._attn_implementation:
+                        value._attn_implementation = before._attn_implementation
                 setattr(self.config, field, value)
         self.bridge = resident.bridge
         if self.bridge.training != self.training:
@@ -337,6 +351,20 @@ class HotSwapMixin:
             yield self
         finally:
             self.set_bridge(before, adapters)
+
+    def load_adapter(self, *args, **kwargs):
+        """As for every transformers model; but an adapter that is there in part only is an error.
+
+        Raises:
+            ValueError: transformers did not find all of its weights.
+        """
+        info = super().load_adapter(*args, **kwargs)
+        if missing := sorted(info.missing_keys):
+            raise ValueError(
+                f"The adapter lacks {len(missing)} weights, {missing[0]} first, or transformers can't read it (DoRA in 5.23): the "
+                "model is of no use now. Load it again, and the adapter with peft.PeftModel.from_pretrained(model, ...)."
+            )
+        return info
 
     def _adapter_owner(self) -> PreTrainedModel:
         for model in (self, self.language_model):

@@ -441,6 +441,8 @@ class QFormer(nn.Module):
 class QFormerBridge(Bridge):
     """Layer norm on the patch features, Q-Former, linear layer to the language model's width."""
 
+    adapter_targets = r"qformer\.layers\..*\.(query|key|value|dense)|language_projection"
+
     def __init__(self, config: QFormerBlip2Config, language_model: PreTrainedModel):
         super().__init__(config, language_model)
         self.vision_layer_norm = nn.LayerNorm(config.vision_feature_size, eps=config.vision_layer_norm_eps)
