@@ -32,8 +32,10 @@ import hashlib
 import json
 import os
 import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache, partial
 
 import torch
@@ -69,7 +71,7 @@ def mix(
 
     Args:
         datasets: Of records. If any is streamed, the mixture is; its `state_dict()` and `load_state_dict()` continue it at
-            the next record.
+            the next record (not exactly behind `shuffle(buffer_size=...)`: `datasets` does not save what the buffer holds).
         weights: How often to draw from each, relative to each other; by default in turn.
         seed: Of the draws.
         stopping: One of `STOPPING`: end with the first data set that does, or start those that end again until each has
@@ -132,6 +134,7 @@ class BrokenReport:
         if log is None:
             handle, log = tempfile.mkstemp(prefix="vlbridge-broken-", suffix=".jsonl")
             os.close(handle)
+            weakref.finalize(self, _remove_if_empty, log)
         self.log = str(log)
 
     def __deepcopy__(self, memo):
@@ -200,6 +203,12 @@ class BrokenReport:
         lines += [f"  {entry['file']}: {entry['reason']}" for entry in entries[:5]]
         lines += [f"  ... all in {self.log}"] if len(entries) > 5 else []
         return "\n".join(lines)
+
+
+def _remove_if_empty(path: str) -> None:
+    with suppress(OSError):
+        if os.path.getsize(path) == 0:
+            os.remove(path)
 
 
 def skip_broken(

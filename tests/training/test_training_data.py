@@ -703,7 +703,7 @@ def test_limits_that_are_none(max_broken):
         BrokenReport(max_broken)
 
 
-@pytest.mark.parametrize("num_workers", [0, 1, 3])
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
 def test_workers_count_together(num_workers, tmp_path):
     broken = {1, 5, 6, 11}
     stream, report = skip_broken(load("llava", broken_set(tmp_path, broken, shards=3), streaming=True), max_broken=4)
@@ -781,6 +781,19 @@ def test_mix_streams_as_it_draws_in_advance(tmp_path):
     assert [r["id"] for r in mixed(tmp_path, True, stopping="all_exhausted_without_replacement")] == [
         r["id"] for r in mixed(tmp_path, False, stopping="all_exhausted_without_replacement")
     ]
+
+
+def test_broken_records_of_a_mixture_that_is_no_stream(tmp_path):
+    for number in range(0, 5, 2):
+        write(tmp_path / f"{number}.jpg", "red")
+    kept, report = skip_broken(mixed(tmp_path, False, stopping="all_exhausted_without_replacement"), max_broken=2)
+    assert len(kept) == 12 and {entry["id"] for entry in report.entries()} == {"c1", "c3"}
+    Path(report.log).unlink()
+    _, report = skip_broken(mixed(tmp_path, False).filter(lambda record: record["caption"] is None))
+    log = Path(report.log)
+    assert log.exists()
+    del report
+    assert not log.exists()  # nothing was broken, nothing stays behind
 
 
 def test_weights_are_kept_to(tmp_path):
