@@ -19,6 +19,7 @@ of which all but one are `None` in each record, so ask with `kind_of(record)`.
     load(source, path, split=None, streaming=False, **options) -> Dataset | IterableDataset    # source: a key of SOURCES
     mix(datasets, weights=None, seed=0, stopping="all_exhausted") -> Dataset | IterableDataset
     skip_broken(dataset, max_broken=0.01, num_proc=None, log=None) -> (dataset, BrokenReport)
+        # report.num_records, .num_broken, .entries(), .check(), str(report)
     open_image(value) -> PIL.Image.Image
     kind_of(record) -> "messages" | "caption" | "document" | None
     problem_of(record) -> (file, reason) | None

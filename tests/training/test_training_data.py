@@ -1,6 +1,7 @@
 """Data sets in published layouts, made here with a few tiny pictures: what becomes of them, and what of broken ones."""
 
 import base64
+import gzip
 import io
 import json
 import os
@@ -150,6 +151,13 @@ def test_placeholders_become_images_and_no_text_is_lost(pieces):
     assert again.replace("\n", "") == whole.replace("\n", "")
     if "<image>" not in whole:
         assert content == [text(whole)]
+
+
+def test_gzipped_and_marked_files(tmp_path):
+    row = llava_row(0, "Who?")
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + json.dumps(row).encode()))  # with a byte order mark
+    assert both("llava", path)[0]["messages"] == [user("Who?"), assistant("yes")]
 
 
 def test_halves_of_surrogate_pairs_are_replaced(tmp_path):
