@@ -201,10 +201,7 @@ def test_concurrent_threads(fake):
 
 def test_concurrent_processes(fake):
     script = f"""
-import importlib.util, sys, pathlib
-spec = importlib.util.spec_from_file_location("demo", {demo.__file__!r})
-demo = sys.modules["demo"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(demo)
+from vlbridge import demo
 def convert(member, folder):
     folder.mkdir()
     (folder / "config.json").write_text(member.read_text())
