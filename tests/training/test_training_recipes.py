@@ -101,6 +101,8 @@ def test_yaml_is_read_as_it_is_meant(tmp_path):
         ["arguments.learning_rate=2e-5", "data.0.path=/x y", "data.0.options.images=/z", "learning_rates.bridge=1"],
     )
     assert recipe.arguments["learning_rate"] == 2e-5 and recipe.learning_rates == {"bridge": 1.0}
+    assert read_recipe(path, ["arguments.save_strategy=no"]).arguments["save_strategy"] == "no"
+    assert read_recipe(path, ["arguments.bf16=true", "arguments.tf32=False"]).arguments["bf16"] is True
     assert recipe.data[0].path == "/x y" and recipe.data[0].options == {"images": "/z"}
     for setting, message in (
         ("max_steps", "expected key=value"),
