@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors import safe_open
 from toy_runs import save_data, save_parts
 from transformers import AutoModel, AutoProcessor
 from typer.testing import CliRunner
@@ -223,6 +224,16 @@ def test_trained_parts_are_kept_in_float32_where_computing_is_in_half_precision(
         assert parameter.requires_grad != frozen and parameter.dtype == (torch.bfloat16 if frozen else torch.float32), (
             name
         )
+
+
+def test_lora_comes_from_its_block(toys, tmp_path):
+    recipe = recipe_of(toys, lora={"language": "attention", "r": 4}, learning_rates={"lora": 1e-4, "bridge": 1e-3})
+    train(recipe, tmp_path / "run")
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    with safe_open(tmp_path / "run" / "adapter_model.safetensors", framework="pt") as tensors:
+        names = set(tensors.keys())
+    assert any("lora_A" in name for name in names) and any(".bridge." in name for name in names)
+    assert all("lora_" in name or ".bridge." in name for name in names)  # nothing of what is frozen
 
 
 @pytest.mark.parametrize("streaming", [False, True])
