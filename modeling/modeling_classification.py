@@ -356,7 +356,9 @@ class BridgedForImageClassification(BridgedModel):
         loss = None
         if labels is not None:
             self._check_labels(labels, logits)
-            loss = self.loss_function(labels, logits.float(), self.config)
+            # of one class per image: the mean over those that count, 0 where none does
+            counted = (labels != -100).sum().clamp(min=1)
+            loss = self.loss_function(labels, logits.float(), self.config, num_items_in_batch=counted)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=images.hidden_states, attentions=images.attentions
         )

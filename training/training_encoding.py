@@ -23,6 +23,7 @@ What is learned, and where that comes from:
 - Perceiver-Flamingo: pairs as `<image>caption<|endofchunk|>`; documents with a `<|endofchunk|>` in front of every image but
   the first, nothing before the first image; `<image>` never (OpenFlamingo's `open_flamingo/train/{data,train_utils}.py`).
 - Stage 1 of Q-Former BLIP-2: image and caption (LAVIS' `blip2_qformer.py`).
+- Image classification: the class in `label`; `notes` are for a warm-up in stage 1, as captions.
 """
 
 from __future__ import annotations
@@ -257,6 +258,9 @@ class Encoder:
         """What the user says: an instruction-aware Q-Former reads it."""
         return " ".join(text_of(message["content"]) for message in messages if message["role"] == "user")
 
+    def check_records(self, records) -> None:
+        """Refuse a data set that does not belong to the model; any may, where it has texts."""
+
     def images_of(self, record: dict) -> list:
         return [open_image(image) for image in record.get("images") or []]
 
@@ -449,6 +453,10 @@ class Encoder:
                 batch[name] = self.join_images(name, given)
         return batch, list(wanted)
 
+    def answers(self, model: BridgedModel, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> list[str]:
+        """What a model says to `prompts`, greedily."""
+        return self.decode(model.generate(**inputs, **self.generation_options(model, max_new_tokens)), inputs)
+
     @property
     def end_token_id(self) -> int | None:
         """The token that ends a caption, where it is one."""
@@ -583,11 +591,78 @@ class Stage1Encoder(Encoder):
         return batch
 
 
+class ClassificationEncoder(Encoder):
+    """Images and the number of their class, in `label`. What a model "says" about an image is the name of its class."""
+
+    caption_end_stops = False  # there are no captions
+
+    def __init__(self, processor, model, *, prompt="", end=None, max_length=None, seed=0, **others):
+        options = {"prompt": prompt, "end": end, "max_length": max_length, **others}
+        if given := [name for name, value in options.items() if value]:
+            raise ValueError(f"image classification has no option {', '.join(given)}: it reads no text.")
+        if model.config.problem_type not in (None, "single_label_classification"):
+            raise ValueError(f"problem_type is {model.config.problem_type!r}; records have one class each.")
+        self.processor, self.config = processor, model.config
+        self.image_arguments = ["pixel_values"]
+
+    @property
+    def names(self) -> dict[int, str]:
+        """The classes' names, by number."""
+        return self.config.id2label
+
+    def check_records(self, records) -> None:
+        """Refuse classes with other names or in another order than the model's. One that has no names yet gets the data's.
+
+        Raises:
+            ValueError: They differ.
+        """
+        names = getattr((getattr(records, "features", None) or {}).get("label"), "names", None)
+        if names is None:
+            return
+        unnamed = all(name == f"LABEL_{number}" for number, name in self.names.items())
+        if unnamed and len(names) == len(self.names):
+            self.config.id2label = dict(enumerate(names))
+            self.config.label2id = {name: number for number, name in enumerate(names)}
+        if dict(enumerate(names)) != self.names:
+            raise ValueError(
+                f"the data's classes are {', '.join(names)}; the model's {', '.join(self.names.values())}. Give the data's "
+                "in id2label, in their order."
+            )
+
+    def encode(self, record: dict) -> dict[str, torch.Tensor]:
+        label, images = record.get("label"), record.get("images") or []
+        if label is None or len(images) != 1:
+            raise SampleError(f"expected one image with a label; the record has {len(images)} and the label {label}")
+        if label not in self.names:
+            raise SampleError(f"label is {label}; expected 0 to {len(self.names) - 1}")
+        inputs = self.processor(images=self.images_of(record), return_tensors="pt")
+        return {"pixel_values": inputs["pixel_values"], "labels": torch.tensor(label)}
+
+    __call__ = encode
+
+    def collate(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        return {
+            "pixel_values": torch.cat([sample["pixel_values"] for sample in samples]),
+            "labels": torch.stack([sample["labels"] for sample in samples]),
+        }
+
+    def prompts(self, records: list[dict]) -> tuple[dict[str, torch.Tensor], list[str]]:
+        samples = self.collate([self.encode(record) for record in records])
+        return {"pixel_values": samples["pixel_values"]}, [self.names[label] for label in samples["labels"].tolist()]
+
+    def answers(self, model: BridgedModel, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> list[str]:
+        return [self.names[label] for label in model(**inputs).logits.argmax(dim=-1).tolist()]
+
+
 ENCODERS: dict[str, type[Encoder]] = {
     "mlp_llava": MLPLlavaEncoder,
     "qformer_blip2": QFormerBlip2Encoder,
     "perceiver_flamingo": PerceiverFlamingoEncoder,
     "qformer_blip2_pretraining": Stage1Encoder,
+    **dict.fromkeys(
+        (f"{name}_classification" for name in ("mlp_llava", "qformer_blip2", "perceiver_flamingo")),
+        ClassificationEncoder,
+    ),
 }
 
 
@@ -595,7 +670,7 @@ def encoder_for(model: BridgedModel, processor, **options) -> Encoder:
     """The encoder that belongs to a model.
 
     Args:
-        model: A bridged model, or stage 1 of Q-Former BLIP-2; it may be wrapped by PEFT.
+        model: A bridged model, stage 1 of Q-Former BLIP-2 or a classifier; it may be wrapped by PEFT.
         processor: Its processor.
         options: Of `Encoder`.
 

@@ -30,7 +30,7 @@ from transformers import TrainingArguments
 
 
 RECIPES = Path(__file__).parent / "recipes"
-STAGES = ("generative", "stage1")
+STAGES = ("generative", "stage1", "classification")
 PARTS = ("vision_model", "language_model")
 GROUPS = ("bridge", "language_model", "vision_model", "lora")
 # set by the trainer itself: a recipe that sets them too would be surprised
@@ -143,7 +143,7 @@ class Recipe:
     """A training run.
 
     Args:
-        stage: `"generative"`, or `"stage1"` of Q-Former BLIP-2.
+        stage: `"generative"`, `"stage1"` of Q-Former BLIP-2, or `"classification"` of images.
         description: One line, for `vlbridge train --list`.
         vision: Vision encoder, as for `compose`.
         language: Language model, likewise.
@@ -234,7 +234,8 @@ class Recipe:
 
         _one_of("stage", self.stage, STAGES)
         if self.from_ is None:
-            needed = ["vision", "tokenizer"] if self.stage == "stage1" else ["vision", "language", "bridge"]
+            needed = {"stage1": ["vision", "tokenizer"], "classification": ["vision", "bridge"]}
+            needed = needed.get(self.stage, ["vision", "language", "bridge"])
             if missing := [name for name in needed if getattr(self, name) is None]:
                 raise RecipeError(
                     f"{_listed(missing)} missing: a fresh {self.stage} model needs {_listed(needed)}, or give from."
@@ -245,6 +246,9 @@ class Recipe:
             raise RecipeError("from brings its own vision encoder: leave vision out.")
         if self.stage == "stage1" and any(given is not None for given in (self.language, self.lora, self.packing)):
             raise RecipeError("stage1 has no language model: leave language, lora and packing out.")
+        unused = ("language", "tokenizer", "lora", "packing", "cache_features")
+        if self.stage == "classification" and (given := [n for n in unused if getattr(self, n) is not None]):
+            raise RecipeError(f"classification has no use for {_listed(given)}: leave it out.")
         if self.cache_features is not None and "vision_model" not in self.freeze:
             raise RecipeError(
                 "cache_features needs a frozen vision encoder: freeze vision_model, or leave cache_features out."

@@ -26,6 +26,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoProcessor,
     PreTrainedModel,
@@ -839,10 +841,7 @@ def generate(
             batch = [records[index] for index in range(start, min(start + batch_size, len(records)))]
             inputs, wanted = encoder.prompts(batch)
             inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-            texts = encoder.decode(
-                model.generate(**inputs, **encoder.generation_options(model, max_new_tokens)), inputs
-            )
-            found += zip(texts, wanted)
+            found += zip(encoder.answers(model, inputs, max_new_tokens), wanted)
     finally:
         model.train(was_training)
     return found
@@ -864,7 +863,9 @@ def build_model(recipe: Recipe):
 
     given = {"tokenizer": recipe.tokenizer, "image_processor": recipe.image_processor, "dtype": recipe.dtype}
     options = {**{name: value for name, value in given.items() if value is not None}, **recipe.bridge_options}
-    if recipe.from_ is not None:
+    if recipe.stage == "classification":
+        model, processor = build_classifier(recipe, options)
+    elif recipe.from_ is not None:
         source = os.path.expanduser(recipe.from_)
         if recipe.language is not None:
             model, processor = QFormerBlip2ForConditionalGeneration.from_stage1(source, recipe.language, **options)
@@ -905,6 +906,24 @@ def framing_tokenizer(source: str) -> PreTrainedTokenizerBase:
             single=f"{begin} $A {end}", special_tokens=list(zip((begin, end), ends))
         )
     return tokenizer
+
+
+def build_classifier(recipe: Recipe, options: dict):
+    """A classifier: fresh, from a bridge that was trained for something else, or one that goes on."""
+    from ..families import FAMILIES
+
+    if recipe.from_ is None:
+        return FAMILIES[recipe.bridge].classifier_class.from_vision(recipe.vision, **options)
+    source = os.path.expanduser(recipe.from_)
+    kind = AutoConfig.from_pretrained(source).model_type
+    for classifier in (family.classifier_class for family in FAMILIES.values()):
+        if kind == classifier.config_class.model_type:
+            if options.keys() - {"dtype"}:
+                raise RecipeError(f"{recipe.from_} has its classes already: leave {', '.join(sorted(options))} out.")
+            return classifier.from_pretrained(source, **options), AutoImageProcessor.from_pretrained(source)
+        if kind in [model.config_class.model_type for model in classifier.begins_as]:
+            return classifier.from_bridge(source, **options)
+    raise RecipeError(f"{recipe.from_} holds a {kind!r} model, which has no bridge to classify with.")
 
 
 def load_data(data: DataRecipe, max_broken: float = 0.01):
@@ -976,6 +995,7 @@ def build_trainer(recipe: Recipe, output: str | os.PathLike) -> BridgeTrainer:
     elif cache is not None:
         encoder = PreparedEncoder(encoder, store)
     records = load_mixture(recipe, seed)
+    encoder.check_records(records)
     if recipe.data[0].streaming:
         data = SampleStream(records, encoder, args.per_device_train_batch_size, args.process_index, args.world_size)
     else:

@@ -136,6 +136,7 @@ def test_loss_of_one_class():
     scores = found.logits.log_softmax(dim=-1)
     torch.testing.assert_close(found.loss, -(scores[0, 2] + scores[2, 0]) / 2)
     assert model.config.problem_type == "single_label_classification"
+    assert model(pictures(), labels=torch.full((3,), -100)).loss == 0
 
 
 def test_loss_of_several_classes():
