@@ -24,6 +24,7 @@ import json
 import platform
 import random
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -89,10 +90,10 @@ def scene(caption: str, rng: random.Random, side: int = 224) -> Image.Image:
     return image
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
+def word_tokenizer(captions: Iterable[str] = CAPTIONS) -> PreTrainedTokenizerFast:
     """BERT's special tokens and the captions' words, one token each."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"]
-    words = sorted({word for caption in CAPTIONS for word in caption.split()})
+    words = sorted({word for caption in captions for word in caption.split()})
     vocabulary = {token: index for index, token in enumerate([*special, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
