@@ -299,6 +299,8 @@ def group_of(name: str) -> str:
     """Which group of learning rates a parameter belongs to, by its name."""
     if "lora_" in name:
         return "lora"
+    if ".attn_gate." in name or ".ff_gate." in name:
+        return "gates"
     return next((part for part in FROZEN_PARTS if f".{part}." in f".{name}"), "bridge")
 
 
@@ -541,11 +543,13 @@ class BridgeTrainer(Trainer):
             raise TrainingError(
                 f"learning_rates has {', '.join(unknown)}, but trained is {', '.join(sorted(trained))} only: see freeze and lora."
             )
+        rates = {"bridge": self.args.learning_rate, **self.learning_rates}
+        rates.setdefault("gates", rates["bridge"])
         return [
             {
                 "params": parameters,
                 "weight_decay": self.args.weight_decay if decay else 0.0,
-                "lr": self.learning_rates.get(group, self.args.learning_rate),
+                "lr": rates.get(group, self.args.learning_rate),
             }
             for (group, decay), parameters in groups.items()
         ]
