@@ -194,7 +194,7 @@ def native_llava(model, processor) -> tuple[LlavaForConditionalGeneration, Llava
     select = "full" if grid else "default"
     vision_config = config.vision_config
     if grid:
-        vision_config = CLIPVisionConfig(hidden_size=config.vision_hidden_size)
+        vision_config = CLIPVisionConfig(hidden_size=config.vision_hidden_size, num_attention_heads=1)
     native_config = LlavaConfig(
         vision_config=vision_config, text_config=config.text_config, image_token_index=spare_token(model),
         vision_feature_layer=-1 if grid else config.vision_feature_layer, vision_feature_select_strategy=select,
