@@ -32,10 +32,10 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 # about half an hour on two CPU cores (fifteen minutes for its evaluation), with nothing else running
-train-demo: $(VENV)/.demo
+train-demo: $(VENV)/.dev
 	$(BIN)/python -m vlbridge.training.training_easy_vqa train --output zoo/assets/easy_vqa_mlp
 
-evaluate-demo: $(VENV)/.demo
+evaluate-demo: $(VENV)/.dev
 	$(BIN)/python -m vlbridge.training.training_easy_vqa evaluate --output benchmarks/results/easy_vqa_mlp.json
 
 build: $(VENV)/.dev

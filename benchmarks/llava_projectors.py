@@ -16,6 +16,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import re
 import statistics
 import tempfile
 import time
@@ -30,6 +31,8 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 import vlbridge
 from vlbridge import demo
 from vlbridge.training.training_easy_vqa import (
+    COLORS,
+    SHAPES,
     Example,
     PackedConversations,
     Stage,
@@ -49,11 +52,13 @@ LAST = 20  # steps that the final loss is the mean of
 
 
 def naming_forms(examples: list[Example]) -> dict[str, list[str]]:
-    """All questions for a colour and for a shape."""
+    """All questions for a colour and for a shape that give nothing of it away."""
+    words = {*COLORS, *SHAPES}
     forms: dict[str, set[str]] = {"color": set(), "shape": set()}
     for example in examples:
         for question, answer in example.questions:
-            forms.get(kind_of(question, answer), set()).add(question)
+            if not words & set(re.findall(r"\w+", question)):
+                forms.get(kind_of(question, answer), set()).add(question)
     return {kind: sorted(questions) for kind, questions in forms.items()}
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import datetime
 import json
 import platform
-import re
 import statistics
 import tempfile
 from pathlib import Path
@@ -38,8 +37,6 @@ from transformers import (
 import vlbridge
 from vlbridge import demo
 from vlbridge.training.training_easy_vqa import (
-    COLORS,
-    SHAPES,
     Example,
     encode,
     load_split,
@@ -49,17 +46,6 @@ from vlbridge.training.training_easy_vqa import (
 
 ARMS = ("fresh", "transplanted", "fresh, warmed up")
 WINDOW = 5  # steps that a loss is the mean of
-
-
-def asked_plainly(examples: list[Example]) -> dict[int, Example]:
-    """Pictures with the questions for their colour and shape that give nothing of it away; by their place."""
-    words = {*COLORS, *SHAPES}
-    return {
-        place: Example(
-            example.image, [pair for pair in example.questions if not words & set(re.findall(r"\w+", pair[0]))]
-        )
-        for place, example in naming(examples).items()
-    }
 
 
 # ---------------------------------------------------------------------- the other language model
@@ -148,7 +134,7 @@ def steps_saved(runs: list[dict], against: str) -> dict:
 def compare(language: Path, splits: dict[str, list[Example]], settings: dict, seeds: int) -> dict:
     """Train every arm with every seed."""
     runs, report, features = [], None, {}
-    named = asked_plainly(splits["train"])
+    named = naming(splits["train"])
     for seed in range(seeds):
         for arm in ARMS:
             set_seed(seed)
