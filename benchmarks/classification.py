@@ -6,15 +6,17 @@ All read the same features of the same frozen encoder, the embedded default's; e
 
 - `shapes`: easy-VQA, one coloured shape per picture, 24 classes: its colour and shape. Notes: "a blue circle". They say no
   more than the class does.
-- `left`: drawn scenes of two different shapes side by side, 3 classes: which shape is the left one. Mean-pooled features tell
-  at best which two there are. Notes: "red circle left of blue square".
+- `left`: drawn scenes of two different shapes side by side, 3 classes: which shape is the left one. The mean over patches knows
+  places only as far as the encoder's padding gives them away. Notes: "red circle left of blue square".
 
-Of 50, 200 or 1,000 labelled pictures, one fifth is a validation split. Compared, on test pictures of their own:
+Of 50, 200 or 1,000 labelled pictures, one fifth is a validation split. Seeds draw them from one pool: where that is no larger
+than their number, seeds differ in splits and initial weights alone. Compared, on test pictures of their own:
 
-- `probe, mean`: multinomial logistic regression on mean-pooled, standardised patch features, to convergence (L-BFGS);
+- `probe, mean`: multinomial logistic regression on mean-pooled, standardised patch features (L-BFGS, up to 200
+  iterations per penalty);
 - `probe, patches`: the same on all patches side by side, so that places are known;
 - `Q-Former`: a fresh Q-Former and head, trained for the classes;
-- `Q-Former, warm-up`: the same after stage 1 of BLIP-2 on pictures and notes of the training split.
+- `Q-Former, warm-up`: the same after stage 1 of BLIP-2, without matching, on pictures and notes of the training split.
 
 What is chosen on the validation split, by its loss: of the probes the strength of the L2 penalty, of eight; of the Q-Formers
 the step at which training stops, of ten. None is trained again with the validation split.
@@ -137,7 +139,7 @@ def encode(model, image_processor, task: str, split: str, count: int, folder: Pa
 
 
 def fit_linear(layer: nn.Linear, inputs: torch.Tensor, labels: torch.Tensor, penalty: float) -> None:
-    """Multinomial logistic regression: the mean loss plus `penalty / 2` times the squared weights, to convergence."""
+    """Multinomial logistic regression: the mean loss plus `penalty / 2` times the squared weights."""
     optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=200, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
 
     def closure():
