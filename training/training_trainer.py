@@ -20,10 +20,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object, save_fsdp_optimizer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from transformers import (
     AutoConfig,
@@ -36,6 +39,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
@@ -43,8 +47,9 @@ from ..hub import push_folder
 from ..images import ImageError
 from ..modeling.modeling_bridged import TokenRows
 from ..modeling.modeling_checkpoint import FROZEN_PARTS, frozen_parts_of, where_to_load
+from ..modeling.modeling_flamingo import GatedCrossAttentionLayer
 from ..processing.processing_qformer import bert_tokenizer
-from .training_encoding import IGNORED, Encoder, SampleError, encoder_for
+from .training_encoding import IGNORED, Encoder, SampleError, Stage1Encoder, encoder_for
 from .training_features import FeatureCache, FlushFeatures, PreparedEncoder
 from .training_packing import PackedEncoder
 from .training_recipes import DataRecipe, Recipe, RecipeError
@@ -231,13 +236,13 @@ def _hooks(model: nn.Module, register) -> Iterator[None]:
             handle.remove()
 
 
-def first_bad_module(model: nn.Module, inputs: dict, loss_of) -> dict[str, str]:
+def first_bad_module(model: nn.Module, inputs: dict, loss_of=None) -> dict[str, str]:
     """Where the first value comes from that is not finite.
 
     Args:
         model: The model, its random state as before the batch.
         inputs: The batch.
-        loss_of: `loss_of(model, inputs)` runs it.
+        loss_of: `loss_of(model, inputs)` runs it. Without it only the batch and the parameters are looked at.
 
     Returns:
         `module`: its name, `""` where it is none's; and `details` in words.
@@ -246,8 +251,11 @@ def first_bad_module(model: nn.Module, inputs: dict, loss_of) -> dict[str, str]:
         if not _finite(value):
             return {"module": "", "details": f"the batch's {name}"}
     for name, parameter in model.named_parameters():
-        if not _finite(parameter.detach()):
+        tensor = parameter.detach()
+        if not _finite(tensor.to_local() if hasattr(tensor, "to_local") else tensor):
             return {"module": name.rpartition(".")[0], "details": f"the parameter {name}"}
+    if loss_of is None:
+        return {"module": "", "details": "neither batch nor parameters; the modules can't be run by one process alone"}
     found: dict[str, str] = {}
 
     def say(name: str, module: nn.Module, what: str):
@@ -346,7 +354,7 @@ class BridgeTrainer(Trainer):
         self.encoder, self.processor = encoder, processor
         self.learning_rates, self.no_weight_decay = dict(learning_rates or {}), tuple(no_weight_decay)
         self.loss_weights = loss_weights if loss_weights and len(set(loss_weights.values())) > 1 else None
-        self.skipped, self.num_seen, self.max_broken = Counter(), 0, max_broken
+        self.skipped, self.num_skipped, self.num_seen, self.max_broken = Counter(), 0, 0, max_broken
         self.failed_saves: list[str] = []
         self.feature_cache = feature_cache
         self._step_batches: list[tuple] = []
@@ -355,6 +363,41 @@ class BridgeTrainer(Trainer):
         super().__init__(model=model, args=args, data_collator=Collator(encoder), **kwargs)
         if use_cache is not None:
             model.config.use_cache = use_cache  # it is saved with the model
+        if self.is_fsdp_enabled:
+            self._set_up_fsdp()
+
+    def _set_up_fsdp(self) -> None:
+        """Name the layers that are sharded one by one: accelerate refuses names that no layer has, and CLIP's encoder
+        brings those of its text side.
+
+        Raises:
+            TrainingError: It is FSDP 1.
+        """
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise TrainingError(
+                f"fsdp_version is {plugin.fsdp_version}; expected 2: set it in accelerate's configuration."
+            )
+        if not plugin.transformer_cls_names_to_wrap:
+            present = {type(module).__name__ for module in self.model.modules()}
+            plugin.transformer_cls_names_to_wrap = sorted(present & set(self.model._no_split_modules or ()))
+
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        for module in self.model.modules() if self.is_fsdp_enabled else ():
+            if isinstance(module, GatedCrossAttentionLayer):  # keys and values are made before the layer's turn comes
+                register_fsdp_forward_method(module, "project")
+        return prepared
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether no process has the whole model: all must then run it at the same time."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _of_all(self, *values: float) -> torch.Tensor:
+        """Numbers of all processes: `(processes, len(values))`."""
+        mine = torch.tensor([values], dtype=torch.float64, device=self.args.device)
+        return self.accelerator.gather(mine) if self.args.world_size > 1 else mine
 
     @property
     def seconds(self) -> float:
@@ -400,33 +443,42 @@ class BridgeTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        for batch in batches:
-            skipped = batch.pop("skipped")
-            self.num_seen += len(batch["ids"]) + len(skipped)
-            self._count_skipped(skipped)
+        skipped = [about for batch in batches for about in batch.pop("skipped")]
+        self._count_skipped(skipped, len(skipped) + sum(len(batch["ids"]) for batch in batches))
+        if self.args.world_size > 1 and isinstance(self.encoder, Stage1Encoder):
+            batches = [self._as_long_as_all(batch) for batch in batches]
         self._step_batches = []
         if self.loss_weights is not None and num_items is not None:
             self._weigh(batches, device)
         return batches, num_items if num_items is None else num_items.clamp(min=1)
 
-    def _count_skipped(self, skipped) -> None:
+    def _count_skipped(self, skipped: list[tuple[str, str]], seen: int) -> None:
         for record, reason in skipped:
             self.skipped[reason] += 1
             if self.skipped.total() <= 10:
                 logger.warning(f"Record {record} is skipped: {reason}")
-        total, limit = self.skipped.total(), self.max_broken
+        now = self._of_all(len(skipped), seen).sum(dim=0)  # all processes stop, or none
+        self.num_skipped += int(now[0])
+        self.num_seen += int(now[1])
+        limit = self.max_broken
         if limit < 1:
             limit *= max(self.num_seen, 1000)
-        if total > limit:
+        if self.num_skipped > limit:
             most = "; ".join(f"{reason} ({count})" for reason, count in self.skipped.most_common(3))
             raise TrainingError(
-                f"{total} of {self.num_seen} records can't be used, more than max_broken={self.max_broken} allows: {most}"
+                f"{self.num_skipped} of {self.num_seen} records can't be used, more than max_broken={self.max_broken} "
+                f"allows: {most or 'for reasons that other processes tell'}"
             )
+
+    def _as_long_as_all(self, batch: dict) -> dict:
+        """A batch of stage 1, where all processes' pairs are compared, with as many as the process has that lacks most."""
+        rows = int(self._of_all(len(batch["sources"])).min())
+        return {name: value[:rows] for name, value in batch.items()}
 
     def _prepare_inputs(self, inputs):
         inputs = {name: value for name, value in inputs.items() if name not in EXTRA_KEYS}
         if "uncached" in inputs:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            if self.is_spread:
                 raise TrainingError(
                     f"features of some images are not in {self.feature_cache.store.folder}: where the model is spread over "
                     "processes, all have to be there before training. Raise cache_features.max_bytes, or leave cache_features out."
@@ -475,7 +527,7 @@ class BridgeTrainer(Trainer):
         randomness = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
         self._step_batches.append((inputs, num_items_in_batch, randomness))
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss).all():
+        if self._of_all(not torch.isfinite(loss).all()).any():
             self._stop("the loss", self._step_batches[-1:])
         return loss
 
@@ -487,34 +539,44 @@ class BridgeTrainer(Trainer):
         return grad_norm
 
     def _stop(self, what: str, batches: list[tuple]) -> None:
-        """Find the first bad module, write it down and stop.
+        """Find the first bad module, write it down and stop: all processes at once, with the report of the first that found it.
 
         Raises:
             NonFiniteError: Always.
         """
         ids = [name for inputs, *_ in batches for name in inputs.get("ids", ())]
-        report = {"step": self.state.global_step + 1, "what": what, "ids": ids}
-        found = {"module": "", "details": "not looked for: the model is spread over processes"}
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            model = self.accelerator.unwrap_model(self.model_wrapped)
-            for inputs, num_items, (cpu, cuda) in batches:
-                torch.set_rng_state(cpu)
-                if cuda is not None:
-                    torch.cuda.set_rng_state(cuda)
-
-                def loss_of(model, inputs, num_items=num_items):
-                    with self.compute_loss_context_manager(), self.accelerator.autocast():
-                        return self.compute_loss(model, dict(inputs), num_items_in_batch=num_items)
-
-                found = first_bad_module(model, self._prepare_inputs(inputs), loss_of)
-                if not found["details"].startswith("nothing"):
-                    report["ids"] = list(inputs.get("ids", ()))
-                    break
-        report |= found
-        path = Path(self.args.output_dir) / f"not_finite_step_{report['step']}.json"
-        with suppress(OSError):
-            path.write_text(json.dumps(report, indent=1) + "\n")
+        mine = {"ids": ids, **self._look_for_bad_module(batches)}
+        reports = gather_object([mine])  # one per process
+        rank, found = next(((n, r) for n, r in enumerate(reports) if r["found"]), (0, reports[0]))
+        if self.args.world_size > 1 and found["found"]:
+            found["details"] += f" of process {rank}"
+        report = {"step": self.state.global_step + 1, "what": what, **found}
+        report.pop("found")
+        if self.is_world_process_zero():
+            path = Path(self.args.output_dir) / f"not_finite_step_{report['step']}.json"
+            with suppress(OSError):
+                path.write_text(json.dumps(report, indent=1) + "\n")
+        self.accelerator.wait_for_everyone()  # the first to leave ends the others
         raise NonFiniteError(report)
+
+    def _look_for_bad_module(self, batches: list[tuple]) -> dict:
+        """`module`, `details`, whether it was `found`, and then the batch's `ids`."""
+        # where processes wait for each other in the middle of a model, none can look alone
+        alone = not self.is_spread and (self.args.world_size == 1 or not isinstance(self.encoder, Stage1Encoder))
+        model, found = self.accelerator.unwrap_model(self.model_wrapped), {}
+        for inputs, num_items, (cpu, cuda) in batches:
+            torch.set_rng_state(cpu)
+            if cuda is not None:
+                torch.cuda.set_rng_state(cuda)
+
+            def loss_of(model, inputs, num_items=num_items):
+                with self.compute_loss_context_manager(), self.accelerator.autocast():
+                    return self.compute_loss(model, dict(inputs), num_items_in_batch=num_items)
+
+            found = first_bad_module(model, self._prepare_inputs(inputs), loss_of if alone else None)
+            if not found["details"].startswith(("nothing", "neither")):
+                return {**found, "found": True, "ids": list(inputs.get("ids", ()))}
+        return {**found, "found": False}
 
     # ------------------------------------------------------------------ optimizer
 
@@ -572,12 +634,47 @@ class BridgeTrainer(Trainer):
             for part in frozen_parts_of(config)
         )
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save what is trained; of a model that is spread over processes all must call this, and the first one writes."""
+        self._save(output_dir, self._gathered() if self.is_spread else None)
+
+    def _gathered(self) -> dict[str, torch.Tensor]:
+        """Whole tensors of a model that is spread over processes, those of its bridge alone where these are saved.
+
+        Source: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html (`get_model_state_dict`);
+        https://deepspeed.readthedocs.io/en/latest/zero3.html (`GatheredParameters`).
+
+        Returns:
+            On the CPU of the first process; what others get is not meant to be used.
+        """
+        model = self._bare_model
+        bridge_alone = self.saves_bridge_only and not model.config.trained_tensors
+        if self.is_fsdp_enabled:
+            trained_alone = bridge_alone or hasattr(model, "peft_config")
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_alone)
+            return get_model_state_dict(self.model, options=options)
+        if self.accelerator.deepspeed_config["zero_optimization"]["stage"] != 3:
+            return model.state_dict()
+        if not bridge_alone:
+            return self.accelerator.get_state_dict(self.model_wrapped)
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(model.bridge.parameters())):
+            return {f"bridge.{name}": tensor.cpu().clone() for name, tensor in model.bridge.state_dict().items()}
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
         output_dir = self.args.output_dir if output_dir is None else output_dir
-        os.makedirs(output_dir, exist_ok=True)
         model = self._bare_model
+        if state_dict is not None and not hasattr(model, "peft_config"):
+            trained = [name for name in model.state_dict() if name.startswith("bridge.")]
+            if lost := [name for name in trained if name not in state_dict or state_dict[name].numel() == 0]:
+                raise TrainingError(
+                    f"{len(lost)} of the bridge's {len(trained)} tensors are missing or empty, such as {lost[0]}: they are "
+                    "spread over the processes. Save with `trainer.save_model()`, in all of them: it gathers whole tensors."
+                )
+        os.makedirs(output_dir, exist_ok=True)
         if hasattr(model, "peft_config"):
             model.save_pretrained(output_dir, state_dict=state_dict)
             self.processor.save_pretrained(output_dir)
@@ -602,15 +699,15 @@ class BridgeTrainer(Trainer):
                 (staging / name).write_text(text, encoding="utf-8")
         self.accelerator.wait_for_everyone()
         self.save_model(str(staging))
-        if not self.is_world_process_zero():
-            return
-        if push_to is not None:
-            push_folder(staging, push_to, private=private, keep=["README.md"], commit_message="Upload model")
-        for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
-            if (output / path.name).is_dir():
-                shutil.rmtree(output / path.name)
-            os.replace(path, output / path.name)
-        shutil.rmtree(output / SAVING, ignore_errors=True)
+        if self.is_world_process_zero():
+            if push_to is not None:
+                push_folder(staging, push_to, private=private, keep=["README.md"], commit_message="Upload model")
+            for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+                if (output / path.name).is_dir():
+                    shutil.rmtree(output / path.name)
+                os.replace(path, output / path.name)
+            shutil.rmtree(output / SAVING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
 
     def _get_output_dir(self, trial):
         return (
@@ -699,9 +796,24 @@ class BridgeTrainer(Trainer):
             self._globalstep_last_logged = state["last_logged"]
             self._started -= state["seconds"]
 
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if not self.is_fsdp_enabled or hasattr(self._bare_model, "peft_config"):
+            return super()._save_optimizer_and_scheduler(output_dir)
+        # transformers would write the frozen parts too; what is trained is in the model's file
+        save_fsdp_optimizer(
+            self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
+        )
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
     def _load_optimizer_and_scheduler(self, checkpoint):
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
+        except FileNotFoundError as error:
+            raise TrainingError(
+                f"{checkpoint} was written by a run that was launched in another way ({Path(error.filename).name} is missing): "
+                "go on with the same accelerate configuration."
+            ) from error
         except ValueError as error:
             raise TrainingError(
                 f"The optimizer's state in {checkpoint} is of other parameters ({error}): go on with the recipe that the run "
@@ -716,13 +828,17 @@ class BridgeTrainer(Trainer):
         """
         bare = self._bare_model
         weights = Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME
-        if self.is_fsdp_enabled or hasattr(bare, "peft_config") or not weights.exists():
+        if hasattr(bare, "peft_config") or not weights.exists():
             if not weights.exists() and not (Path(resume_from_checkpoint) / SAFE_WEIGHTS_INDEX_NAME).exists():
-                if not hasattr(bare, "peft_config") and not self.is_fsdp_enabled:
+                if not hasattr(bare, "peft_config"):
                     raise TrainingError(f"{resume_from_checkpoint} has no {SAFE_WEIGHTS_NAME}: it is no checkpoint.")
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         loaded = load_file(weights)
-        result = bare.load_state_dict(loaded, strict=False)
+        if self.is_fsdp_enabled:
+            options = StateDictOptions(full_state_dict=True, strict=False)
+            result = set_model_state_dict(bare, dict(loaded), options=options)
+        else:
+            result = bare.load_state_dict(loaded, strict=False)
         tied = bare.all_tied_weights_keys
         trained = {name for name, parameter in bare.named_parameters() if parameter.requires_grad}
         missing = sorted(name for name in set(result.missing_keys) & trained if tied.get(name) not in loaded)
@@ -1094,7 +1210,11 @@ def finish(trainer: BridgeTrainer, recipe: Recipe) -> dict:
         if data.generate:
             count = len(samples) if data.generate < 0 else min(data.generate, len(samples))
             chosen = samples.records.select(range(count))
+            shared = trainer.args.world_size > 1 and not trainer.is_spread
+            if shared:  # each process has the whole model
+                chosen = chosen.select(range(trainer.args.process_index, count, trainer.args.world_size))
             said = generate(trainer.model, trainer.encoder, chosen, data.max_new_tokens, trainer.args.eval_batch_size)
+            said = gather_object(said) if shared else said
             right = sum(text.strip().lower() == wanted.strip().lower() for text, wanted in said) / max(count, 1)
             evaluation.append({"dataset": name, **about, "metric": "exact_match", "value": right, "records": count})
     summary = {
@@ -1106,7 +1226,7 @@ def finish(trainer: BridgeTrainer, recipe: Recipe) -> dict:
         "hardware": hardware(trainer.args.world_size),
         "arguments": {**recipe.arguments, **{f"learning_rate of {k}": v for k, v in recipe.learning_rates.items()}},
         "evaluation": evaluation,
-        "skipped_records": trainer.skipped.total(),
+        "skipped_records": trainer.num_skipped,
         "failed_saves": trainer.failed_saves,
     }
     if isinstance(trainer.encoder, PackedEncoder):
