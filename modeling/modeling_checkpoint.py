@@ -496,6 +496,7 @@ class BridgeCheckpointMixin:
             trained += [f"{part}.{name}" for name in differ]
             pins[part] = {"source": source, "revision": commit_of(place) if place == source else None}
         self.config.frozen_parts, self.config.trained_tensors = pins, trained or None
+        self._remember_parts(*sources)  # as they are now they have been compared
         return trained
 
     def _remember_parts(self, *parts: str) -> None:

@@ -24,7 +24,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = [ROOT / "README.md"]
-NOT_RUN = ("cd", "git", "make", "pip", "python")  # commands that may be shown without being tried
+NOT_RUN = ("accelerate", "cd", "git", "make", "pip", "python")  # commands that may be shown without being tried
 FENCED = re.compile(
     r"^(?P<fence>```+)(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=fence)[ \t]*$", re.MULTILINE | re.DOTALL
 )

@@ -599,7 +599,7 @@ def test_attention_implementation_reaches_the_qformer_alone(way, tmp_path, monke
     else:
         for part in ("vision_model", "language_model"):
             getattr(model, part).save_pretrained(tmp_path / part)
-            model.config.frozen_parts[part] = {"source": str(tmp_path / part), "revision": None}
+            model.set_frozen_parts(**{part: str(tmp_path / part)})
         model.save_pretrained(tmp_path / "model", bridge_only=way == "load bridge")
         model = AutoModel.from_pretrained(tmp_path / "model", attn_implementation=wanted)
     torch.testing.assert_close(model(**inputs).logits, expected, atol=ATOL, rtol=0)
