@@ -255,7 +255,10 @@ def first_bad_module(model: nn.Module, inputs: dict, loss_of=None) -> dict[str, 
         if not _finite(tensor.to_local() if hasattr(tensor, "to_local") else tensor):
             return {"module": name.rpartition(".")[0], "details": f"the parameter {name}"}
     if loss_of is None:
-        return {"module": "", "details": "neither batch nor parameters; the modules can't be run by one process alone"}
+        return {
+            "module": "",
+            "details": "not found in batch and parameters; the modules can't be run by one process alone",
+        }
     found: dict[str, str] = {}
 
     def say(name: str, module: nn.Module, what: str):
@@ -527,8 +530,9 @@ class BridgeTrainer(Trainer):
         randomness = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
         self._step_batches.append((inputs, num_items_in_batch, randomness))
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._of_all(not torch.isfinite(loss).all()).any():
-            self._stop("the loss", self._step_batches[-1:])
+        bad = not torch.isfinite(loss).all()
+        if self._of_all(bad).any():
+            self._stop("the loss", self._step_batches[-1:] if bad else [])
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -541,17 +545,24 @@ class BridgeTrainer(Trainer):
     def _stop(self, what: str, batches: list[tuple]) -> None:
         """Find the first bad module, write it down and stop: all processes at once, with the report of the first that found it.
 
+        Args:
+            what: What is not finite.
+            batches: This process' part in it.
+
         Raises:
             NonFiniteError: Always.
         """
-        ids = [name for inputs, *_ in batches for name in inputs.get("ids", ())]
-        mine = {"ids": ids, **self._look_for_bad_module(batches)}
-        reports = gather_object([mine])  # one per process
-        rank, found = next(((n, r) for n, r in enumerate(reports) if r["found"]), (0, reports[0]))
-        if self.args.world_size > 1 and found["found"]:
-            found["details"] += f" of process {rank}"
-        report = {"step": self.state.global_step + 1, "what": what, **found}
-        report.pop("found")
+        reports = gather_object([self._look_for_bad_module(batches)])  # one per process
+        report = {"step": self.state.global_step + 1, "what": what}
+        for rank, found in enumerate(reports):
+            if found["found"]:
+                report |= found
+                report["details"] += f" of process {rank}" if self.args.world_size > 1 else ""
+                break
+        else:
+            looked = [found for found in reports if found["ids"]] or reports
+            report |= {**looked[0], "ids": [name for found in looked for name in found["ids"]]}
+        del report["found"]
         if self.is_world_process_zero():
             path = Path(self.args.output_dir) / f"not_finite_step_{report['step']}.json"
             with suppress(OSError):
@@ -563,7 +574,7 @@ class BridgeTrainer(Trainer):
         """`module`, `details`, whether it was `found`, and then the batch's `ids`."""
         # where processes wait for each other in the middle of a model, none can look alone
         alone = not self.is_spread and (self.args.world_size == 1 or not isinstance(self.encoder, Stage1Encoder))
-        model, found = self.accelerator.unwrap_model(self.model_wrapped), {}
+        model, found = self.accelerator.unwrap_model(self.model_wrapped), {"module": "", "details": "nothing"}
         for inputs, num_items, (cpu, cuda) in batches:
             torch.set_rng_state(cpu)
             if cuda is not None:
@@ -574,9 +585,10 @@ class BridgeTrainer(Trainer):
                     return self.compute_loss(model, dict(inputs), num_items_in_batch=num_items)
 
             found = first_bad_module(model, self._prepare_inputs(inputs), loss_of if alone else None)
-            if not found["details"].startswith(("nothing", "neither")):
+            if not found["details"].startswith(("nothing", "not found")):
                 return {**found, "found": True, "ids": list(inputs.get("ids", ()))}
-        return {**found, "found": False}
+        ids = [name for inputs, *_ in batches for name in inputs.get("ids", ())]
+        return {**found, "found": False, "ids": ids}
 
     # ------------------------------------------------------------------ optimizer
 
@@ -636,7 +648,12 @@ class BridgeTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save what is trained; of a model that is spread over processes all must call this, and the first one writes."""
-        self._save(output_dir, self._gathered() if self.is_spread else None)
+        state = self._gathered() if self.is_spread else None
+        if state:
+            for name, source in getattr(self._bare_model, "all_tied_weights_keys", {}).items():
+                if source in state:
+                    state.pop(name, None)  # by now a copy of the tensor that it was
+        self._save(output_dir, state)
 
     def _gathered(self) -> dict[str, torch.Tensor]:
         """Whole tensors of a model that is spread over processes, those of its bridge alone where these are saved.
@@ -669,6 +686,8 @@ class BridgeTrainer(Trainer):
         model = self._bare_model
         if state_dict is not None and not hasattr(model, "peft_config"):
             trained = [name for name in model.state_dict() if name.startswith("bridge.")]
+            tied = model.all_tied_weights_keys
+            trained = [name for name in trained if tied.get(name) not in state_dict]
             if lost := [name for name in trained if name not in state_dict or state_dict[name].numel() == 0]:
                 raise TrainingError(
                     f"{len(lost)} of the bridge's {len(trained)} tensors are missing or empty, such as {lost[0]}: they are "
@@ -807,13 +826,19 @@ class BridgeTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is not None and not self.is_deepspeed_enabled:
+            name = "optimizer.pt"
+            if self.is_fsdp_enabled:
+                full = "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+                name = "optimizer.bin" if full else "optimizer_0"
+            found = sorted(path.name for path in Path(checkpoint).glob("optimizer*"))
+            if found and name not in found:  # some processes would look for it while the others wait for them
+                raise TrainingError(
+                    f"{checkpoint} has {', '.join(found)}, but this run needs {name}: it was launched in another way. Go on "
+                    "with the accelerate configuration that the run began with."
+                )
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
-        except FileNotFoundError as error:
-            raise TrainingError(
-                f"{checkpoint} was written by a run that was launched in another way ({Path(error.filename).name} is missing): "
-                "go on with the same accelerate configuration."
-            ) from error
         except ValueError as error:
             raise TrainingError(
                 f"The optimizer's state in {checkpoint} is of other parameters ({error}): go on with the recipe that the run "
