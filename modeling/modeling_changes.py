@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -17,15 +19,28 @@ def _plain(name: str) -> str:
     return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
+def sample_of(tensor: torch.Tensor) -> torch.Tensor:
+    """One number of every row, on the CPU: the column differs from row to row. Vectors are kept whole."""
+    if tensor.element_size() == 1:
+        tensor = tensor.view(torch.uint8)  # 8-bit floats can't be gathered
+    if tensor.ndim < 2:
+        sample = tensor
+    elif (rows := tensor.flatten(1)).shape[1] == 1:  # packed 4-bit weights have no rows
+        sample = rows[:: max(1, len(rows) // 4096), 0]
+    else:
+        column = torch.arange(len(rows), device=rows.device) % rows.shape[1]
+        sample = rows.gather(1, column[:, None])[:, 0]
+    return sample.to("cpu", copy=True)
+
+
 @torch.no_grad()
 def samples_of(module: nn.Module | None) -> dict[str, torch.Tensor]:
     """One number of every row of every parameter: enough to see training, merged adapters and single trained tokens.
 
-    Training changes tensors densely, or (tokens of an embedding table) row by row. The column differs from row to row.
-    What has no data here is left out: offloaded, or spread over processes.
+    Training changes tensors densely, or (tokens of an embedding table) row by row. What has no data here is left out: offloaded, or spread over processes.
 
     Args:
-        module: Its matrices may be quantised; vectors are kept whole.
+        module: Its matrices may be quantised.
 
     Returns:
         By name, on the CPU and in the parameter's own precision.
@@ -35,17 +50,35 @@ def samples_of(module: nn.Module | None) -> dict[str, torch.Tensor]:
         name, tensor = _plain(name), parameter.detach()
         if tensor.is_meta or tensor.numel() == 0 or hasattr(tensor, "to_local"):
             continue
-        if tensor.element_size() == 1:
-            tensor = tensor.view(torch.uint8)  # 8-bit floats can't be gathered
-        if tensor.ndim < 2:
-            sample = tensor
-        elif (rows := tensor.flatten(1)).shape[1] == 1:  # packed 4-bit weights have no rows
-            sample = rows[:: max(1, len(rows) // 4096), 0]
-        else:
-            column = torch.arange(len(rows), device=rows.device) % rows.shape[1]
-            sample = rows.gather(1, column[:, None])[:, 0]
-        samples[name] = sample.to("cpu", copy=True)
+        samples[name] = sample_of(tensor)
     return samples
+
+
+def _same(old: torch.Tensor, new: torch.Tensor) -> bool:
+    by_way_of = (new.dtype, torch.bfloat16, torch.float16) if new.is_floating_point() else (new.dtype,)
+    return old.shape == new.shape and any(torch.equal(old.to(dtype).to(new.dtype), new) for dtype in by_way_of)
+
+
+def changed_since(model: nn.Module, saved: Iterable[tuple[str, torch.Tensor]]) -> tuple[list[str], int]:
+    """Names of a model's parameters that are not what its files hold. Quantised ones can't be told, nor those that loading
+    calls otherwise.
+
+    Args:
+        model: As for `samples_of`.
+        saved: Names and tensors of its files, with or without the model's `base_model_prefix`.
+
+    Returns:
+        The names, and how many parameters were compared.
+    """
+    now = {name: sample for name, sample in samples_of(model).items() if sample.is_floating_point()}
+    prefix, changed, compared = f"{model.base_model_prefix}.", [], 0
+    for name, tensor in saved:
+        known = next((each for each in (name, name.removeprefix(prefix), prefix + name) if each in now), None)
+        if known is not None:
+            compared += 1
+            if not _same(sample_of(tensor), now[known]):
+                changed.append(known)
+    return sorted(changed), compared
 
 
 def changed_tensors(module: nn.Module | None, before: dict[str, torch.Tensor]) -> list[str]:
@@ -57,15 +90,10 @@ def changed_tensors(module: nn.Module | None, before: dict[str, torch.Tensor]) -
     """
     now = samples_of(module)
     present = {_plain(name) for name, _ in module.named_parameters()} if module is not None else set()
-
-    def same(old: torch.Tensor, new: torch.Tensor) -> bool:
-        by_way_of = (new.dtype, torch.bfloat16, torch.float16) if new.is_floating_point() else (new.dtype,)
-        return old.shape == new.shape and any(torch.equal(old.to(dtype).to(new.dtype), new) for dtype in by_way_of)
-
     gone = before.keys() - present
     new = set() if has_adapters(module) else now.keys() - before.keys()
-    differ = {name for name in before.keys() & now.keys() if not same(before[name], now[name])}
+    differ = {name for name in before.keys() & now.keys() if not _same(before[name], now[name])}
     return sorted(gone | new | differ)
 
 
-__all__ = ["changed_tensors", "has_adapters", "samples_of"]
+__all__ = ["changed_since", "changed_tensors", "has_adapters", "samples_of"]

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
@@ -36,7 +36,7 @@ from transformers.utils import cached_file, logging
 from transformers.utils.hub import resolve_revision
 
 from ..hub import WEIGHTS, add_code, auto_map_of, cache_dir, push_folder, push_options, retried
-from .modeling_changes import changed_tensors, has_adapters, samples_of
+from .modeling_changes import changed_since, changed_tensors, has_adapters, samples_of
 from .modeling_mpt import MosaicGPTForCausalLM, MptForCausalLM
 
 
@@ -137,14 +137,7 @@ def weights_sha256(source: str, **hub_kwargs) -> str:
         known = {}
     if stamp in known:
         return known[stamp]
-    digests: dict[str, bytes] = {}
-    for path in files:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as tensors:
-                digests.update((name, tensor_digest(name, tensors.get_tensor(name))) for name in tensors.keys())
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            digests.update((name, tensor_digest(name, tensor)) for name, tensor in tensors.items())
+    digests = {name: tensor_digest(name, tensor) for name, tensor in _tensors_of(files)}
     total = hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()
     known[stamp] = total
     try:  # a cache: never in the way
@@ -155,6 +148,17 @@ def weights_sha256(source: str, **hub_kwargs) -> str:
     except OSError:
         pass
     return total
+
+
+def _tensors_of(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of weight files, one after the other."""
+    for path in files:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as tensors:
+                for name in tensors.keys():
+                    yield name, tensors.get_tensor(name)
+        else:
+            yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
 
 
 def commit_of(source: str, **hub_kwargs) -> str | None:
@@ -546,6 +550,9 @@ class BridgeCheckpointMixin:
             if not pin.get("sha256") and not pin.get("alternatives"):
                 place = where_to_load(pin["source"])
                 revision = {"revision": pin["revision"]} if pin.get("revision") and place == pin["source"] else {}
+                if pin.get("unverified"):
+                    self._verify(part, place, **revision)
+                    pin = {name: value for name, value in pin.items() if name != "unverified"}
                 sha256 = weights_sha256(place, **revision)
                 if place == pin["source"]:
                     pin = {**pin, "revision": pin.get("revision") or commit_of(place), "sha256": sha256}
@@ -553,6 +560,25 @@ class BridgeCheckpointMixin:
                     pin = {**pin, "sha256": None, "alternatives": [{"source": "embedded", "sha256": sha256}]}
             pins[part] = pin
         return pins
+
+    def _verify(self, part: str, source: str, **hub_kwargs) -> None:
+        """Compare a part that was passed in as a loaded model with the files that it says it came from.
+
+        Raises:
+            ValueError: It is not what they hold.
+        """
+        changed, compared = changed_since(getattr(self, part), _tensors_of(checkpoint_files(source, **hub_kwargs)))
+        if changed:
+            raise ValueError(
+                f"The {part} was passed in as a loaded model, and is not what {source!r} holds: {_summary(changed)}. A bridge "
+                f"that is saved alone would come back on another {part}. Save the part (`model.{part}.save_pretrained(FOLDER)`) "
+                "and compose the bridge with that folder; or save the whole model."
+            )
+        if 2 * compared < sum(1 for _ in getattr(self, part).parameters()):
+            logger.warning(
+                f"Most tensors of the {part} could not be compared with {source!r} (quantised, or called otherwise there): it "
+                "is taken for what that holds."
+            )
 
     def save_pretrained(
         self,

@@ -47,7 +47,8 @@ def _resolve(part: str, given: Part, dtype, **hub_kwargs) -> tuple[PreTrainedMod
         if part == "language_model":
             given = as_conditionable(given)
         name = given.name_or_path or None
-        return given, name, {"source": name, "revision": commit_of(name) if name else None}
+        # its weights may have changed since: they are compared with the source's before a bridge is saved alone
+        return given, name, {"source": name, "revision": commit_of(name) if name else None, "unverified": True}
     if isinstance(given, PreTrainedConfig):
         config = _vision_part(given) if part == "vision_model" else given
         model = build_part(part, copy.deepcopy(config))

@@ -313,6 +313,28 @@ def test_bridge_only_needs_sources(tmp_path):
     assert not (tmp_path / "bridge").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", [None, "layer", "row"])
+def test_a_loaded_part_is_compared_with_its_source(change, dtype, parts, tmp_path):
+    """What was merged into it or trained before it was passed in is in no pin."""
+    language = AutoModelForCausalLM.from_pretrained(parts / "llama", dtype=dtype)
+    with torch.no_grad():
+        if change == "layer":
+            language.model.layers[1].self_attn.q_proj.weight += 0.01
+        elif change == "row":
+            language.model.embed_tokens.weight[7] += 0.1
+    model, _ = vlbridge.compose(str(parts / "clip"), language, "mlp", tokenizer=str(parts / "llama"))
+    if change is None:
+        model.save_pretrained(tmp_path, bridge_only=True)
+        pin = json.loads((tmp_path / "config.json").read_text())["frozen_parts"]["language_model"]
+        assert pin == {"source": str(parts / "llama"), "revision": None, "sha256": weights_sha256(str(parts / "llama"))}
+        return
+    name = {"layer": "model.layers.1.self_attn.q_proj.weight", "row": "model.embed_tokens.weight"}[change]
+    with pytest.raises(ValueError, match=rf"is not what '.*llama' holds: {name}\."):
+        model.save_pretrained(tmp_path / "bridge", bridge_only=True)
+    assert not (tmp_path / "bridge").exists()
+
+
 def test_bridge_only_refuses_to_lose_training(parts, tmp_path):
     model, _ = compose_from(parts, "mlp", "llama")
     model.freeze(language_model=False)
