@@ -161,7 +161,8 @@ def test_small_recipes_run(name, toys, tmp_path, monkeypatch):
         settings += [f"tokenizer={parts['language']}"]  # one that frames no texts by itself
         settings += ["arguments.per_device_eval_batch_size=3"]
     else:
-        settings += [f"language={parts['language']}"]
+        settings += [f"language={parts['language']}", f"data.1.path={toys['easy']}"]
+        settings += [f"cache_features.folder={tmp_path / 'features'}"]
     if name == "small_perceiver":
         settings += ["bridge_options.cross_attention_every_n_layers=1"]
     summary = train(read_recipe(name, settings), tmp_path / "run")
