@@ -37,7 +37,8 @@ def sample_of(tensor: torch.Tensor) -> torch.Tensor:
 def samples_of(module: nn.Module | None) -> dict[str, torch.Tensor]:
     """One number of every row of every parameter: enough to see training, merged adapters and single trained tokens.
 
-    Training changes tensors densely, or (tokens of an embedding table) row by row. What has no data here is left out: offloaded, or spread over processes.
+    Training changes tensors densely, or (tokens of an embedding table) row by row. What has no data here is left
+    out: offloaded, or spread over processes.
 
     Args:
         module: Its matrices may be quantised.

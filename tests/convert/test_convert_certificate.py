@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from vlbridge.convert.convert_certificate import (
     CERTIFICATE,
     Checks,
+    Comparison,
     card_section,
     certify,
-    compare_back,
     compare_outputs,
     file_sha256,
     fixed_image,
@@ -52,6 +52,12 @@ def written(tmp_path):
     conversion = Conversion(None, pieces, None, checkpoint=files)
     (tmp_path / "out").mkdir()
     return conversion, {name: conversion.load(name) for name in pieces}, tmp_path / "out"
+
+
+def compare_back(conversion, written):
+    comparison = Comparison(conversion)
+    comparison.add(written)
+    return comparison.result()
 
 
 def certified(conversion, folder):
