@@ -37,11 +37,11 @@ def split_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:
 class FeedForward(nn.Module):
     """Layer norm, linear, GELU, linear; no biases."""
 
-    def __init__(self, dim: int, multiplier: int):
+    def __init__(self, dim: int, multiplier: int, linear_out: type[nn.Linear] = nn.Linear):
         super().__init__()
         self.layer_norm = nn.LayerNorm(dim)
         self.linear_in = nn.Linear(dim, dim * multiplier, bias=False)
-        self.linear_out = nn.Linear(dim * multiplier, dim, bias=False)
+        self.linear_out = linear_out(dim * multiplier, dim, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.linear_out(nn.functional.gelu(self.linear_in(self.layer_norm(hidden_states))))
@@ -164,21 +164,29 @@ class PerceiverResampler(nn.Module):
 
 
 class TanhGate(nn.Module):
-    """Lets nothing through at first. A module, not a bare parameter, so that adapters can train it (`modules_to_save`)."""
+    """Lets nothing through while it holds 0. A module, not a bare parameter, so that adapters can train it (`modules_to_save`)."""
 
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
 
     def init_parameters(self, config: PerceiverFlamingoConfig) -> None:
-        init.zeros_(self.weight)
+        init.constant_(self.weight, config.gate_init)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.weight.tanh() * hidden_states
 
 
+class GatedLinear(nn.Linear):
+    """A projection in front of a tanh gate: fresh, one of the two is zero."""
+
+    def init_parameters(self, config: PerceiverFlamingoConfig) -> None:
+        if config.gate_init:
+            init.zeros_(self.weight)
+
+
 class GatedCrossAttentionLayer(GradientCheckpointingLayer):
-    """Text attends to visual tokens; two tanh gates, shut at first, let it in. Source: Flamingo, figure 4."""
+    """Text attends to visual tokens; two tanh gates let it in. A fresh block changes nothing. Source: Flamingo, figure 4."""
 
     def __init__(self, dim: int, vision_dim: int, config: PerceiverFlamingoConfig):
         super().__init__()
@@ -187,9 +195,9 @@ class GatedCrossAttentionLayer(GradientCheckpointingLayer):
         self.layer_norm = nn.LayerNorm(dim)
         self.query = nn.Linear(dim, inner, bias=False)
         self.key_value = nn.Linear(vision_dim, 2 * inner, bias=False)
-        self.out = nn.Linear(inner, dim, bias=False)
+        self.out = GatedLinear(inner, dim, bias=False)
         self.attn_gate = TanhGate()
-        self.feed_forward = FeedForward(dim, config.feed_forward_multiplier)
+        self.feed_forward = FeedForward(dim, config.feed_forward_multiplier, GatedLinear)
         self.ff_gate = TanhGate()
 
     def project(self, visual_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -257,6 +257,27 @@ def test_a_loaded_mpt_is_taken_over_with_its_weights():
     assert not torch.allclose(logits[0], logits[1], atol=1e-3)
 
 
+@pytest.mark.parametrize("gate", (0.0, 1.0))
+def test_a_fresh_bridge_is_the_language_model_alone(gate):
+    """With shut gates only they learn at first, with open ones only the output projections behind them."""
+    model, processor = vlbridge.compose(
+        VISION["clip"](), LANGUAGE["llama"](), "perceiver", tokenizer=tiny_tokenizer(), gate_init=gate
+    )
+    with torch.no_grad():
+        text = processor(text="ab", return_tensors="pt")
+        alone = model.language_model(**text).logits
+        assert torch.equal(model(**text).logits[..., : alone.shape[-1]], alone)  # behind it: the special tokens' scores
+        pictures = [model(**inputs_of(processor, ["<image>ab"], [seed])).logits for seed in (0, 1)]
+        assert torch.equal(*pictures)
+    inputs = inputs_of(processor, ["<image>ab"], [0])
+    outputs = model(**inputs, labels=inputs["input_ids"])
+    outputs.loss.backward()
+    learned_first = ("out.weight", "feed_forward.linear_out.weight") if gate else ("attn_gate.weight", "ff_gate.weight")
+    for layer in model.bridge.cross_attention_layers:
+        assert {name for name, weight in layer.named_parameters() if weight.grad.any()} == set(learned_first)
+    assert not any(weight.grad.any() for weight in model.bridge.resampler.parameters())
+
+
 # ---------------------------------------------------------------------- PEFT
 
 
