@@ -26,6 +26,9 @@ class PerceiverFlamingoConfig(BridgedConfig):
         feed_forward_multiplier: Width of the feed-forward layers, in multiples of their input's.
         max_num_frames: Frames of a video that have an embedding for their place; `None`: no such embedding.
         max_num_media: Images of a document that have an embedding for their place; `None`: no such embedding.
+        latents_init_std: Standard deviation of fresh latents. With 1, the official code's, nine tenths of what the resampler
+            puts out at first are the latents themselves and a hundredth is about the image; with 0.1 it is a fifth each
+            (EfficientNet-Lite0, two blocks), so that few steps do.
         gate_init: What fresh tanh gates hold. At 0, the paper's, blocks are shut and open as their gates are learned. At
             another value they stand open in front of output projections that begin at zero, so that a fresh model is the
             language model alone here too, but what is learned first is what to say and not how loudly: few steps do.
@@ -47,6 +50,7 @@ class PerceiverFlamingoConfig(BridgedConfig):
     feed_forward_multiplier: int = 4
     max_num_frames: int | None = None
     max_num_media: int | None = None
+    latents_init_std: float = 1.0
     gate_init: float = 0.0
     only_attend_immediate_media: bool = True
 

@@ -102,7 +102,8 @@ class PerceiverResampler(nn.Module):
         self.layer_norm = nn.LayerNorm(dim)
 
     def init_parameters(self, config: PerceiverFlamingoConfig) -> None:
-        for parameter in (self.latents, self.frame_embeddings, self.media_time_embeddings):
+        init.normal_(self.latents, std=config.latents_init_std)
+        for parameter in (self.frame_embeddings, self.media_time_embeddings):
             if parameter is not None:
                 init.normal_(parameter)  # unit variance, as in the official code
 

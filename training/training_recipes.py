@@ -32,7 +32,7 @@ from transformers import TrainingArguments
 RECIPES = Path(__file__).parent / "recipes"
 STAGES = ("generative", "stage1", "classification")
 PARTS = ("vision_model", "language_model")
-GROUPS = ("bridge", "gates", "language_model", "vision_model", "lora")
+GROUPS = ("bridge", "gates", "resampler", "language_model", "vision_model", "lora")
 # set by the trainer itself: a recipe that sets them too would be surprised
 OWN_ARGUMENTS = ("output_dir", "remove_unused_columns", "resume_from_checkpoint", "push_to_hub", "hub_model_id")
 
@@ -163,8 +163,8 @@ class Recipe:
         stopping: When several data sets end, see `vlbridge.training.training_data.mix`.
         max_broken: Share (below 1) or number of records that may be left out because they can't be used.
         arguments: Of transformers' `TrainingArguments`.
-        learning_rates: Of parameters of the groups `"bridge"`, `"gates"` (Flamingo's, which begin at zero; the bridge's
-            where not given), `"language_model"`, `"vision_model"` and `"lora"`, where they differ from
+        learning_rates: Of parameters of the groups `"bridge"`, `"gates"` and `"resampler"` (Flamingo's; the bridge's where
+            not given), `"language_model"`, `"vision_model"` and `"lora"`, where they differ from
             `arguments.learning_rate`.
         no_weight_decay: Beginnings of names of parameters without weight decay, beside norms, biases, gates and
             embeddings.

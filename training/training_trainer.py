@@ -312,6 +312,8 @@ def group_of(name: str) -> str:
         return "lora"
     if ".attn_gate." in name or ".ff_gate." in name:
         return "gates"
+    if ".resampler." in name:
+        return "resampler"
     return next((part for part in FROZEN_PARTS if f".{part}." in f".{name}"), "bridge")
 
 
@@ -618,7 +620,8 @@ class BridgeTrainer(Trainer):
                 f"learning_rates has {', '.join(unknown)}, but trained is {', '.join(sorted(trained))} only: see freeze and lora."
             )
         rates = {"bridge": self.args.learning_rate, **self.learning_rates}
-        rates.setdefault("gates", rates["bridge"])
+        for part in ("gates", "resampler"):
+            rates.setdefault(part, rates["bridge"])
         return [
             {
                 "params": parameters,
@@ -931,10 +934,7 @@ class SampleTable(TrainerCallback):
         said = generate(model, self.encoder, self.records, self.max_new_tokens)
         if not state.is_world_process_zero:
             return
-        rows = [
-            {"step": state.global_step, "id": str(record.get("id")), "wanted": wanted, "generated": text}
-            for record, (text, wanted) in zip(self.records, said)
-        ]
+        rows = [{"step": state.global_step, **row} for row in _rows(self.records, said)]
         folder = Path(args.output_dir)
         with open(folder / "samples.jsonl", "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -953,6 +953,14 @@ def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _rows(records, said: list[tuple[str, str]]) -> list[dict]:
+    """What was generated for records, beside what they say."""
+    return [
+        {"id": str(record.get("id")), "wanted": wanted, "generated": text}
+        for record, (text, wanted) in zip(records, said)
+    ]
 
 
 def _table(rows: list[dict]) -> str:
@@ -1226,8 +1234,8 @@ def _note_recipe(recipe: Recipe, path: Path, going_on: bool) -> None:
 
 def finish(trainer: BridgeTrainer, recipe: Recipe) -> dict:
     """Evaluate, save what was trained, write the summary, and push where the recipe says so."""
-    evaluation = []
-    for data, (key, samples) in zip(recipe.evaluation, (trainer.eval_dataset or {}).items()):
+    evaluation, files = [], {}
+    for number, (data, (key, samples)) in enumerate(zip(recipe.evaluation, (trainer.eval_dataset or {}).items())):
         name, about = data.name or data.source, {"split": data.split or "train"}
         metrics = trainer.evaluate(samples, metric_key_prefix=f"eval_{key}")
         if (loss := metrics.get(f"eval_{key}_loss")) is not None:  # stage 1 drops batches that are not full
@@ -1239,9 +1247,13 @@ def finish(trainer: BridgeTrainer, recipe: Recipe) -> dict:
             if shared:  # each process has the whole model
                 chosen = chosen.select(range(trainer.args.process_index, count, trainer.args.world_size))
             said = generate(trainer.model, trainer.encoder, chosen, data.max_new_tokens, trainer.args.eval_batch_size)
-            said = gather_object(said) if shared else said
-            right = sum(text.strip().lower() == wanted.strip().lower() for text, wanted in said) / max(count, 1)
-            evaluation.append({"dataset": name, **about, "metric": "exact_match", "value": right, "records": count})
+            rows = gather_object(_rows(chosen, said)) if shared else _rows(chosen, said)
+            right = sum(row["generated"].strip().lower() == row["wanted"].strip().lower() for row in rows)
+            right /= max(count, 1)
+            file = f"predictions_{number}.jsonl"
+            files[file] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            found = {"metric": "exact_match", "value": right, "records": count, "predictions": file}
+            evaluation.append({"dataset": name, **about, **found})
     summary = {
         "description": recipe.description,
         "recipe": "recipe.yaml",
@@ -1259,7 +1271,7 @@ def finish(trainer: BridgeTrainer, recipe: Recipe) -> dict:
     if trainer.encoder.caption_end_stops and trainer.encoder.end_token_id is not None:
         options = trainer.encoder.generation_options(trainer._bare_model, 1)
         trainer._bare_model.generation_config.eos_token_id = options["eos_token_id"]
-    files = {"training_summary.json": json.dumps(summary, indent=1) + "\n"}
+    files["training_summary.json"] = json.dumps(summary, indent=1) + "\n"
     trainer.save_result(files, recipe.push_to, recipe.private)
     return summary
 

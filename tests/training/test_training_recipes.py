@@ -168,7 +168,11 @@ def test_small_recipes_run(name, toys, tmp_path, monkeypatch):
     summary = train(read_recipe(name, settings), tmp_path / "run")
     assert summary["steps"] == 2
     values = {(row["dataset"], row["metric"]): row["value"] for row in summary["evaluation"]}
-    assert values["easy_vqa", "loss"] > 0 and 0 <= values["easy_vqa", "exact_match"] <= 1
+    (generated,) = (row for row in summary["evaluation"] if row["metric"] == "exact_match")
+    said = [json.loads(line) for line in (tmp_path / "run" / generated["predictions"]).read_text().splitlines()]
+    right = sum(row["wanted"] == row["generated"].strip().lower() for row in said)
+    assert values["easy_vqa", "loss"] > 0 and generated["value"] == right / len(said)
+    assert len({row["id"] for row in said}) == generated["records"] == len(said)
     assert json.loads((tmp_path / "run" / "training_summary.json").read_text()) == summary
     model, processor = AutoModel.from_pretrained(tmp_path / "run"), AutoProcessor.from_pretrained(tmp_path / "run")
     assert model.config.bridge_only and processor is not None

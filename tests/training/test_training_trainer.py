@@ -311,17 +311,18 @@ def test_learning_rates_by_part(parts, tmp_path):
         build(tmp_path, keywords={"learning_rates": {"lora": 1e-3}}).create_optimizer()
 
 
-def test_gates_have_a_learning_rate_of_their_own(parts, tmp_path):
-    build = toy_trainer(parts, "perceiver")
-    for rates, expected in (({"gates": 1e-2}, 1e-2), ({"bridge": 3e-3}, 3e-3), ({}, 1e-3)):
+@pytest.mark.parametrize("part", ("gate", "resampler"))
+def test_gates_and_the_resampler_have_learning_rates_of_their_own(part, parts, tmp_path):
+    build, group = toy_trainer(parts, "perceiver"), {"gate": "gates"}.get(part, part)
+    for rates, expected in (({group: 1e-2}, 1e-2), ({"bridge": 3e-3}, 3e-3), ({}, 1e-3)):
         trainer = build(tmp_path, keywords={"learning_rates": rates}, learning_rate=1e-3)
         trainer.create_optimizer()
         names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
-        for group in trainer.optimizer.param_groups:
-            gates = ["gate" in names[id(parameter)] for parameter in group["params"]]
-            assert all(gates) or not any(gates)
-            assert group["lr"] == (expected if all(gates) else rates.get("bridge", 1e-3))
-            assert not (all(gates) and group["weight_decay"])
+        for settings in trainer.optimizer.param_groups:
+            own = [part in names[id(parameter)] for parameter in settings["params"]]
+            assert all(own) or not any(own)
+            assert settings["lr"] == (expected if all(own) else rates.get("bridge", 1e-3))
+            assert not (all(own) and part == "gate" and settings["weight_decay"])
 
 
 def test_lora_beside_the_bridge(parts, tmp_path):
