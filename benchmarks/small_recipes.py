@@ -26,8 +26,9 @@ from safetensors import safe_open
 from transformers import AutoProcessor
 from transformers.trainer_utils import get_last_checkpoint
 
+from vlbridge import demo
 from vlbridge.training.training_data import load
-from vlbridge.training.training_easy_vqa import kind_of
+from vlbridge.training.training_easy_vqa import kind_of, load_split
 from vlbridge.training.training_recipes import read_recipe
 
 
@@ -45,9 +46,9 @@ def question_and_answer(record: dict) -> tuple[str, str]:
 def blind_answers() -> dict[str, str]:
     """The training split's most frequent answer to each question."""
     answers = defaultdict(Counter)
-    for record in load("easy_vqa", split="train"):
-        question, answer = question_and_answer(record)
-        answers[question][answer] += 1
+    for example in load_split(demo.easy_vqa_dir(), "train"):
+        for question, answer in example.questions:
+            answers[question][answer] += 1
     return {question: found.most_common(1)[0][0] for question, found in answers.items()}
 
 
@@ -73,14 +74,16 @@ def report(name: str, run: Path, blind: dict[str, str]) -> dict:
             f"{run}: the predictions are right in {hits.total()} of {len(rows)}, the summary says otherwise."
         )
     processor = AutoProcessor.from_pretrained(run)
-    state = json.loads((Path(get_last_checkpoint(str(run))) / "trainer_state.json").read_text(encoding="utf-8"))
+    last = Path(get_last_checkpoint(str(run)))
+    state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
+    seconds = json.loads((last / "bridge_trainer.json").read_text(encoding="utf-8"))["seconds"]  # without evaluation
     return {
         "recipe": name,
         "parameters": parameters(run),
         "visual_tokens": processor.num_image_tokens(*processor.output_size()),
         "steps": summary["steps"],
         "records_per_step": summary["arguments"]["per_device_train_batch_size"],
-        "training_seconds": summary["seconds"],
+        "training_seconds": round(seconds, 1),
         "hardware": summary["hardware"],
         "test_loss": round(loss["value"], 4),
         "questions": len(rows),

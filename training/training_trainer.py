@@ -1234,7 +1234,7 @@ def _note_recipe(recipe: Recipe, path: Path, going_on: bool) -> None:
 
 def finish(trainer: BridgeTrainer, recipe: Recipe) -> dict:
     """Evaluate, save what was trained, write the summary, and push where the recipe says so."""
-    evaluation, files = [], {}
+    seconds, evaluation, files = trainer.seconds, [], {}
     for number, (data, (key, samples)) in enumerate(zip(recipe.evaluation, (trainer.eval_dataset or {}).items())):
         name, about = data.name or data.source, {"split": data.split or "train"}
         metrics = trainer.evaluate(samples, metric_key_prefix=f"eval_{key}")
@@ -1259,7 +1259,7 @@ def finish(trainer: BridgeTrainer, recipe: Recipe) -> dict:
         "recipe": "recipe.yaml",
         "datasets": list(dict.fromkeys(data.name or data.source for data in recipe.data)),
         "steps": trainer.state.global_step,
-        "seconds": round(trainer.seconds, 1),
+        "seconds": round(seconds, 1),
         "hardware": hardware(trainer.args.world_size),
         "arguments": {**recipe.arguments, **{f"learning_rate of {k}": v for k, v in recipe.learning_rates.items()}},
         "evaluation": evaluation,
