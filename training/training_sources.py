@@ -666,8 +666,8 @@ def _mmc4_parts(row: dict, place: str, min_similarity: float | None) -> Iterator
 
 
 def load_easy_vqa(
-    path=None, split=None, streaming=False, pairs=0, questions_per_image=None, multi_turn=False, captions=False, seed=0,
-    source="easy_vqa",
+    path=None, split=None, streaming=False, pairs=0, questions_per_image=None, multi_turn=False, captions=False,
+    caption_question=None, seed=0, source="easy_vqa",
 ):  # fmt: skip
     """easy-VQA: a record per question, or a conversation per picture.
 
@@ -676,8 +676,10 @@ def load_easy_vqa(
         split: `"train"` or `"test"`; by default `"train"`.
         pairs: Matched pairs per picture, see `training_easy_vqa.matched_pair`, beside its own questions.
         questions_per_image: How many in all, drawn at random; by default every one.
+        caption_question: Words that ask for the caption, beside these questions.
         multi_turn: One conversation of all questions per picture, instead of one record per question.
-        captions: The captions that the questions tell (`"a blue circle"`) instead, one per picture where they do.
+        captions: The captions that the questions tell (`"a blue circle"`) instead, one per picture where they do; not in a
+            conversation.
         seed: Of the draw, which depends on nothing else but the picture.
     """
     from .. import demo
@@ -689,11 +691,14 @@ def load_easy_vqa(
         raise ValueError(f"{folder} has no {split}/questions.json; expected easy-VQA, split 'train' or 'test'.")
     return _build(
         _easy_vqa, [str(file.absolute())], "caption" if captions else "messages", streaming, pairs=pairs, seed=seed,
-        questions_per_image=questions_per_image, multi_turn=multi_turn, captions=captions, source=source,
+        questions_per_image=questions_per_image, multi_turn=multi_turn, captions=captions,
+        caption_question=caption_question, source=source,
     )  # fmt: skip
 
 
-def _easy_vqa(files, pairs, questions_per_image, multi_turn, captions, seed, source) -> Iterator[dict]:
+def _easy_vqa(
+    files, pairs, questions_per_image, multi_turn, captions, caption_question, seed, source
+) -> Iterator[dict]:
     from .training_easy_vqa import caption_of, load_split, matched_pair, properties_of, yes_no_templates
 
     (file,) = map(Path, files)
@@ -701,8 +706,9 @@ def _easy_vqa(files, pairs, questions_per_image, multi_turn, captions, seed, sou
     templates = yes_no_templates(examples) if pairs else []
     for example in examples:
         record = {"id": example.image.stem, "source": source, "images": [str(example.image)]}
+        caption = caption_of(example)
         if captions:
-            if caption := caption_of(example):
+            if caption:
                 yield {**record, "caption": caption}
             continue
         draw = random.Random(f"{seed} {example.image.stem}")
@@ -716,6 +722,8 @@ def _easy_vqa(files, pairs, questions_per_image, multi_turn, captions, seed, sou
         if questions_per_image is not None:
             own = draw.sample(own, min(len(own), max(0, questions_per_image - len(asked))))
         asked = (asked + own)[:questions_per_image]
+        if caption_question and caption:
+            asked.append((caption_question, caption))
         if pairs or questions_per_image is not None:
             draw.shuffle(asked)  # the first of a pair is not always about what is there
         turns = [[_turn("user", question, 1), _turn("assistant", answer)] for question, answer in asked]

@@ -438,6 +438,9 @@ class BridgeTrainer(Trainer):
             self.train_dataset.skip_batches = steps_trained_in_current_epoch if first else 0
         if first:
             self._load_loss(resume_from_checkpoint)
+        if self.state.global_step >= self.state.max_steps:  # transformers would take one more step
+            self.control.should_training_stop = True
+            return None
         return super()._run_epoch(
             epoch=epoch,
             epochs_trained=epochs_trained,

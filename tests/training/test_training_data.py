@@ -428,6 +428,11 @@ def test_easy_vqa(tmp_path):
     assert whole[0]["messages"][2:4] == [user("is there a circle?"), assistant("yes")]
     assert not any(map(problem_of, whole))
     assert [record["caption"] for record in both("easy_vqa", folder, captions=True)] == ["a red circle"]
+    asked = both("easy_vqa", folder, multi_turn=True, questions_per_image=0, caption_question="what is in the image?")
+    # nothing tells what is in the second picture
+    assert [record["messages"] for record in asked] == [
+        [user(IMAGE, "what is in the image?"), assistant("a red circle")]
+    ]
 
 
 @pytest.mark.parametrize("multi_turn", [False, True])

@@ -16,6 +16,7 @@ import torch
 import transformers.modeling_utils
 from killed_runs import check, forked
 from safetensors import safe_open
+from safetensors.torch import load_file
 from toy_runs import save_parts, toy_records, toy_trainer
 from transformers import AutoModel, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -309,6 +310,17 @@ def test_learning_rates_by_part(parts, tmp_path):
         again.train(resume_from_checkpoint=True)
     with pytest.raises(TrainingError, match="learning_rates has lora, but trained is bridge only"):
         build(tmp_path, keywords={"learning_rates": {"lora": 1e-3}}).create_optimizer()
+
+
+def test_a_finished_run_is_not_trained_further(parts, tmp_path):
+    """Within an epoch transformers would take one step more."""
+    build = toy_trainer(parts, "mlp")
+    build(tmp_path, max_steps=2, save_steps=1).train()
+    again = build(tmp_path, max_steps=2, save_steps=1)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.state.global_step == 2 and not (tmp_path / "checkpoint-3").exists()
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert saved and all(torch.equal(again.model.state_dict()[name], tensor) for name, tensor in saved.items())
 
 
 @pytest.mark.parametrize("part", ("gate", "resampler"))
