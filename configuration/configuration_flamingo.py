@@ -26,12 +26,12 @@ class PerceiverFlamingoConfig(BridgedConfig):
         feed_forward_multiplier: Width of the feed-forward layers, in multiples of their input's.
         max_num_frames: Frames of a video that have an embedding for their place; `None`: no such embedding.
         max_num_media: Images of a document that have an embedding for their place; `None`: no such embedding.
-        latents_init_std: Standard deviation of fresh latents. With 1, the official code's, nine tenths of what the resampler
-            puts out at first are the latents themselves and a hundredth is about the image; with 0.1 it is a fifth each
-            (EfficientNet-Lite0, two blocks), so that few steps do.
+        latents_init_std: Standard deviation of fresh latents. With 1, the official code's, nine tenths of the variance that a
+            fresh resampler puts out are the latents themselves and a hundredth is between images; with 0.1 it is a fifth each
+            (EfficientNet-Lite0, two blocks).
         gate_init: What fresh tanh gates hold. At 0, the paper's, blocks are shut and open as their gates are learned. At
             another value they stand open in front of output projections that begin at zero, so that a fresh model is the
-            language model alone here too, but what is learned first is what to say and not how loudly: few steps do.
+            language model alone here too; what is learned first are then the projections, not the gates.
         only_attend_immediate_media: A text token sees the latest image before it, not all earlier ones.
 
     For the rest see `BridgedConfig`.
