@@ -16,7 +16,7 @@ import json
 import math
 import subprocess
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -28,28 +28,12 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from vlbridge import demo
 from vlbridge.training.training_data import load
-from vlbridge.training.training_easy_vqa import kind_of, load_split
+from vlbridge.training.training_easy_vqa import Example, accuracies, blind_baseline, kind_of, load_split
+from vlbridge.training.training_encoding import text_of
 from vlbridge.training.training_recipes import read_recipe
 
 
 RECIPES = ("small_mlp", "small_qformer", "small_perceiver")
-
-
-def question_and_answer(record: dict) -> tuple[str, str]:
-    """The texts of a record of two turns."""
-    question, answer = (
-        "".join(part["text"] for part in message["content"] if part["type"] == "text") for message in record["messages"]
-    )
-    return question, answer
-
-
-def blind_answers() -> dict[str, str]:
-    """The training split's most frequent answer to each question."""
-    answers = defaultdict(Counter)
-    for example in load_split(demo.easy_vqa_dir(), "train"):
-        for question, answer in example.questions:
-            answers[question][answer] += 1
-    return {question: found.most_common(1)[0][0] for question, found in answers.items()}
 
 
 def parameters(folder: Path) -> int:
@@ -57,21 +41,21 @@ def parameters(folder: Path) -> int:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
 
 
-def report(name: str, run: Path, blind: dict[str, str]) -> dict:
+def report(name: str, run: Path, train: list[Example]) -> dict:
     """What a finished run tells."""
     summary = json.loads((run / "training_summary.json").read_text(encoding="utf-8"))
     (data,) = read_recipe(run / "recipe.yaml").evaluation
-    asked = {str(r["id"]): question_and_answer(r) for r in load(data.source, split=data.split, **data.options)}
+    asked = {}
+    for record in load(data.source, split=data.split, **data.options):
+        question, answer = (text_of(message["content"]) for message in record["messages"])
+        asked[str(record["id"])] = Example(Path(record["id"]), ((question, answer),))
     (loss, generated) = summary["evaluation"]
     rows = [json.loads(line) for line in (run / generated["predictions"]).read_text(encoding="utf-8").splitlines()]
-    totals, hits = Counter(), Counter()
-    for row in rows:
-        kind = kind_of(*asked[row["id"]])
-        totals[kind] += 1
-        hits[kind] += row["generated"].strip().lower() == asked[row["id"]][1]
-    if abs(hits.total() / len(rows) - generated["value"]) > 1e-9:
+    examples = [asked[row["id"]] for row in rows]
+    accuracy, by_kind = accuracies(examples, [row["generated"].strip().lower() for row in rows])
+    if abs(accuracy - generated["value"]) > 1e-9:
         raise ValueError(
-            f"{run}: the predictions are right in {hits.total()} of {len(rows)}, the summary says otherwise."
+            f"{run}: the predictions are right in {accuracy:.4f}, the summary says {generated['value']:.4f}."
         )
     processor = AutoProcessor.from_pretrained(run)
     last = Path(get_last_checkpoint(str(run)))
@@ -87,10 +71,10 @@ def report(name: str, run: Path, blind: dict[str, str]) -> dict:
         "hardware": summary["hardware"],
         "test_loss": round(loss["value"], 4),
         "questions": len(rows),
-        "accuracy": round(generated["value"], 4),
-        "by_kind": {kind: round(hits[kind] / totals[kind], 4) for kind in sorted(totals)},
-        "questions_by_kind": dict(sorted(totals.items())),
-        "blind_baseline": round(sum(blind.get(q) == a for q, a in (asked[row["id"]] for row in rows)) / len(rows), 4),
+        "accuracy": round(accuracy, 4),
+        "by_kind": {kind: round(share, 4) for kind, share in by_kind.items()},
+        "questions_by_kind": dict(sorted(Counter(kind_of(*e.questions[0]) for e in examples).items())),
+        "blind_baseline": round(blind_baseline(train, examples), 4),
         "losses": [(entry["step"], entry["loss"]) for entry in state["log_history"] if "loss" in entry],
     }
 
@@ -147,8 +131,8 @@ def main(
         if not (runs / name / "training_summary.json").exists():
             command = [sys.executable, "-m", "vlbridge.cli", "train", name, "--output", str(runs / name), "--resume"]
             subprocess.run(command + [part for one in settings or [] for part in ("--set", one)], check=True)
-    blind = blind_answers()
-    found = [report(name, runs / name, blind) for name in names]
+    train = load_split(demo.easy_vqa_dir(), "train")
+    found = [report(name, runs / name, train) for name in names]
     print(table(found))
     print(f"blind baseline: {100 * found[0]['blind_baseline']:.1f} %")
     if output is not None:
