@@ -48,6 +48,9 @@ def forked(work) -> int:
         try:
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            # makes the thread pool anew, which a fork has lost: two threads that need it at once would both do so, and one
+            # of them finds none ("Invalid thread pool!")
+            torch.set_num_threads(torch.get_num_threads())
             work()
         except BaseException:
             os._exit(1)

@@ -73,7 +73,8 @@ def text_of(content: list[dict] | str) -> str:
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Special tokens that can end a turn: what follows them (ChatML's line break) is never generated."""
     known = {tokenizer.eos_token, "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endofchunk|>"} - {None}
-    return [token for token in sorted(known) if token in tokenizer.get_vocab()]
+    vocabulary = tokenizer.get_vocab()
+    return [token for token in sorted(known) if token in vocabulary]
 
 
 class Encoder:
@@ -113,6 +114,7 @@ class Encoder:
     ):
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.chat_template = processor.chat_template if conversation is None else self.template_of(conversation)
+        self.end_of_turn = _end_of_turn(self.tokenizer)  # once: a fast tokenizer's whole vocabulary is read for it
         self.image_token, self.image_token_id = processor.image_token, processor.image_token_id
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self.image_arguments = [name for name in model.image_arguments if name != "patch_features"]
@@ -198,7 +200,7 @@ class Encoder:
             )
             return texts[0], [tuple(span) for span in spans[0]]
         text = self.chat(messages)
-        spans, ends = [], _end_of_turn(self.tokenizer)
+        spans = []
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -210,7 +212,7 @@ class Encoder:
                     "assistant's; compose with another one (conversation=, or chat_template= with {% generation %})"
                 )
             turn = after[len(before) :]
-            stops = [turn.rindex(end) + len(end) for end in ends if end in turn]
+            stops = [turn.rindex(end) + len(end) for end in self.end_of_turn if end in turn]
             spans.append((len(before), len(before) + max(stops, default=len(turn))))
         return text, spans
 
@@ -517,7 +519,7 @@ class QFormerBlip2Encoder(Encoder):
         Source: `blip2_vicuna_instruct.py`: answers end with the end of sequence.
         """
         text, spans = super().answer_spans(messages)
-        if spans and not text[: spans[-1][1]].endswith((self.end, *_end_of_turn(self.tokenizer))):
+        if spans and not text[: spans[-1][1]].endswith((self.end, *self.end_of_turn)):
             start, end = spans[-1]
             text, spans[-1] = text[:end] + self.end, (start, end + len(self.end))
         return text, spans

@@ -79,6 +79,18 @@ def test_answers_of_other_templates_are_found_up_to_their_end(bridge):
     assert learned(encoder, sample) == "a cat<|im_end|>so<|im_end|>"
 
 
+@pytest.mark.parametrize("bridge", ["mlp", "qformer", "perceiver"])
+def test_the_vocabulary_is_not_read_for_every_record(monkeypatch, bridge):
+    """A fast tokenizer builds it anew each time: with 50 k words it took more than half of a training step."""
+    model, processor = tiny_model(bridge)
+    processor.chat_template = processor.build_chat_template(processor.tokenizer, CHATML)
+    encoder = encoder_for(model, processor)
+    wanted = [encoder.encode(record) for record in RECORDS]
+    monkeypatch.setattr(type(processor.tokenizer), "get_vocab", lambda self: pytest.fail("the vocabulary was read"))
+    for sample, record in zip(wanted, RECORDS, strict=True):
+        assert torch.equal(encoder.encode(record)["labels"], sample["labels"])
+
+
 def test_templates_that_change_earlier_turns_are_refused():
     model, processor = tiny_model("mlp")
     processor.chat_template = processor.build_chat_template(processor.tokenizer, FORGETFUL)
