@@ -401,10 +401,13 @@ def test_pixel_values_of_another_shape_are_refused(composed):
 # ---------------------------------------------------------------------- Flamingo's own
 
 
-def test_a_fresh_flamingo_is_its_language_model_bit_for_bit():
+@pytest.mark.parametrize("gate", [0.0, 1.0])
+def test_a_fresh_flamingo_is_its_language_model_bit_for_bit(gate):
     torch.manual_seed(0)
     language = AutoModelForCausalLM.from_config(LANGUAGE["llama"]())
-    model, processor = vlbridge.compose(VISION["clip"](), language, "perceiver", tokenizer=tiny_tokenizer())
+    model, processor = vlbridge.compose(
+        VISION["clip"](), language, "perceiver", tokenizer=tiny_tokenizer(), gate_init=gate
+    )
     inputs = batch_of(processor)
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     positions = (text["attention_mask"].cumsum(-1) - 1).clamp(min=0)

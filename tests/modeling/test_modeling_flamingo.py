@@ -258,17 +258,11 @@ def test_a_loaded_mpt_is_taken_over_with_its_weights():
 
 
 @pytest.mark.parametrize("gate", (0.0, 1.0))
-def test_a_fresh_bridge_is_the_language_model_alone(gate):
-    """With shut gates only they learn at first, with open ones only the output projections behind them."""
+def test_of_a_fresh_bridge_one_layer_learns_first(gate):
+    """The gates where they are shut, the output projections behind them where those are open and these zero."""
     model, processor = vlbridge.compose(
         VISION["clip"](), LANGUAGE["llama"](), "perceiver", tokenizer=tiny_tokenizer(), gate_init=gate
     )
-    with torch.no_grad():
-        text = processor(text="ab", return_tensors="pt")
-        alone = model.language_model(**text).logits
-        assert torch.equal(model(**text).logits[..., : alone.shape[-1]], alone)  # behind it: the special tokens' scores
-        pictures = [model(**inputs_of(processor, ["<image>ab"], [seed])).logits for seed in (0, 1)]
-        assert torch.equal(*pictures)
     inputs = inputs_of(processor, ["<image>ab"], [0])
     outputs = model(**inputs, labels=inputs["input_ids"])
     outputs.loss.backward()
