@@ -814,12 +814,9 @@ class BridgeTrainer(Trainer):
             _delete(Path(path))
 
     def _load_loss(self, checkpoint: str) -> None:
-        path = Path(checkpoint) / STATE_FILE
-        if path.exists():
-            state = json.loads(path.read_text())
+        if state := _note_of(checkpoint):
             self._tr_loss += state["loss"]
             self._globalstep_last_logged = state["last_logged"]
-            self._started -= state["seconds"]
 
     def _save_optimizer_and_scheduler(self, output_dir):
         if not self.is_fsdp_enabled or hasattr(self._bare_model, "peft_config"):
@@ -832,6 +829,8 @@ class BridgeTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is not None:
+            self._started -= _note_of(checkpoint).get("seconds", 0)
         if checkpoint is not None and not self.is_deepspeed_enabled:
             name = "optimizer.pt"
             if self.is_fsdp_enabled:
@@ -878,6 +877,12 @@ class BridgeTrainer(Trainer):
             raise TrainingError(
                 f"{resume_from_checkpoint} is of another model: {'; '.join(wrong[:5])}. Use the recipe that it was made with."
             )
+
+
+def _note_of(checkpoint: str) -> dict:
+    """What this trainer noted in a checkpoint; nothing in one of transformers' own."""
+    path = Path(checkpoint) / STATE_FILE
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _is_disk_problem(error: BaseException) -> bool:

@@ -24,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 import vlbridge
 from vlbridge.training.training_encoding import IGNORED
 from vlbridge.training.training_trainer import (
+    STATE_FILE,
     NonFiniteError,
     Samples,
     SampleStream,
@@ -312,14 +313,19 @@ def test_learning_rates_by_part(parts, tmp_path):
         build(tmp_path, keywords={"learning_rates": {"lora": 1e-3}}).create_optimizer()
 
 
-def test_a_finished_run_is_not_trained_further(parts, tmp_path):
-    """Within an epoch transformers would take one step more."""
+@pytest.mark.parametrize("steps", [2, 4])
+def test_a_finished_run_is_not_trained_further(parts, tmp_path, steps):
+    """Within an epoch, which has four steps, transformers would take one step more."""
     build = toy_trainer(parts, "mlp")
-    build(tmp_path, max_steps=2, save_steps=1).train()
-    again = build(tmp_path, max_steps=2, save_steps=1)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert again.state.global_step == 2 and not (tmp_path / "checkpoint-3").exists()
-    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    build(tmp_path, max_steps=steps, save_steps=steps).train()
+    checkpoint = tmp_path / f"checkpoint-{steps}"
+    state = json.loads((checkpoint / STATE_FILE).read_text())
+    (checkpoint / STATE_FILE).write_text(json.dumps({**state, "seconds": 1e6}))
+    again = build(tmp_path, max_steps=steps, save_steps=1)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert again.state.global_step == steps and not (tmp_path / f"checkpoint-{steps + 1}").exists()
+    assert 1e6 < again.seconds < 2e6
+    saved = load_file(checkpoint / "model.safetensors")
     assert saved and all(torch.equal(again.model.state_dict()[name], tensor) for name, tensor in saved.items())
 
 
