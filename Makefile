@@ -6,7 +6,7 @@ WORKERS ?= 2
 # one thread per test worker: the models are tiny, and two pools of threads on the same cores slow each other down
 TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q
 
-.PHONY: demo test conformance parity lint format train-demo evaluate-demo build clean
+.PHONY: demo test conformance parity zero3 lint format train-demo evaluate-demo build clean
 
 demo: $(VENV)/.demo
 	$(BIN)/vlbridge caption zoo/assets/example.png
@@ -22,6 +22,11 @@ conformance: $(VENV)/.dev
 PARITY_ROOT ?= tests/parity/cases
 parity: $(VENV)/.dev
 	$(TEST) tests/parity --parity-root $(PARITY_ROOT)
+
+# the tests of two processes with DeepSpeed's ZeRO-3 among them; it compiles a little C++
+zero3: $(VENV)/.dev
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet deepspeed
+	WITH_ZERO3=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(TEST) -n 0 tests/training/test_training_distributed.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,9 +1,10 @@
-"""Training by one process, and by two with DDP and with FSDP2; what became of it is written to files.
+"""Training by one process, and by two with DDP, with FSDP2 and with ZeRO-3; what became of it is written to files.
 
-    python train_of_two.py FOLDER
+    python train_of_two.py FOLDER [one ddp fsdp2 zero3]
 
 Everything is imported once; each process is a fork of this one with the environment that a launcher gives it. `FOLDER` then
-holds, for each of `one`, `ddp` and `fsdp2`, a run's folder per job, and what each process found in `{world}_{rank}.json`.
+holds, for each world, a run's folder per job, and what each process found in `{world}_{rank}.json`. `zero3` needs DeepSpeed
+and a C++ compiler; where WITH_ZERO3 is set (`make zero3`), it is one of all.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from accelerate.state import PartialState  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
 from killed_runs import forked  # noqa: E402
 from toy_runs import CAPTIONS, save_data, save_parts, toy_records, toy_trainer  # noqa: E402
+from transformers.integrations import unset_hf_deepspeed_config  # noqa: E402
 
 from vlbridge.modeling import modeling_qformer_pretraining  # noqa: E402
 from vlbridge.training import training_trainer  # noqa: E402
@@ -33,7 +35,23 @@ from vlbridge.training.training_recipes import Recipe  # noqa: E402
 from vlbridge.training.training_trainer import NonFiniteError, TrainingError  # noqa: E402
 
 
-WORLDS = ("one", "ddp", "fsdp2")
+WORLDS = ("one", "ddp", "fsdp2", *(["zero3"] if os.environ.get("WITH_ZERO3") else []))
+# what `Trainer` is told besides the environment
+LAUNCHED = {
+    "one": {"use_cpu": True},
+    "ddp": {"use_cpu": True},
+    "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2}},
+    "zero3": {
+        "use_cpu": True,
+        "deepspeed": {
+            **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu"), "auto"),
+            **dict.fromkeys(("gradient_accumulation_steps", "gradient_clipping"), "auto"),
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},  # or small tensors stay whole
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        },
+    },
+}
 # a tied language model among them
 CASES = {"mlp": "llama_tied", "qformer": "llama", "perceiver": "llama", "stage1": "llama"}
 STEPS, SAVED_AT = 20, 10
@@ -79,12 +97,11 @@ class World:
     def build(self, job: str, bridge: str, *, language: str | None = None, **options):
         """A trainer with a batch of four, of all processes together, without dropout: its masks would differ."""
         given = {
-            "records": records_for(bridge), "max_steps": 2, "lr_scheduler_type": "constant", "use_cpu": self.name != "fsdp2",
+            "records": records_for(bridge), "max_steps": 2, "lr_scheduler_type": "constant", **LAUNCHED[self.name],
             "per_device_train_batch_size": 4 if self.name == "one" else 2, "dataloader_pin_memory": False,
             "adam_epsilon": 1e-4,  # or gradients that should be zero, and are noise, are made as large as others
         }  # fmt: skip
-        if self.name == "fsdp2":
-            given |= {"fsdp": True, "fsdp_config": {"version": 2}}
+        unset_hf_deepspeed_config()  # the last trainer's: a model is composed before there are arguments
         make = toy_trainer(self.root / "parts", bridge, language=language or CASES[bridge], dropout=0.0)
         return make(self.root / self.name / job, **{**given, **options})
 
@@ -103,11 +120,9 @@ class World:
             self.found[f"{bridge}_again"] = curve(trainer)
 
     def of_another_launch(self) -> None:
-        other = {"ddp": "fsdp2", "fsdp2": "one", "one": "one"}[self.name]
-        checkpoint = self.root / other / "mlp" / f"checkpoint-{SAVED_AT}"
-        if checkpoint.exists() and other != self.name:
-            trainer = self.build("other", "mlp")
-            self.found["other_launch"] = said(lambda: trainer.train(resume_from_checkpoint=str(checkpoint)))
+        trainer = self.build("other", "mlp")
+        checkpoint = self.root / "one" / "mlp" / f"checkpoint-{SAVED_AT}"
+        self.found["other_launch"] = said(lambda: trainer.train(resume_from_checkpoint=str(checkpoint)))
 
     def whole_model(self) -> None:
         trainer = self.build("whole", "mlp", freeze={"language_model": False})
@@ -162,8 +177,7 @@ class World:
                 "samples": {"every": 1, "count": 3, "max_new_tokens": 3},
                 "arguments": {
                     "max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1, "report_to": "none",
-                    "use_cpu": self.name != "fsdp2", "disable_tqdm": True,
-                    **({"fsdp": True, "fsdp_config": {"version": 2}} if self.name == "fsdp2" else {}),
+                    "disable_tqdm": True, **LAUNCHED[self.name],
                 },
             }
         )  # fmt: skip
@@ -183,7 +197,7 @@ class World:
     def run(self) -> None:
         self.curves()
         self.goes_on()
-        if self.name != "one":
+        if self.name in ("fsdp2", "zero3"):
             self.of_another_launch()
         self.whole_model()
         self.broken_records()
@@ -212,6 +226,8 @@ def work(root: Path, name: str, rank: int, port: int) -> None:
         # accelerate shards what is on devices only: let it take the CPU for one, with gloo
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    if name == "zero3":
+        os.environ["DS_ACCELERATOR"] = "cpu"
     world = World(root, name, rank)
     try:
         world.run()

@@ -37,8 +37,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainingArguments,
     set_seed,
 )
+from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
@@ -387,8 +389,11 @@ class BridgeTrainer(Trainer):
             present = {type(module).__name__ for module in self.model.modules()}
             plugin.transformer_cls_names_to_wrap = sorted(present & set(self.model._no_split_modules or ()))
 
-    def _prepare_for_training(self, *args, **kwargs):
-        prepared = super()._prepare_for_training(*args, **kwargs)
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        if resume_from_checkpoint is not None:
+            self._check_launch(resume_from_checkpoint)
+            self._started -= _note_of(resume_from_checkpoint).get("seconds", 0)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         for module in self.model.modules() if self.is_fsdp_enabled else ():
             if isinstance(module, GatedCrossAttentionLayer):  # keys and values are made before the layer's turn comes
                 register_fsdp_forward_method(module, "project")
@@ -678,12 +683,20 @@ class BridgeTrainer(Trainer):
             return get_model_state_dict(self.model, options=options)
         if self.accelerator.deepspeed_config["zero_optimization"]["stage"] != 3:
             return model.state_dict()
-        if not bridge_alone:
-            return self.accelerator.get_state_dict(self.model_wrapped)
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(list(model.bridge.parameters())):
-            return {f"bridge.{name}": tensor.cpu().clone() for name, tensor in model.bridge.state_dict().items()}
+        peft = hasattr(model, "peft_config")
+        state = {
+            name: tensor
+            for name, tensor in model.state_dict().items()
+            if not bridge_alone or name.startswith("bridge.")
+        }
+        for name, parameter in model.named_parameters():  # one after the other: no more has to be in memory at a time
+            if name in state and (parameter.requires_grad or not peft):
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    if self.is_world_process_zero():
+                        state[name] = parameter.detach().cpu().clone()
+        return state
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
@@ -828,20 +841,27 @@ class BridgeTrainer(Trainer):
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
+    def _check_launch(self, checkpoint: str) -> None:
+        """Refuse a checkpoint whose optimizer's state this process would not find: some would look for it while others wait
+        for them, or it would begin anew.
+
+        Raises:
+            TrainingError: It is of another launch.
+        """
+        needed = "optimizer.pt"
+        if self.is_deepspeed_enabled:
+            needed = "global_step"
+        elif self.is_fsdp_enabled:
+            full = "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+            needed = "optimizer.bin" if full else "optimizer_0"
+        found = sorted(path.name for kind in ("optimizer*", "global_step*") for path in Path(checkpoint).glob(kind))
+        if found and not any(name.startswith(needed) for name in found):
+            raise TrainingError(
+                f"{checkpoint} has {', '.join(found)}, but this run needs {needed}: it was launched in another way. Go on "
+                "with the accelerate configuration that the run began with."
+            )
+
     def _load_optimizer_and_scheduler(self, checkpoint):
-        if checkpoint is not None:
-            self._started -= _note_of(checkpoint).get("seconds", 0)
-        if checkpoint is not None and not self.is_deepspeed_enabled:
-            name = "optimizer.pt"
-            if self.is_fsdp_enabled:
-                full = "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
-                name = "optimizer.bin" if full else "optimizer_0"
-            found = sorted(path.name for path in Path(checkpoint).glob("optimizer*"))
-            if found and name not in found:  # some processes would look for it while the others wait for them
-                raise TrainingError(
-                    f"{checkpoint} has {', '.join(found)}, but this run needs {name}: it was launched in another way. Go on "
-                    "with the accelerate configuration that the run began with."
-                )
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         except ValueError as error:
@@ -1011,6 +1031,25 @@ def generate(
 # ---------------------------------------------------------------------- a run
 
 
+@contextmanager
+def built_whole(args: TrainingArguments) -> Iterator[None]:
+    """Models that are built here are whole in every process, also where DeepSpeed's ZeRO-3 will spread them afterwards.
+
+    transformers spreads each part while it is loaded, as soon as there are such `TrainingArguments`: all tensors are empty
+    then, but a bridge's own begin as what those of the parts are.
+    """
+    plugin = args.deepspeed_plugin
+    if plugin is None:
+        yield
+        return
+    config = getattr(args, "hf_deepspeed_config", None) or plugin.dschf
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(config)
+
+
 def build_model(recipe: Recipe):
     """The model that a recipe trains, and its processor: parts loaded, the right ones frozen, LoRA added.
 
@@ -1145,7 +1184,8 @@ def build_trainer(recipe: Recipe, output: str | os.PathLike) -> BridgeTrainer:
     args = recipe.training_arguments(output)
     set_seed(args.seed)
     seed = args.seed if args.data_seed is None else args.data_seed
-    model, processor = build_model(recipe)
+    with built_whole(args):
+        model, processor = build_model(recipe)
     encoder = encoder_for(model, processor, seed=seed, **vars(recipe.text))
     cache = store = None
     if recipe.cache_features is not None:

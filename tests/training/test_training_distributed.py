@@ -1,4 +1,4 @@
-"""Two processes, with DDP and with FSDP2, do what one does: losses, weights, checkpoints, broken records, values that are not finite."""
+"""Two processes, with DDP, with FSDP2 and (`make zero3`) with ZeRO-3, do what one does: losses, weights, checkpoints, broken records, values that are not finite."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def test_checkpoints_are_whole_and_hold_what_is_trained_alone(root, bridge, worl
     assert set(saved) <= set(model.state_dict()) and set(shapes) <= set(saved) | set(model.all_tied_weights_keys)
     assert set(load_file(run / "model.safetensors")) == set(saved)
     names = {path.name for path in checkpoint.iterdir()}
-    assert {"optimizer.pt" if world == "ddp" else "optimizer.bin", "rng_state_0.pth", "rng_state_1.pth"} <= names
+    optimizer = {"ddp": "optimizer.pt", "fsdp2": "optimizer.bin", "zero3": f"global_step{SAVED_AT}"}[world]
+    assert {optimizer, "rng_state_0.pth", "rng_state_1.pth"} <= names
     assert not any(name.startswith("pytorch_model") for name in names)  # the frozen parts too
     assert not list(run.glob(".saving*")) and (run / "note.txt").read_text() == "whole"
 
@@ -83,8 +84,10 @@ def test_two_processes_go_on(root, bridge, world):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_checkpoint_of_another_launch_is_refused(root, rank):
-    assert "has optimizer.pt, but this run needs optimizer.bin" in found(root, "fsdp2", rank)["other_launch"]
+@pytest.mark.parametrize("world", [world for world in TWO if world != "ddp"])
+def test_a_checkpoint_of_another_launch_is_refused(root, world, rank):
+    needed = {"fsdp2": "optimizer.bin", "zero3": "global_step"}[world]
+    assert f"has optimizer.pt, but this run needs {needed}" in found(root, world, rank)["other_launch"]
 
 
 @pytest.mark.parametrize("world", TWO)
@@ -118,6 +121,7 @@ def test_broken_records_are_counted_over_processes(root, world):
         ("ddp", "stage1_loss", "the loss", None, 4),  # one's features are in both losses
         ("fsdp2", "loss", "the loss", None, 2),
         ("fsdp2", "gradient", "a gradient", None, 8),  # two batches of each process
+        *[("zero3", "loss", "the loss", None, 2), ("zero3", "gradient", "a gradient", None, 8)][: 2 * ("zero3" in TWO)],
     ],
 )
 def test_all_stop_where_one_is_not_finite(root, world, job, what, module, num_ids):

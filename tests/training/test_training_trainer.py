@@ -329,6 +329,16 @@ def test_a_finished_run_is_not_trained_further(parts, tmp_path, steps):
     assert saved and all(torch.equal(again.model.state_dict()[name], tensor) for name, tensor in saved.items())
 
 
+@pytest.mark.parametrize("name", ["global_step2", "optimizer_0", "optimizer.bin"])
+def test_a_checkpoint_of_another_launch_is_refused(parts, tmp_path, name):
+    """The optimizer would begin anew, without a word."""
+    build = toy_trainer(parts, "mlp")
+    build(tmp_path, max_steps=2, save_steps=2).train()
+    (tmp_path / "checkpoint-2" / "optimizer.pt").rename(tmp_path / "checkpoint-2" / name)
+    with pytest.raises(TrainingError, match=f"has {name}, but this run needs optimizer.pt: it was launched"):
+        build(tmp_path, max_steps=4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 @pytest.mark.parametrize("part", ("gate", "resampler"))
 def test_gates_and_the_resampler_have_learning_rates_of_their_own(part, parts, tmp_path):
     build, group = toy_trainer(parts, "perceiver"), {"gate": "gates"}.get(part, part)
