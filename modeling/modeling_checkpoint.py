@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file, logging
 from transformers.utils.hub import resolve_revision
 
@@ -254,6 +255,20 @@ def find_frozen_part(part: str, pin: dict, allow_mismatch: bool = False, **hub_k
     return place, hub_kwargs
 
 
+def refuse_zero3() -> None:
+    """Refuse to load parts where transformers would spread each one while it is loaded: a bridge begins as what its parts
+    hold, and would find empty tensors.
+
+    Raises:
+        RuntimeError: There are `TrainingArguments` with DeepSpeed's ZeRO-3.
+    """
+    if is_deepspeed_zero3_enabled():
+        raise RuntimeError(
+            "There are TrainingArguments with DeepSpeed's ZeRO-3 already, so that parts would be loaded empty, spread over "
+            "the processes. Compose or load the model before they are made; the Trainer spreads it."
+        )
+
+
 def load_frozen_part(
     part: str, pin: dict, config: PreTrainedConfig, trained: Iterable[str] = (), allow_mismatch: bool = False, **kwargs
 ) -> PreTrainedModel:
@@ -269,7 +284,9 @@ def load_frozen_part(
 
     Raises:
         FrozenPartError: The part can't be had, or its weights are not those that were pinned.
+        RuntimeError: See `refuse_zero3`.
     """
+    refuse_zero3()
     place, hub_kwargs = find_frozen_part(
         part, pin, allow_mismatch, **{name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
     )
@@ -864,5 +881,6 @@ __all__ = [
     "find_frozen_part",
     "load_bridge_weights",
     "load_frozen_part",
+    "refuse_zero3",
     "weights_sha256",
 ]

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from .families import FAMILIES
 from .modeling.modeling_bridged import BridgedModel, fill_vision_geometry
-from .modeling.modeling_checkpoint import auto_class_for, build_part, commit_of, where_to_load
+from .modeling.modeling_checkpoint import auto_class_for, build_part, commit_of, refuse_zero3, where_to_load
 from .modeling.modeling_mpt import as_conditionable
 from .processing import BridgedProcessor
 
@@ -41,6 +41,7 @@ def _resolve(part: str, given: Part, dtype, **hub_kwargs) -> tuple[PreTrainedMod
     Returns:
         The model, where its tokenizer or image processor may be found, and where it came from.
     """
+    refuse_zero3()
     if isinstance(given, PreTrainedModel):
         if part == "vision_model" and getattr(given.config, "vision_config", None) is not None:
             given = given.vision_model  # CLIP and SigLIP with both towers

@@ -20,6 +20,7 @@ from transformers import (
     TimmWrapperConfig,
     ViTConfig,
 )
+from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 import vlbridge
 from vlbridge.compose import native_image_processor
@@ -62,6 +63,34 @@ def test_folders(bridge, tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "language")
     model, _ = vlbridge.compose(tmp_path / "vision", str(tmp_path / "language"), bridge, **BRIDGE_OPTIONS[bridge])
     assert model.config.frozen_parts["language_model"]["source"] == str(tmp_path / "language")
+
+
+def test_parts_that_zero3_would_leave_empty_are_refused(tmp_path):
+    for name, part in (
+        ("vision", AutoModel.from_config(VISION["clip"]())),
+        ("language", AutoModelForCausalLM.from_config(LANGUAGE["llama"]())),
+    ):
+        part.save_pretrained(tmp_path / name)
+    size = {"height": 30, "width": 30}
+    options = {"tokenizer": tiny_tokenizer(), "image_processor": CLIPImageProcessor(size=size, crop_size=size)}
+    model, _ = vlbridge.compose(tmp_path / "vision", tmp_path / "language", "mlp", **options)
+    model.save_pretrained(tmp_path / "bridge", bridge_only=True)
+
+    class Zero3:  # as TrainingArguments leave one
+        def is_zero3(self):
+            return True
+
+    config = Zero3()
+    set_hf_deepspeed_config(config)
+    try:
+        for load in (
+            lambda: vlbridge.compose(tmp_path / "vision", tmp_path / "language", "mlp", **options),
+            lambda: AutoModel.from_pretrained(tmp_path / "bridge"),
+        ):
+            with pytest.raises(RuntimeError, match="Compose or load the model before they are made"):
+                load()
+    finally:
+        unset_hf_deepspeed_config()
 
 
 def test_the_vision_tower_of_a_whole_clip(tmp_path):
