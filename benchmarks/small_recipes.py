@@ -109,8 +109,10 @@ def draw(found: list[dict], path: Path) -> None:
         heights = [row["accuracy"], *row["by_kind"].values()]
         bars = right.bar([i + (place - 1) * 0.27 for i in range(len(kinds))], [100 * h for h in heights], 0.25)
         right.bar_label(bars, fmt="%.0f", fontsize=7)
-    right.axhline(100 * found[0]["blind_baseline"], color="black", linewidth=0.8, linestyle="--")
-    right.text(len(kinds) - 0.55, 100 * found[0]["blind_baseline"], " blind", va="center")
+    blind = 100 * found[0]["blind_baseline"]  # of all questions
+    right.hlines(blind, -0.45, 0.45, color="black", linewidth=0.8, linestyle="--")
+    right.text(-0.47, blind, "blind ", ha="right", va="center", fontsize=8)
+    right.set_xlim(-0.9, len(kinds) - 0.4)
     right.set_xticks(range(len(kinds)), kinds, fontsize=8)
     right.set(ylabel="right answers (%)", ylim=(0, 105))
     for axis in (left, right):

@@ -1,4 +1,5 @@
-"""Kill a training run again and again, at random moments, and look at what it leaves; prints a line per kill.
+"""Kill a training run again and again, at random moments, and look at what it leaves; prints a line per kill. Then the same
+for files that can't grow.
 
     python killed_runs.py FOLDER KILLS SEED
 
@@ -12,9 +13,11 @@ import gc
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -29,6 +32,7 @@ from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 
 
 STEPS = 60
+FAILED = 10  # exit code of a run without a failed save; those are added
 
 
 class Tell(TrainerCallback):
@@ -42,9 +46,10 @@ class Tell(TrainerCallback):
 
 
 def forked(work) -> int:
-    """Run something in a child; gives its process id."""
+    """Run something in a child, whose output is dropped but for an error's; gives its process id."""
     child = os.fork()
     if child == 0:
+        told = os.fdopen(os.dup(2), "w")
         try:
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
@@ -53,6 +58,8 @@ def forked(work) -> int:
             torch.set_num_threads(torch.get_num_threads())
             work()
         except BaseException:
+            traceback.print_exc(file=told)
+            told.flush()
             os._exit(1)
         os._exit(0)
     return child
@@ -73,6 +80,24 @@ def check(checkpoint: str) -> None:
     torch.load(folder / "rng_state.pth", weights_only=False)
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == int(folder.name.split("-")[1])
     assert json.loads((folder / "config.json").read_text())["bridge_only"]
+
+
+class Disk(TrainerCallback):
+    """From the second step on no file may become larger than this."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, resource.RLIM_INFINITY))
+        control.should_training_stop = state.global_step == 3
+
+
+def on_a_full_disk(trainer, limit: int) -> None:
+    trainer.add_callback(Disk(limit))
+    trainer.train()
+    os._exit(FAILED + len(trainer.failed_saves))
 
 
 def main(root: Path, kills: int, seed: int) -> None:
@@ -127,6 +152,15 @@ def main(root: Path, kills: int, seed: int) -> None:
         safe_open(Path(get_last_checkpoint(str(root / "killed"))) / "model.safetensors", framework="pt") as killed,
     ):
         assert all(torch.equal(whole.get_tensor(name), killed.get_tensor(name)) for name in whole.keys())
+    for limit in (500, 10_000):  # bytes: not even JSON files fit, or all but the optimizer's state
+        child = forked(
+            lambda limit=limit: on_a_full_disk(build(root / f"full_{limit}", composed=composed, **options), limit)
+        )
+        _, status = os.waitpid(child, 0)
+        left = sorted(path.name for path in (root / f"full_{limit}").iterdir())
+        for name in left:
+            check(str(root / f"full_{limit}" / name))
+        print(json.dumps({"limit": limit, "failed_saves": os.waitstatus_to_exitcode(status) - FAILED, "left": left}))
     gc.unfreeze()
     print(json.dumps({"equal": True, "checkpoints": sorted(p.name for p in (root / "killed").iterdir())}))
 
