@@ -433,7 +433,9 @@ def draw(report: dict, path: Path) -> None:
             axis.bar_label(bars, fmt="%.2g", fontsize=7)
         axis.set_xticks(range(len(families)), families)
         axis.set_ylabel(label)
-    axes[0].legend(fontsize=8)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), fontsize=8, frameon=False
+    )
     figure.suptitle(f"Training step, {report['size']}, {report['dtype']}, {report['device']}", fontsize=10)
     figure.savefig(path, dpi=150)
 
