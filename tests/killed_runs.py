@@ -16,11 +16,13 @@ import random
 import resource
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
 
 import torch
+import tqdm.auto
 from safetensors import safe_open
 
 
@@ -56,6 +58,11 @@ def forked(work) -> int:
             # makes the thread pool anew, which a fork has lost: two threads that need it at once would both do so, and one
             # of them finds none ("Invalid thread pool!")
             torch.set_num_threads(torch.get_num_threads())
+            for bar in (
+                tqdm.std.tqdm,
+                tqdm.auto.tqdm,
+            ):  # all processes would share one lock, and a killed one never frees it
+                bar.set_lock(threading.RLock())
             work()
         except BaseException:
             traceback.print_exc(file=told)

@@ -40,7 +40,7 @@ WORLDS = ("one", "ddp", "fsdp2", *(["zero3"] if os.environ.get("WITH_ZERO3") els
 LAUNCHED = {
     "one": {"use_cpu": True},
     "ddp": {"use_cpu": True},
-    "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2}},
+    "fsdp2": {"use_cpu": False, "fsdp": True, "fsdp_config": {"version": 2}},
     "zero3": {
         "use_cpu": True,
         "deepspeed": {
