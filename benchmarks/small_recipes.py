@@ -58,16 +58,14 @@ def report(name: str, run: Path, train: list[Example]) -> dict:
             f"{run}: the predictions are right in {accuracy:.4f}, the summary says {generated['value']:.4f}."
         )
     processor = AutoProcessor.from_pretrained(run)
-    last = Path(get_last_checkpoint(str(run)))
-    state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
-    seconds = json.loads((last / "bridge_trainer.json").read_text(encoding="utf-8"))["seconds"]  # without evaluation
+    state = json.loads((Path(get_last_checkpoint(str(run))) / "trainer_state.json").read_text(encoding="utf-8"))
     return {
         "recipe": name,
         "parameters": parameters(run),
         "visual_tokens": processor.num_image_tokens(*processor.output_size()),
         "steps": summary["steps"],
         "records_per_step": summary["arguments"]["per_device_train_batch_size"],
-        "training_seconds": round(seconds, 1),
+        "training_seconds": summary["seconds"],  # without evaluation
         "hardware": summary["hardware"],
         "test_loss": round(loss["value"], 4),
         "questions": len(rows),

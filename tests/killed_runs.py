@@ -98,7 +98,6 @@ class Disk(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 2:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, resource.RLIM_INFINITY))
-        control.should_training_stop = state.global_step == 3
 
 
 def on_a_full_disk(trainer, limit: int) -> None:
@@ -161,7 +160,9 @@ def main(root: Path, kills: int, seed: int) -> None:
         assert all(torch.equal(whole.get_tensor(name), killed.get_tensor(name)) for name in whole.keys())
     for limit in (500, 10_000):  # bytes: not even JSON files fit, or all but the optimizer's state
         child = forked(
-            lambda limit=limit: on_a_full_disk(build(root / f"full_{limit}", composed=composed, **options), limit)
+            lambda limit=limit: on_a_full_disk(
+                build(root / f"full_{limit}", composed=composed, **{**options, "max_steps": 3}), limit
+            )
         )
         _, status = os.waitpid(child, 0)
         left = sorted(path.name for path in (root / f"full_{limit}").iterdir())

@@ -677,15 +677,16 @@ class BridgeTrainer(Trainer):
         """
         model = self._bare_model
         bridge_alone = self.saves_bridge_only and not model.config.trained_tensors
+        peft = hasattr(model, "peft_config")
         if self.is_fsdp_enabled:
-            trained_alone = bridge_alone or hasattr(model, "peft_config")
-            options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_alone)
+            options = StateDictOptions(
+                full_state_dict=True, cpu_offload=True, ignore_frozen_params=bridge_alone or peft
+            )
             return get_model_state_dict(self.model, options=options)
         if self.accelerator.deepspeed_config["zero_optimization"]["stage"] != 3:
             return model.state_dict()
         import deepspeed
 
-        peft = hasattr(model, "peft_config")
         state = {
             name: tensor
             for name, tensor in model.state_dict().items()
@@ -850,12 +851,12 @@ class BridgeTrainer(Trainer):
         """
         needed = "optimizer.pt"
         if self.is_deepspeed_enabled:
-            needed = "global_step"
+            needed = "global_step*"
         elif self.is_fsdp_enabled:
             full = "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
             needed = "optimizer.bin" if full else "optimizer_0"
         found = sorted(path.name for kind in ("optimizer*", "global_step*") for path in Path(checkpoint).glob(kind))
-        if found and not any(name.startswith(needed) for name in found):
+        if found and not any(Path(checkpoint).glob(needed)):
             raise TrainingError(
                 f"{checkpoint} has {', '.join(found)}, but this run needs {needed}: it was launched in another way. Go on "
                 "with the accelerate configuration that the run began with."
