@@ -5,8 +5,10 @@ BIN = $(VENV)/bin
 WORKERS ?= 2
 # one thread per test worker: the models are tiny, and two pools of threads on the same cores slow each other down
 TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q
+# constraints.txt holds versions that were tested together
+INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test conformance parity zero3 lint format train-demo evaluate-demo build clean
+.PHONY: demo test matrix conformance parity zero3 lint format train-demo evaluate-demo build lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/vlbridge caption zoo/assets/example.png
@@ -14,6 +16,10 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(TEST)
+
+# the same with the lowest, the locked and the newest versions that setup.cfg allows, in environments of their own
+matrix: $(VENV)/.dev
+	WORKERS=$(WORKERS) $(BIN)/nox --session oldest locked newest
 
 conformance: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/conformance/run_conformance.py
@@ -25,7 +31,7 @@ parity: $(VENV)/.dev
 
 # the tests of two processes with DeepSpeed's ZeRO-3 among them; it compiles a little C++
 zero3: $(VENV)/.dev
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet deepspeed
+	DS_BUILD_OPS=0 $(INSTALL) deepspeed
 	WITH_ZERO3=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(TEST) -n 0 tests/training/test_training_distributed.py
 
 lint: $(VENV)/.dev
@@ -46,18 +52,24 @@ evaluate-demo: $(VENV)/.dev
 build: $(VENV)/.dev
 	$(BIN)/python -m build
 
+# takes the newest versions that setup.cfg allows; to hold some back, name a constraints file in UV_CONSTRAINT
+lock: $(VENV)/.made
+	$(BIN)/python -m pip install --quiet --upgrade uv
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --upgrade --no-annotate --no-emit-index-url \
+		--custom-compile-command "make lock" --all-extras --output-file constraints.txt setup.cfg
+
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.made setup.cfg pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable ".[demo]"
+$(VENV)/.demo: $(VENV)/.made setup.cfg pyproject.toml constraints.txt
+	$(INSTALL) --editable ".[demo]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(INSTALL) --editable ".[dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .nox build dist *.egg-info .pytest_cache .ruff_cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -11,6 +12,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 
 ROOT = Path(__file__).parent.parent
@@ -19,6 +21,11 @@ SETUP.read(ROOT / "setup.cfg")
 FOLDERS = dict(
     (part.strip() for part in line.split("=")) for line in SETUP["options"]["package_dir"].strip().splitlines()
 )
+LISTS = [SETUP["options"]["install_requires"], *dict(SETUP["options.extras_require"]).values()]
+REQUIREMENTS = [
+    Requirement(line) for text in LISTS for line in text.strip().splitlines() if not line.startswith("vlbridge[")
+]
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +43,37 @@ def test_every_package_is_named():
     folders |= {path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("zoo/*/__init__.py")}
     assert set(FOLDERS.values()) == folders
     assert set(SETUP["options"]["packages"].split()) == set(FOLDERS)
+
+
+@pytest.mark.parametrize("requirement", REQUIREMENTS, ids=lambda requirement: requirement.name)
+def test_every_requirement_has_a_lower_bound(requirement):
+    """Without one, an installer that is asked for the lowest versions takes some that never worked."""
+    assert any(specifier.operator == ">=" for specifier in requirement.specifier)
+
+
+def test_the_lock_pins_every_requirement_within_its_range():
+    """For every Python and system, exactly one version: `make lock` was run after setup.cfg was changed."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    for requirement in REQUIREMENTS:
+        for python in PYTHONS:
+            for system in ("linux", "darwin"):
+                here = {"python_version": python, "python_full_version": f"{python}.9", "sys_platform": system}
+                found = [
+                    specifier.version
+                    for pin in pins
+                    if pin.name == requirement.name.replace("_", "-")
+                    and (pin.marker is None or pin.marker.evaluate(here))
+                    for specifier in pin.specifier
+                ]
+                assert len(found) == 1, f"{requirement.name}: {found} on {system}, Python {python}"
+                assert requirement.specifier.contains(found[0], prereleases=True), f"{requirement}: {found[0]}"
+
+
+def test_the_lock_names_no_place():
+    """Packages come from wherever the user's pip finds them."""
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert not re.search(r"://|--|(^|\s)/|@", text)
 
 
 def test_the_wheel_holds_every_file(built):
@@ -59,6 +97,7 @@ def test_the_sdist_holds_what_tests_need(built):
     _, sdist = built
     held = {name.split("/", 1)[-1] for name in tarfile.open(sdist).getnames()}
     assert {"LICENSE", "README.md", "Makefile", "setup.cfg", "pyproject.toml", "tests/tiny.py", "zoo/cli.py"} <= held
+    assert {"constraints.txt", "noxfile.py"} <= held
 
 
 def test_the_installed_wheel_runs_from_another_folder(built, tmp_path):

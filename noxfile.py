@@ -1,0 +1,60 @@
+"""The tests in environments with the lowest, the locked and the newest versions that setup.cfg allows, and with vLLM's.
+
+    nox --session oldest locked newest       # all tests in each of the three, as `make matrix`
+    nox --session oldest -- -m core          # options for pytest
+    nox --session oldest -- conformance      # transformers' common test suites instead
+
+Sessions use the Python that runs nox; `--force-python 3.10` takes another one.
+"""
+
+import os
+
+import nox
+
+
+nox.options.sessions = ["oldest", "locked", "newest"]
+
+VLLM = ["transformers==5.19.0", "huggingface_hub>=1.31,<2", "torch==2.13.0"]  # what vLLM 0.32 takes
+
+
+def run_tests(session: nox.Session, *default: str) -> None:
+    """Run what the command line asks for behind `--`, else pytest with the default options."""
+    command = ["-m", "pytest", "-n", os.environ.get("WORKERS", "2"), "--dist", "worksteal", "-q"]
+    arguments = session.posargs or default
+    if arguments[:1] == ["conformance"]:
+        command, arguments = ["tests/conformance/run_conformance.py"], arguments[1:]
+    session.run("python", *command, *arguments, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session(venv_backend="uv")
+def oldest(session: nox.Session) -> None:
+    """The lowest version of every requirement in setup.cfg that has a wheel for this Python."""
+    session.install("pip")  # some tests and downloads start it
+    lowest = ["--resolution", "lowest-direct", "--only-binary", ":all:"]
+    session.install(*lowest, "--requirements", "setup.cfg", "--extra", "test")
+    session.install("--no-deps", "--editable", ".")
+    run_tests(session)
+
+
+@nox.session(venv_backend="virtualenv")
+def locked(session: nox.Session) -> None:
+    """The versions of constraints.txt."""
+    session.install("--upgrade", "pip")
+    session.install("--constraint", "constraints.txt", "--editable", ".[test]")
+    run_tests(session)
+
+
+@nox.session(venv_backend="virtualenv")
+def newest(session: nox.Session) -> None:
+    """The newest versions that setup.cfg allows, as pip finds them."""
+    session.install("--upgrade", "pip")
+    session.install("--upgrade", "--upgrade-strategy", "eager", "--editable", ".[test]")
+    run_tests(session)
+
+
+@nox.session(venv_backend="uv")
+def vllm(session: nox.Session) -> None:
+    """The versions that vLLM pins, without vLLM: the core tests."""
+    session.install("pip")
+    session.install("--editable", ".[test]", *VLLM)
+    run_tests(session, "-m", "core")
