@@ -4,8 +4,8 @@ from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
+from ..compat import as_wide_as_logits, attention_of, set_attention
 from .configuration_mpt import MosaicGPTConfig  # noqa: F401 (registers what a text_config may be)
 
 
@@ -77,10 +77,9 @@ class BridgedConfig(PreTrainedConfig):
         initializer_range: Standard deviation of the bridge's fresh weights.
     """
 
-    sub_configs_defaults = {
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
-    }
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    # what an AutoConfig is where nothing was given, or a dict without model_type
+    default_model_types: ClassVar[dict[str, str]] = {"vision_config": "clip_vision_model", "text_config": "llama"}
     # Families that put visual tokens into the prompt count them; Flamingo conditions on them instead.
     visual_tokens_in_prompt: ClassVar[bool] = True
 
@@ -105,13 +104,15 @@ class BridgedConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         # Configurations of loaded models keep their attention implementation, which the base class would reset.
-        parts = [getattr(self, name, None) for name in self.sub_configs_defaults]
+        parts = [getattr(self, name, None) for name in self.sub_configs]
         given = [part for part in parts if isinstance(part, PreTrainedConfig)]
-        attention = [] if kwargs.get("attn_implementation") else [part._attn_implementation for part in given]
+        attention = [] if kwargs.get("attn_implementation") else [attention_of(part) for part in given]
+        for name in self.sub_configs:
+            setattr(self, name, self._part_config(name, getattr(self, name)))
         super().__post_init__(**kwargs)
         for part, implementation in zip(given, attention):
             if implementation is not None:
-                part._attn_implementation = implementation
+                set_attention(part, implementation)
         if self.text_config is None:  # a family without a language model
             return
         self.is_encoder_decoder = bool(self.text_config.is_encoder_decoder)
@@ -121,6 +122,20 @@ class BridgedConfig(PreTrainedConfig):
                     setattr(self, name, getattr(self.text_config, name, None))
         # Tied tables are the language model's own affair, but the savers ask the outermost configuration.
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+
+    def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
+        return as_wide_as_logits(super().get_text_config(*args, **kwargs))
+
+    def _part_config(self, name: str, given: dict | PreTrainedConfig | None) -> PreTrainedConfig:
+        """One of `sub_configs`, from what was given for it."""
+        if isinstance(given, PreTrainedConfig):
+            return given
+        if given is not None and not isinstance(given, dict):
+            raise TypeError(f"{name} is a {type(given).__name__}; expected a configuration, its dict, or None.")
+        fields, config_class = dict(given or {}), self.sub_configs[name]
+        if config_class is not AutoConfig:
+            return config_class(**fields)
+        return AutoConfig.for_model(fields.pop("model_type", None) or self.default_model_types[name], **fields)
 
     @property
     def vision_feature_size(self) -> int:

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
-from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_flamingo import PerceiverFlamingoConfig
 from .configuration_llava import MLPLlavaConfig
@@ -44,10 +43,7 @@ class QFormerBlip2ClassificationConfig(ClassificationConfigMixin, QFormerBlip2Co
     """
 
     model_type = "qformer_blip2_classification"
-    sub_configs_defaults = {
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
-        "qformer_config": SubConfigSpec(config_class=QFormerConfig),
-    }
+    sub_configs = {"vision_config": AutoConfig, "qformer_config": QFormerConfig}
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -65,9 +61,7 @@ class MLPLlavaClassificationConfig(ClassificationConfigMixin, MLPLlavaConfig):
     """
 
     model_type = "mlp_llava_classification"
-    sub_configs_defaults = {
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
-    }
+    sub_configs = {"vision_config": AutoConfig}
 
     hidden_size: int = 768
 
@@ -85,9 +79,7 @@ class PerceiverFlamingoClassificationConfig(ClassificationConfigMixin, Perceiver
     """
 
     model_type = "perceiver_flamingo_classification"
-    sub_configs_defaults = {
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
-    }
+    sub_configs = {"vision_config": AutoConfig}
 
 
 __all__ = [

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_bridged import BridgedConfig
 
@@ -73,11 +72,8 @@ class QFormerBlip2Config(BridgedConfig):
     """
 
     model_type = "qformer_blip2"
-    sub_configs_defaults = {
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="opt"),
-        "qformer_config": SubConfigSpec(config_class=QFormerConfig),
-    }
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig, "qformer_config": QFormerConfig}
+    default_model_types: ClassVar[dict[str, str]] = {"vision_config": "clip_vision_model", "text_config": "opt"}
 
     qformer_config: dict | PreTrainedConfig | None = None
     vision_layer_norm_eps: float = 1e-5
@@ -110,10 +106,7 @@ class QFormerBlip2PreTrainingConfig(BridgedConfig):
     """
 
     model_type = "qformer_blip2_pretraining"
-    sub_configs_defaults = {
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
-        "qformer_config": SubConfigSpec(config_class=QFormerConfig),
-    }
+    sub_configs = {"vision_config": AutoConfig, "qformer_config": QFormerConfig}
     visual_tokens_in_prompt: ClassVar[bool] = False
 
     qformer_config: dict | PreTrainedConfig | None = None

@@ -34,9 +34,8 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, apply_renamings
 
+from ..compat import WeightRenaming, get_model_conversion_mapping, renamed
 from ..configuration.configuration_bridged import BridgedConfig
 from ..configuration.configuration_flamingo import PerceiverFlamingoConfig
 from ..configuration.configuration_llava import MLPLlavaConfig
@@ -152,7 +151,7 @@ def todays_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     """
     renamings = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
     own = set(model.state_dict())
-    return {key: key if key in own else apply_renamings(key, renamings) for key in keys}
+    return {key: key if key in own else renamed(key, renamings) for key in keys}
 
 
 def open_saved(place: str | os.PathLike) -> Saved:
@@ -632,7 +631,7 @@ def llava_fields(saved: Saved) -> tuple[dict, list[str]]:
         problems.append("it does not pool")
     if config.projector_hidden_size not in (None, config.text_config.hidden_size) or not config.projector_bias:
         problems.append("its projector has biases and the language model's width between its layers")
-    tower = config.vision_config._name_or_path or ((config.frozen_parts or {}).get("vision_model") or {}).get("source")
+    tower = config.vision_config.name_or_path or ((config.frozen_parts or {}).get("vision_model") or {}).get("source")
     if not tower or os.path.isabs(tower):  # a folder of this machine says nothing to others
         tower = "openai/clip-vit-large-patch14" + ("-336" if config.image_size == 336 else "")
     fields = {

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
+from ..compat import FakeTensorMode
 from ..modeling.modeling_checkpoint import checkpoint_files
 from .convert_tables import ConversionError
 

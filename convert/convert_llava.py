@@ -29,8 +29,8 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
 
+from ..compat import optional_file
 from ..configuration.configuration_llava import MLPLlavaConfig
 from ..modeling.modeling_bridged import fill_vision_geometry
 from ..modeling.modeling_llava import MLPLlavaForConditionalGeneration
@@ -196,9 +196,7 @@ def checkpoint_table(config: MLPLlavaConfig, tensors: Iterable[str], layout: str
 
 def _file(place: str | os.PathLike, name: str) -> Path | None:
     """One file of a folder or Hub repository, `None` where it has none."""
-    found = cached_file(
-        place, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False
-    )
+    found = optional_file(place, name, gated_is_missing=True)
     return None if found is None else Path(found)
 
 

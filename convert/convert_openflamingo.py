@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, CLIPImageProcessor, GenerationConfig, PreTrainedConfig
-from transformers.utils import cached_file
 
+from ..compat import optional_file
 from ..configuration.configuration_flamingo import PerceiverFlamingoConfig
 from ..modeling.modeling_bridged import fill_vision_geometry
 from ..modeling.modeling_flamingo import PerceiverFlamingoForConditionalGeneration
@@ -277,7 +277,7 @@ def load_tokenizer(source: str | os.PathLike):
     tokenizer = AutoTokenizer.from_pretrained(source)
     declared = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        path = optional_file(source, name)
         declared.update(json.loads(Path(path).read_text()) if path is not None else {})
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|endofchunk|>", "<image>"]})
     # asked of the files: some classes have a default of their own since transformers 5

@@ -41,8 +41,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
-from transformers.utils import cached_file
 
+from ..compat import optional_file, replace_backend
 from ..configuration.configuration_bridged import BridgedConfig
 from ..configuration.configuration_qformer import QFormerBlip2Config, QFormerBlip2PreTrainingConfig, QFormerConfig
 from ..modeling.modeling_bridged import fill_vision_geometry
@@ -398,7 +398,7 @@ def is_port(place: str | os.PathLike) -> bool:
     if os.path.isfile(place):
         return False
     try:
-        found = cached_file(place, "config.json", _raise_exceptions_for_missing_entries=False)
+        found = optional_file(place, "config.json")
     except (OSError, ValueError):  # who reads the weights says what is wrong
         return False
     return found is not None and json.loads(Path(found).read_text(encoding="utf-8")).get("model_type") in MODEL_TYPES
@@ -443,9 +443,7 @@ def without_placeholder(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> 
         return tokenizer
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < vocab_size]
-    again = copy.deepcopy(tokenizer)
-    again._tokenizer = Tokenizer.from_str(json.dumps(state))
-    return again
+    return replace_backend(copy.deepcopy(tokenizer), Tokenizer.from_str(json.dumps(state)))
 
 
 def convert_port(

@@ -15,34 +15,53 @@ from typing import ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
-from transformers import initialization as init
-from transformers.cache_utils import Cache
-from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessor
-from transformers.masking_utils import create_masks_for_generate
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ModelOutput
-from transformers.utils import torch_compilable_check
-from transformers.utils.generic import can_return_tuple
+from transformers import (
+    AutoModel,
+    Cache,
+    GenerationConfig,
+    GenerationMixin,
+    GradientCheckpointingLayer,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+    ModelOutput,
+)
 
+from ..compat import (
+    ModelHooks,
+    accepts_cache,
+    cache_argument,
+    cache_of,
+    can_return_tuple,
+    field_of,
+    mark_initialized,
+    torch_compilable_check,
+)
+from ..compat import initialization as init
 from ..configuration.configuration_bridged import BridgedConfig
 from .modeling_checkpoint import BridgeCheckpointMixin, build_part
+from .modeling_generation import BridgeGenerationMixin, VisualTokens, at_least
 from .modeling_hot_swap import HotSwapMixin
 
 
+# What an encoder-decoder language model's output has beside loss, logits and cache
+ENCODER_DECODER_FIELDS = ("decoder_hidden_states", "decoder_attentions", "cross_attentions", "encoder_last_hidden_state",
+                          "encoder_hidden_states", "encoder_attentions")  # fmt: skip
 _running = threading.local()  # `model`: on whose behalf this thread runs a language model, which several may share
 
 
 @dataclass
-class BridgedOutput(ModelOutput):
+class BridgedOutput(CausalLMOutputWithPast):
     """Output of a bridged model.
 
+    The first five fields are those of transformers' `CausalLMOutputWithPast`: `loss`, `logits` `(batch, tokens, vocabulary)`,
+    the language model's cache (`cache` from transformers 5.24 on, before it `past_key_values`), and `hidden_states` and
+    `attentions` of a decoder-only language model.
+
     Args:
-        loss: Next-token loss, where labels were given.
-        logits: `(batch, tokens, vocabulary)`.
-        past_key_values: The language model's cache.
-        hidden_states: Of a decoder-only language model.
-        attentions: Likewise.
         decoder_hidden_states: Of an encoder-decoder language model: `generate` looks for them here.
         decoder_attentions: Likewise.
         cross_attentions: Of an encoder-decoder language model.
@@ -51,14 +70,9 @@ class BridgedOutput(ModelOutput):
         encoder_attentions: Of an encoder-decoder language model.
         image_hidden_states: What the bridge made of the images, `(num_images, num_image_tokens, text_dim)`; a list of
             `(num_image_tokens, text_dim)` where images differ in their number of tokens.
-        visual_states: Conditioning to carry along with `past_key_values` (families that condition decoder layers).
+        visual_states: Conditioning to carry along with the cache (families that condition decoder layers).
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
     decoder_attentions: tuple[torch.Tensor, ...] | None = None
     cross_attentions: tuple[torch.Tensor, ...] | None = None
@@ -133,21 +147,6 @@ class Bridge(nn.Module):
 
     def init_parameters(self, config: BridgedConfig) -> None:
         """Fill this module's own fresh parameters (sub-modules are initialised by the model)."""
-
-
-class _PlaceholderScores(LogitsProcessor):
-    """Give tokens beyond the language model's table a score of minus infinity.
-
-    Placeholders stand in the prompt, so processors that look the prompt's tokens up (repetition penalty) need a column
-    for them, although the language model can never say them.
-    """
-
-    def __init__(self, vocab_size: int):
-        self.vocab_size = vocab_size
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        missing = self.vocab_size - scores.shape[-1]
-        return nn.functional.pad(scores, (0, missing), value=-torch.inf) if missing > 0 else scores
 
 
 def patch_features_of(vision_outputs, layer: int | list[int] | None) -> torch.Tensor:
@@ -234,7 +233,9 @@ def fill_vision_geometry(config: BridgedConfig, vision_model: PreTrainedModel | 
             setattr(config, name, value)
 
 
-class BridgedModel(HotSwapMixin, BridgeCheckpointMixin, PreTrainedModel, GenerationMixin):
+class BridgedModel(
+    HotSwapMixin, BridgeCheckpointMixin, BridgeGenerationMixin, ModelHooks, PreTrainedModel, GenerationMixin
+):
     """A frozen vision encoder, a bridge and a frozen language model.
 
     Args:
@@ -260,7 +261,7 @@ class BridgedModel(HotSwapMixin, BridgeCheckpointMixin, PreTrainedModel, Generat
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _skip_keys_device_placement = ["past_key_values", "visual_states"]
+    _skip_keys_device_placement = ["cache", "past_key_values", "visual_states"]
 
     def __init__(
         self,
@@ -271,8 +272,8 @@ class BridgedModel(HotSwapMixin, BridgeCheckpointMixin, PreTrainedModel, Generat
         super().__init__(config)
         fill_vision_geometry(config)
         for part in (vision_model, language_model):
-            for module in part.modules() if part is not None else ():
-                module._is_hf_initialized = True  # or post_init would draw fresh weights
+            if part is not None:
+                mark_initialized(part)  # or post_init would draw fresh weights
         self.vision_model = AutoModel.from_config(config.vision_config) if vision_model is None else vision_model
         if language_model is None and config.text_config is not None:
             language_model = build_part("language_model", config.text_config)
@@ -327,8 +328,9 @@ class BridgedModel(HotSwapMixin, BridgeCheckpointMixin, PreTrainedModel, Generat
     def _watch_output_layer(self, config: BridgedConfig) -> None:
         """Have special tokens scored, where a bridge brings some."""
         head = self.language_model.get_output_embeddings() if config.special_token_ids else None
-        if head is not None and self._score_special_tokens not in head._forward_hooks.values():
+        if head is not None and head is not self.__dict__.get("_watched_head"):
             head.register_forward_hook(self._score_special_tokens)
+            self.__dict__["_watched_head"] = head  # not as a part of this model, which it is already
 
     def _score_special_tokens(self, head: nn.Module, args: tuple, logits: torch.Tensor) -> torch.Tensor:
         """Hook of the output layer: it scores the special tokens too.
@@ -344,10 +346,6 @@ class BridgedModel(HotSwapMixin, BridgeCheckpointMixin, PreTrainedModel, Generat
             logits = nn.functional.pad(logits, (0, missing), value=torch.finfo(logits.dtype).min)
         index = torch.tensor(token_rows.token_ids, device=logits.device)
         return logits.index_copy(-1, index, scores)
-
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        return True  # it is the parts' to set, the Q-Former's too; other bridges' attention has one implementation
 
     @classmethod
     def check_language_model(cls, language_model: PreTrainedModel) -> None:
@@ -406,8 +404,7 @@ class BridgedModel(HotSwapMixin, BridgeCheckpointMixin, PreTrainedModel, Generat
                             setattr(layer, name, 0.0)
         return self
 
-    def _set_gradient_checkpointing(self, *args, **kwargs) -> None:
-        super()._set_gradient_checkpointing(*args, **kwargs)
+    def checkpointing_changed(self) -> None:
         self.train(self.training)
 
     # ------------------------------------------------------------------ images
@@ -484,8 +481,8 @@ class BridgedModel(HotSwapMixin, BridgeCheckpointMixin, PreTrainedModel, Generat
             patch_features = self._patch_features_of(outputs, pixel_values)
             if output_hidden_states is None:
                 output_hidden_states = self.config.vision_config.output_hidden_states
-            hidden_states = outputs.get("hidden_states") if output_hidden_states else None
-            attentions = outputs.get("attentions")
+            hidden_states = field_of(outputs, "hidden_states") if output_hidden_states else None
+            attentions = field_of(outputs, "attentions", wanted=bool(output_attentions))
         bridge = self.bridge
         more = {name: kwargs[name] for name in self.image_arguments if kwargs.get(name) is not None}
         return BaseModelOutputWithPooling(
@@ -536,19 +533,31 @@ class BridgedModel(HotSwapMixin, BridgeCheckpointMixin, PreTrainedModel, Generat
                     f"There are {int(placeholders.sum())} image tokens in input_ids, but no images were given."
                 )
             return inputs_embeds
+        self.check_placeholders(placeholders.sum(), image_features)
+        features = image_features if isinstance(image_features, torch.Tensor) else torch.cat(list(image_features))
+        return inputs_embeds.masked_scatter(
+            placeholders[..., None], features.to(inputs_embeds).reshape(-1, inputs_embeds.shape[-1])
+        )
+
+    @staticmethod
+    def check_placeholders(count: torch.Tensor, image_features: torch.Tensor | list[torch.Tensor]) -> None:
+        """Refuse prompts with another number of placeholders than there are visual tokens.
+
+        Args:
+            count: Placeholders, a number on the device.
+            image_features: As for `fill_placeholders`.
+
+        Raises:
+            ValueError: They differ.
+        """
         lengths = [len(features) for features in image_features]
-        num_features = sum(lengths)
         torch_compilable_check(
-            placeholders.sum() == num_features,
+            count == sum(lengths),
             lambda: (
-                f"{int(placeholders.sum())} image tokens in input_ids, but the bridge made {num_features} features for "
+                f"{int(count)} image tokens in input_ids, but the bridge made {sum(lengths)} features for "
                 f"{len(lengths)} images ({', '.join(map(str, sorted(set(lengths))))} each). Use the processor that belongs "
                 "to this model, and don't truncate."
             ),
-        )
-        features = image_features if isinstance(image_features, torch.Tensor) else torch.cat(list(image_features))
-        return inputs_embeds.masked_scatter(
-            placeholders[..., None], features.to(inputs_embeds).reshape(num_features, inputs_embeds.shape[-1])
         )
 
     # ------------------------------------------------------------------ forward
@@ -576,7 +585,9 @@ class BridgedModel(HotSwapMixin, BridgeCheckpointMixin, PreTrainedModel, Generat
             inputs_embeds = self.fill_placeholders(inputs_embeds, input_ids, image_features)
         return inputs_embeds
 
-    def _image_features(self, images: dict, mm_encoder_outputs):
+    def _image_features(self, images: dict, mm_encoder_outputs, visual_states=None, rows: int | None = None):
+        if isinstance(visual_states, VisualTokens):
+            return visual_states.for_rows(rows)
         encoded = (mm_encoder_outputs or {}).get("image")
         if images.get("pixel_values") is None and images.get("patch_features") is None:
             return None if encoded is None else encoded.pooler_output
@@ -584,6 +595,7 @@ class BridgedModel(HotSwapMixin, BridgeCheckpointMixin, PreTrainedModel, Generat
             raise ValueError("Give pixel_values (or patch_features) or mm_encoder_outputs, not both.")
         return self.get_image_features(**images, return_dict=True).pooler_output
 
+    @accepts_cache
     @can_return_tuple
     def forward(
         self,
@@ -591,7 +603,7 @@ class BridgedModel(HotSwapMixin, BridgeCheckpointMixin, PreTrainedModel, Generat
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -602,6 +614,7 @@ class BridgedModel(HotSwapMixin, BridgeCheckpointMixin, PreTrainedModel, Generat
         decoder_attention_mask: torch.Tensor | None = None,
         encoder_outputs: ModelOutput | None = None,
         segment_ids: torch.LongTensor | None = None,
+        num_logits: int | None = None,
         **kwargs,
     ) -> BridgedOutput:
         """Run the model.
@@ -612,7 +625,7 @@ class BridgedModel(HotSwapMixin, BridgeCheckpointMixin, PreTrainedModel, Generat
                 that take videos: `(num_images, num_frames, channels, height, width)`.
             attention_mask: `(batch, tokens)`, 1 for tokens and 0 for padding; or a 4-d mask, passed on as it is.
             position_ids: `(batch, tokens)`; counted from the mask where they are not given.
-            past_key_values: The language model's cache.
+            cache: The language model's cache; `past_key_values` is another name for it.
             inputs_embeds: `(batch, tokens, text_dim)` instead of `input_ids`.
             labels: `(batch, tokens)` as `input_ids`, -100 where no loss is wanted. For an encoder-decoder language
                 model the target's ids.
@@ -620,13 +633,15 @@ class BridgedModel(HotSwapMixin, BridgeCheckpointMixin, PreTrainedModel, Generat
             patch_features: `(num_images, num_patches, vision_dim)` instead of `pixel_values`, from
                 `get_patch_features`: the encoder does not run again.
             mm_encoder_outputs: What `get_image_features` gave, under the key `"image"`, instead of `pixel_values`.
-            visual_states: State from an earlier output, beside its `past_key_values`.
+            visual_states: State from an earlier output, beside its cache.
             decoder_input_ids: For an encoder-decoder language model.
             decoder_attention_mask: For an encoder-decoder language model.
             encoder_outputs: For an encoder-decoder language model: its encoder need not run again.
             segment_ids: `(batch, tokens)`: which sample of a packed row a token belongs to, rising from left to right.
                 Conditioned text sees the images of its own sample only. The mask and the positions that packing needs
                 too are `attention_mask` and `position_ids`.
+            num_logits: Columns that the logits have at least: tokens beyond the language model's table get minus infinity.
+                `generate` asks for it, as its processors look up the prompt's placeholders.
             kwargs: The family's other `image_arguments`; the rest is for the language model. `shift_labels` (beside `labels`): what each position predicts, instead of the
                 next position's label.
 
@@ -641,9 +656,10 @@ class BridgedModel(HotSwapMixin, BridgeCheckpointMixin, PreTrainedModel, Generat
         if self.config.is_encoder_decoder:
             return self._forward_encoder_decoder(
                 input_ids, images, mm_encoder_outputs, inputs_embeds, attention_mask,
-                encoder_outputs, decoder_input_ids, decoder_attention_mask, labels, past_key_values, **kwargs,
+                encoder_outputs, decoder_input_ids, decoder_attention_mask, labels, cache, num_logits, **kwargs,
             )  # fmt: skip
-        image_features = self._image_features(images, mm_encoder_outputs)
+        rows = len(inputs_embeds if input_ids is None else input_ids)
+        image_features = self._image_features(images, mm_encoder_outputs, visual_states, rows)
         hidden = self._prompt_embeddings(input_ids, inputs_embeds, image_features)
         conditioning, visual_states = self._visual_conditioning(input_ids, image_features, visual_states, segment_ids)
         arguments = self._language_model_arguments
@@ -657,7 +673,7 @@ class BridgedModel(HotSwapMixin, BridgeCheckpointMixin, PreTrainedModel, Generat
         outputs = self._run_language_model(
             inputs_embeds=hidden,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            **cache_argument(cache, arguments),
             **conditioning,
             **{**kwargs, "return_dict": True},
         )
@@ -681,10 +697,10 @@ class BridgedModel(HotSwapMixin, BridgeCheckpointMixin, PreTrainedModel, Generat
             )
         return BridgedOutput(
             loss=loss,
-            logits=logits,
-            past_key_values=outputs.get("past_key_values"),
-            hidden_states=outputs.get("hidden_states"),
-            attentions=outputs.get("attentions"),
+            logits=at_least(num_logits, logits),
+            **cache_argument(cache_of(outputs)),
+            hidden_states=field_of(outputs, "hidden_states", wanted=bool(kwargs.get("output_hidden_states"))),
+            attentions=field_of(outputs, "attentions", wanted=bool(kwargs.get("output_attentions"))),
             image_hidden_states=image_features,
             visual_states=visual_states,
         )
@@ -698,13 +714,13 @@ class BridgedModel(HotSwapMixin, BridgeCheckpointMixin, PreTrainedModel, Generat
         # T5 takes any other class apart by position, and hidden states for attention weights
         return BaseModelOutput(
             last_hidden_state=outputs.last_hidden_state,
-            hidden_states=outputs.get("hidden_states"),
-            attentions=outputs.get("attentions"),
+            hidden_states=field_of(outputs, "hidden_states", wanted=bool(kwargs.get("output_hidden_states"))),
+            attentions=field_of(outputs, "attentions", wanted=bool(kwargs.get("output_attentions"))),
         ), image_features
 
     def _forward_encoder_decoder(
         self, input_ids, images, mm_encoder_outputs, inputs_embeds, attention_mask,
-        encoder_outputs, decoder_input_ids, decoder_attention_mask, labels, past_key_values, **kwargs,
+        encoder_outputs, decoder_input_ids, decoder_attention_mask, labels, cache, num_logits=None, **kwargs,
     ) -> BridgedOutput:  # fmt: skip
         image_features = None
         wanted = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
@@ -720,7 +736,7 @@ class BridgedModel(HotSwapMixin, BridgeCheckpointMixin, PreTrainedModel, Generat
             attention_mask=attention_mask,
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
-            past_key_values=past_key_values,
+            **cache_argument(cache, self._language_model_arguments),
             **{**kwargs, "return_dict": True},
         )
         loss = None
@@ -731,63 +747,21 @@ class BridgedModel(HotSwapMixin, BridgeCheckpointMixin, PreTrainedModel, Generat
             loss = loss if num_items_in_batch is None else loss / num_items_in_batch
         return BridgedOutput(
             loss=loss,
-            logits=outputs.logits,
-            past_key_values=outputs.get("past_key_values"),
-            decoder_hidden_states=outputs.get("decoder_hidden_states"),
-            decoder_attentions=outputs.get("decoder_attentions"),
-            cross_attentions=outputs.get("cross_attentions"),
-            encoder_last_hidden_state=outputs.get("encoder_last_hidden_state"),
-            encoder_hidden_states=outputs.get("encoder_hidden_states"),
-            encoder_attentions=outputs.get("encoder_attentions"),
+            logits=at_least(num_logits, outputs.logits),
+            **cache_argument(cache_of(outputs)),
+            **{name: field_of(outputs, name) for name in ENCODER_DECODER_FIELDS},
             image_hidden_states=image_features,
         )
 
     # ------------------------------------------------------------------ generation
 
-    def create_masks_for_generate(self, *args, **kwargs):
-        """Masks are the language model's own affair (sliding windows, several kinds of layers)."""
-        own = getattr(self.language_model, "create_masks_for_generate", create_masks_for_generate)
-        if "config" in kwargs:
-            kwargs["config"] = self.language_model.config
-        return own(*args, **kwargs)
+    @property
+    def num_logits(self) -> int:
+        return max([num_embeddings(self.get_input_embeddings()), *(i + 1 for i in self.config.special_token_ids or [])])
 
-    def _prepare_text_encoder_decoder_kwargs_for_generation(
-        self, inputs_tensor, model_kwargs, model_input_name, generation_config
-    ):
-        images = {name: model_kwargs.pop(name, None) for name in self.image_arguments}
-        ids_or_embeds = {"input_ids": None, "inputs_embeds": None, model_input_name or "input_ids": inputs_tensor}
-        model_kwargs["encoder_outputs"], _ = self._encode_prompt(
-            **ids_or_embeds,
-            images=images,
-            mm_encoder_outputs=model_kwargs.pop("mm_encoder_outputs", None),
-            mask=model_kwargs.get("attention_mask"),
-            output_attentions=generation_config.output_attentions,
-            output_hidden_states=generation_config.output_hidden_states,
-        )
-        return model_kwargs
-
-    def _validate_model_kwargs(self, model_kwargs):
-        # a family's own image arguments are not named in `forward`'s signature, where this check looks for them
-        super()._validate_model_kwargs(
-            {name: value for name, value in model_kwargs.items() if name not in self.image_arguments}
-        )
-
-    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs):
-        """Encode the images once, before they become beams; patch features that exist already count as images."""
-        images = {name: model_kwargs.pop(name, None) for name in self.image_arguments}
-        if images["pixel_values"] is not None or images["patch_features"] is not None:
-            if (model_kwargs.get("mm_encoder_outputs") or {}).get("image") is not None:
-                raise ValueError("Give pixel_values (or patch_features) or mm_encoder_outputs, not both.")
-            model_kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(**images, return_dict=True)}
-        return model_kwargs
-
-    def _get_logits_processor(self, *args, **kwargs):
-        processors = super()._get_logits_processor(*args, **kwargs)
-        rows = num_embeddings(self.get_input_embeddings())
-        known = max([rows, *(token_id + 1 for token_id in self.config.special_token_ids or [])])
-        if self.config.image_token_id >= known:
-            processors.insert(0, _PlaceholderScores(self.config.image_token_id + 1))
-        return processors
+    @property
+    def num_logits_to_generate(self) -> int:
+        return max(self.num_logits, self.config.image_token_id + 1)
 
 
 __all__ = ["Bridge", "BridgedModel", "BridgedOutput", "TokenRows", "fill_vision_geometry", "patch_features_of"]

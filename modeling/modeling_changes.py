@@ -11,7 +11,7 @@ from torch import nn
 def has_adapters(module: nn.Module | None) -> bool:
     """Whether PEFT has put layers of its own into a module, or a copy in its place."""
     layers = module.modules() if module is not None else ()
-    return any("base_layer" in layer._modules or "modules_to_save" in layer._modules for layer in layers)
+    return any(name in ("base_layer", "modules_to_save") for layer in layers for name, _ in layer.named_children())
 
 
 def _plain(name: str) -> str:

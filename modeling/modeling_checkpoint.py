@@ -32,10 +32,19 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import cached_file, logging
-from transformers.utils.hub import resolve_revision
+from transformers.utils import logging
 
+from ..compat import (
+    arguments_that_stay,
+    cached_file,
+    get_balanced_memory,
+    is_deepspeed_zero3_enabled,
+    layers_not_to_split,
+    optional_file,
+    resolve_revision,
+    set_attention,
+    unloaded,
+)
 from ..hub import WEIGHTS, add_code, auto_map_of, cache_dir, push_folder, push_options, retried
 from .modeling_changes import changed_since, changed_tensors, has_adapters, samples_of
 from .modeling_mpt import MosaicGPTForCausalLM, MptForCausalLM
@@ -166,7 +175,7 @@ def commit_of(source: str, **hub_kwargs) -> str | None:
     """Commit of a Hub repository in the local cache; `None` for a folder."""
     if os.path.isdir(source):
         return None
-    path = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    path = optional_file(source, "config.json", **hub_kwargs)
     parts = Path(path).parts if path is not None else ()
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
 
@@ -188,8 +197,7 @@ def auto_class_for(part: str, config: PreTrainedConfig):
 def build_part(part: str, config: PreTrainedConfig) -> PreTrainedModel:
     """A frozen part with random weights."""
     built_by = auto_class_for(part, config)
-    # Auto classes have `from_config`, models `_from_config`
-    return (built_by._from_config if issubclass(built_by, PreTrainedModel) else built_by.from_config)(config)
+    return unloaded(built_by, config) if issubclass(built_by, PreTrainedModel) else built_by.from_config(config)
 
 
 def where_to_load(source: str) -> str:
@@ -809,7 +817,7 @@ class BridgeCheckpointMixin:
         if isinstance(dtype, str) and dtype != "auto":
             dtype = getattr(torch, dtype)
         if attention is not None:
-            config._attn_implementation = attention
+            set_attention(config, attention)
 
         overlay = config.trained_tensors or []
         parts = {}
@@ -855,10 +863,9 @@ class BridgeCheckpointMixin:
             max_memory: Bytes (or `"20GiB"`) that may be used per device.
         """
         from accelerate import dispatch_model, infer_auto_device_map
-        from accelerate.utils import get_balanced_memory
 
         if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-            no_split = sorted(self._no_split_modules)
+            no_split = layers_not_to_split(self)
             if device_map != "sequential":
                 max_memory = get_balanced_memory(
                     self, max_memory, no_split_module_classes=no_split, low_zero=device_map == "balanced_low_0"
@@ -870,7 +877,7 @@ class BridgeCheckpointMixin:
             self.to(next(iter(device_map.values())))
             self.hf_device_map = device_map
         else:
-            dispatch_model(self, device_map, skip_keys=sorted(self._skip_keys_device_placement), **kwargs)
+            dispatch_model(self, device_map, skip_keys=arguments_that_stay(self), **kwargs)
 
 
 __all__ = [

@@ -16,11 +16,10 @@ from typing import ClassVar
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
 from transformers.modeling_outputs import ImageClassifierOutput
-from transformers.utils import torch_compilable_check
-from transformers.utils.generic import can_return_tuple
 
+from ..compat import can_return_tuple, torch_compilable_check
+from ..compat import initialization as init
 from ..configuration.configuration_bridged import BridgedConfig
 from ..configuration.configuration_classification import (
     MLPLlavaClassificationConfig,

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import copy
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import GradientCheckpointingLayer, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
+from ..compat import initialization as init
+from ..compat import unloaded
 from ..configuration.configuration_flamingo import PerceiverFlamingoConfig
 from .modeling_bridged import Bridge, BridgedModel
+from .modeling_generation import GenerationStates
 from .modeling_mpt import as_conditionable
 
 
@@ -244,7 +245,7 @@ class GatedCrossAttentionLayer(GradientCheckpointingLayer):
 
 @dataclass
 class VisualStates(ModelOutput):
-    """What is carried beside `past_key_values`: the images, seen once.
+    """What is carried beside the cache: the images, seen once.
 
     Args:
         key_states: Per cross-attention layer `(batch, heads, max_images * num_latents, head_dim)`.
@@ -402,7 +403,7 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
                 raise _Reached
 
         with torch.device("meta"):
-            probe = type(language_model)._from_config(copy.deepcopy(language_model.config)).eval()
+            probe = unloaded(type(language_model), copy.deepcopy(language_model.config)).eval()
             decoder_layers(probe)[0].register_forward_pre_hook(reached, with_kwargs=True)
             ids = torch.zeros(1, 1, dtype=torch.long)
             # with a mask and positions that are made already there is nothing to compute; not every model takes them
@@ -541,34 +542,21 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
         begins = nn.functional.pad(segment_ids.diff(dim=-1) != 0, (1, 0), value=True)
         return torch.where(begins, before, 0).cummax(dim=-1).values
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Make the visual states of the samples, before these become beams: beams share them."""
-        encoded = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
-        if encoded is not None:
-            # a prefix that was run before has its own images
-            cache = model_kwargs.get("past_key_values")
-            known = 0 if cache is None else int(cache.get_seq_length())
-            before = model_kwargs.get("visual_states")
-            model_kwargs["visual_states"] = self.make_visual_states(input_ids[:, known:], encoded.pooler_output, before)
-        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
-
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
-        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        before, after = model_kwargs.get("visual_states"), outputs.get("visual_states")
-        if model_kwargs.get("use_cache", True) and after is not None:
-            # A compiled step's outputs live in a CUDA graph's memory, which the next step overwrites: what does not change
-            # is taken from before, the rest is copied.
-            kept = after if before is None else before
-            states = VisualStates(
-                kept.key_states, kept.value_states, kept.num_images, after.text_time.clone(), kept.num_forgotten
-            )
-            several = states.key_states[0].shape[2] > self.config.num_latents
-            if several and self.config.only_attend_immediate_media:
-                beams = len(states.text_time) // len(states.num_images)
-                if bool((states.text_time == states.num_images.repeat_interleave(beams)).all()):
-                    states = states.latest(self.config.num_latents)  # the rest can't be seen any more
-            model_kwargs["visual_states"] = states
-        return model_kwargs
+    def visual_states_for_generation(
+        self, input_ids: torch.LongTensor | None, image_features: torch.Tensor | None, before: VisualStates | None
+    ) -> GenerationStates:
+        """The samples' visual states, made before samples become beams: beams share them."""
+        states = before
+        if image_features is not None:
+            states = self.make_visual_states(input_ids, image_features, before)
+        if states is None or states.key_states is None:
+            return GenerationStates(states, states)
+        # What is written comes after all images of its sample: no later token sees other ones.
+        decoding = replace(states, text_time=states.num_images)
+        several = states.key_states[0].shape[2] > self.config.num_latents
+        if several and self.config.only_attend_immediate_media:
+            decoding = decoding.latest(self.config.num_latents)
+        return GenerationStates(states, decoding)
 
 
 __all__ = ["PerceiverFlamingoForConditionalGeneration", "PerceiverResampler", "VisualStates", "decoder_layers"]

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from ..compat import apply_to, arguments_that_stay, attention_of, set_attention
 from .modeling_changes import has_adapters
 from .modeling_checkpoint import (
     FROZEN_PARTS,
@@ -322,8 +323,8 @@ class HotSwapMixin:
             before = getattr(self.config, field)
             if before is not value:
                 if isinstance(before, PreTrainedConfig):  # the choice of attention is the model's
-                    if value._attn_implementation != before._attn_implementation:
-                        value._attn_implementation = before._attn_implementation
+                    if attention_of(value) != attention_of(before):
+                        set_attention(value, attention_of(before))
                 setattr(self.config, field, value)
         self.bridge = resident.bridge
         if self.bridge.training != self.training:
@@ -384,18 +385,17 @@ class HotSwapMixin:
 
                 own = {name: place for name, place in device_map.items() if name.split(".")[0] == "bridge"}
                 own = {name.removeprefix("bridge").removeprefix("."): place for name, place in own.items()}
-                dispatch_model(bridge, own, skip_keys=sorted(self._skip_keys_device_placement), force_hooks=True)
+                dispatch_model(bridge, own, skip_keys=arguments_that_stay(self), force_hooks=True)
             return
         parameter = next(self.bridge.parameters(), None)  # a bridge may have none
         device = next(self.vision_model.parameters()).device if parameter is None else parameter.device
         if any(parameter.device != device for parameter in bridge.parameters()):
             bridge.to(device)
 
-    def _apply(self, fn, recurse: bool = True):
+    def apply_elsewhere(self, fn) -> None:
         for resident in self.__dict__.get("_residents", {}).values():
             if resident is not None:
-                resident.bridge._apply(fn)  # `.to()`, `.half()`, `.cuda()`: those in waiting come along
-        return super()._apply(fn, recurse)
+                apply_to(resident.bridge, fn)
 
 
 __all__ = ["HotSwapMixin", "ResidentBridge"]

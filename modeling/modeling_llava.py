@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
 
+from ..compat import initialization as init
 from ..configuration.configuration_bridged import patch_grid
 from ..configuration.configuration_llava import AnyresLayout, MLPLlavaConfig, anyres_layout
 from .modeling_bridged import Bridge, BridgedModel

@@ -16,16 +16,30 @@ from typing import ClassVar
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, MptConfig, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import (
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    GradientCheckpointingLayer,
+    MptConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
+from ..compat import (
+    ModelHooks,
+    accepts_cache,
+    attention_of,
+    cache_argument,
+    cache_of,
+    can_return_tuple,
+    capture_outputs,
+    create_causal_mask,
+    merge_with_config_defaults,
+    set_attention,
+)
 from ..configuration.configuration_mpt import MosaicGPTConfig, MptSettings
 
 
@@ -124,7 +138,7 @@ class MptAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         output_attentions: bool | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -133,7 +147,7 @@ class MptAttention(nn.Module):
         Args:
             hidden_states: `(batch, queries, hidden_size)`.
             attention_mask: `(batch or 1, heads, queries, keys)`, added to the scores.
-            past_key_values: Cache; this layer's keys and values are put in.
+            cache: Cache; this layer's keys and values are put in.
             output_attentions: Give the weights too, as attention implementation `"eager"` always does.
 
         Returns:
@@ -148,13 +162,13 @@ class MptAttention(nn.Module):
         query, key, value = (
             states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for states in (query, key, value)
         )  # each (batch, heads, queries, head_dim)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         dropout = self.attention_dropout if self.training else 0.0
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         weights = None
-        if output_attentions or self.config._attn_implementation == "eager":
+        if output_attentions or attention_of(self.config) == "eager":
             # scaled first and added up in float32: float16 would overflow
             scores = torch.matmul(query * self.scale, key.transpose(-1, -2)).float() + attention_mask.float()
             weights = nn.functional.dropout(scores.softmax(dim=-1).to(value.dtype), dropout)
@@ -182,12 +196,12 @@ class DecoderBlock(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> torch.Tensor:
         """`(batch, tokens, hidden_size)` to the same; arguments as `MptAttention` takes them, others are ignored."""
         norm_1, norm_2, feed_forward = self.sublayers()
-        attended, _ = self.attn(norm_1(hidden_states), attention_mask, past_key_values, **kwargs)
+        attended, _ = self.attn(norm_1(hidden_states), attention_mask, cache, **kwargs)
         hidden_states = hidden_states + self.resid_dropout(attended)
         return hidden_states + self.resid_dropout(feed_forward(norm_2(hidden_states)))
 
@@ -245,7 +259,12 @@ class MosaicGPTBlock(DecoderBlock):
 # ---------------------------------------------------------------------- models
 
 
-class AlibiPreTrainedModel(PreTrainedModel):
+def kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The positions of `(batch, tokens, ...)` that logits are wanted for: the last ones (0: all), or those of an index."""
+    return hidden_states[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
+
+
+class AlibiPreTrainedModel(ModelHooks, PreTrainedModel):
     """What the two generations share, and the class attributes in which they differ."""
 
     block_class: ClassVar[type[DecoderBlock]]
@@ -255,14 +274,10 @@ class AlibiPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _input_embed_layer = "wte"
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": DecoderBlock, "attentions": MptAttention}
-
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        return True  # "sdpa" or "eager": MptAttention looks when it runs
 
 
 class AlibiModel(AlibiPreTrainedModel):
@@ -292,7 +307,7 @@ class AlibiModel(AlibiPreTrainedModel):
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
     ) -> torch.Tensor:
         """ALiBi, causality and padding in one additive mask, `(batch or 1, heads, queries, keys)`, for all layers.
 
@@ -301,12 +316,12 @@ class AlibiModel(AlibiPreTrainedModel):
         """
         queries, device = inputs_embeds.shape[1], inputs_embeds.device
         keys, first_key, first_query = queries, 0, 0
-        if past_key_values is not None:
-            keys, first_key = past_key_values.get_mask_sizes(queries, 0)
-            first_query = past_key_values.get_query_offset(0)  # of a static cache: a tensor
+        if cache is not None:
+            keys, first_key = cache.get_mask_sizes(queries, 0)
+            first_query = cache.get_query_offset(0)  # of a static cache: a tensor
             first_query = first_query.to(device) if isinstance(first_query, torch.Tensor) else first_query
-        allowed = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
-        packed = attention_mask is not None and attention_mask.ndim == 4 and past_key_values is None
+        allowed = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
+        packed = attention_mask is not None and attention_mask.ndim == 4 and cache is None
         if packed and position_ids is not None:
             query_positions = key_positions = position_ids.to(device)
         else:
@@ -318,6 +333,7 @@ class AlibiModel(AlibiPreTrainedModel):
         slopes = alibi_slopes(self.settings.num_heads, self.settings.alibi_bias_max, device)
         return alibi_mask(allowed, query_positions, key_positions, slopes, dtype)
 
+    @accepts_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -325,7 +341,7 @@ class AlibiModel(AlibiPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
@@ -337,7 +353,7 @@ class AlibiModel(AlibiPreTrainedModel):
             attention_mask: `(batch, keys)`, 1 for tokens and 0 for padding; or 4-d, true where attention is allowed,
                 or float and added.
             position_ids: `(batch, tokens)`, read for packed sequences only: see `make_attention_mask`.
-            past_key_values: Cache of any kind.
+            cache: Cache of any kind; `past_key_values` is another name for it.
             inputs_embeds: `(batch, tokens, hidden_size)` instead of `input_ids`.
             use_cache: Make a cache where none is given, and return it.
             kwargs: Handed to every layer. `output_attentions` and `output_hidden_states` have their usual meaning.
@@ -349,14 +365,14 @@ class AlibiModel(AlibiPreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
-        mask = self.make_attention_mask(inputs_embeds, attention_mask, position_ids, past_key_values)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        mask = self.make_attention_mask(inputs_embeds, attention_mask, position_ids, cache)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         hidden_states = self.emb_drop(inputs_embeds)
         for block in self.blocks:
-            hidden_states = block(hidden_states, attention_mask=mask, past_key_values=past_key_values, **kwargs)
+            hidden_states = block(hidden_states, attention_mask=mask, **cache_argument(cache), **kwargs)
         hidden_states = getattr(self, self.final_norm)(hidden_states)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **cache_argument(cache))
 
 
 class AlibiForCausalLM(AlibiPreTrainedModel, GenerationMixin):
@@ -378,13 +394,14 @@ class AlibiForCausalLM(AlibiPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @accepts_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -407,12 +424,12 @@ class AlibiForCausalLM(AlibiPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **cache_argument(cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(kept_positions(outputs.last_hidden_state, logits_to_keep))
         if self.transformer.settings.logit_scale is not None:
             logits = logits * self.transformer.settings.logit_scale
         loss = None
@@ -421,7 +438,7 @@ class AlibiForCausalLM(AlibiPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **cache_argument(cache_of(outputs)),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -497,7 +514,7 @@ def as_conditionable(language_model: PreTrainedModel) -> PreTrainedModel:
             f"it with {here}.from_pretrained, or on one device, and spread it afterwards."
         )
     config = copy.deepcopy(language_model.config)
-    config._attn_implementation = "sdpa"
+    set_attention(config, "sdpa")
     with torch.device("meta"):
         model = MptForCausalLM(config)
     theirs = language_model.state_dict(keep_vars=True)

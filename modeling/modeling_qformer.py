@@ -12,13 +12,18 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, BertForMaskedLM, PreTrainedModel
-from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils.generic import is_flash_attention_requested
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    BertForMaskedLM,
+    GradientCheckpointingLayer,
+    PreTrainedModel,
+)
 
+from ..compat import ACT2FN, ALL_ATTENTION_FUNCTIONS, attention_of, is_flash_attention_requested
+from ..compat import initialization as init
 from ..configuration.configuration_qformer import QFormerBlip2Config, QFormerConfig
 from .modeling_bridged import Bridge, BridgedModel
 
@@ -127,7 +132,7 @@ class QFormerAttention(nn.Module):
         keys = key if past_key is None else torch.cat((past_key, key), dim=2)
         values = value if past_value is None else torch.cat((past_value, value), dim=2)
         dropout = self.dropout_prob if self.training else 0.0
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "sdpa", eager_attention)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention_of(self.config) or "sdpa", eager_attention)
         attended, _ = attend(
             self, query, keys, values, attention_mask, scaling=self.scaling, dropout=dropout, is_causal=is_causal
         )
@@ -285,7 +290,7 @@ class QFormer(nn.Module):
         if is_flash_attention_requested(self.config) and dtype not in (torch.float16, torch.bfloat16):
             if not torch.is_autocast_enabled(device):
                 raise ValueError(
-                    f"The Q-Former is in {dtype}; {self.config._attn_implementation} needs float16 or bfloat16. Give dtype= to "
+                    f"The Q-Former is in {dtype}; {attention_of(self.config)} needs float16 or bfloat16. Give dtype= to "
                     "compose or from_pretrained, train under autocast (bf16=True), or leave the Q-Former at SDPA: "
                     "attn_implementation={'qformer_config': 'sdpa', ...}."
                 )
@@ -309,7 +314,7 @@ class QFormer(nn.Module):
         Raises:
             ValueError: Flash attention has no such mask.
         """
-        implementation = self.config._attn_implementation or "sdpa"
+        implementation = attention_of(self.config) or "sdpa"
         if is_flash_attention_requested(requested_attention_implementation=implementation):
             if past and objective == "itg":
                 return None, True  # behind the text there is padding only, which no word looks at

@@ -13,14 +13,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
-from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache
-from transformers.generation import GenerationConfig, GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
-from transformers.utils.generic import can_return_tuple
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast, ModelOutput
 
+from ..compat import ACT2FN, BeamHooks, accepts_cache, cache_argument, can_return_tuple
+from ..compat import initialization as init
 from ..configuration.configuration_qformer import QFormerBlip2PreTrainingConfig, QFormerConfig
 from .modeling_bridged import Bridge, BridgedModel
 from .modeling_qformer import QFormer
@@ -184,36 +181,33 @@ def draw_negatives(
 
 
 @dataclass
-class QFormerBlip2PreTrainingOutput(ModelOutput):
+class QFormerBlip2PreTrainingOutput(CausalLMOutputWithPast):
     """Output of stage 1.
 
+    From transformers' `CausalLMOutputWithPast` it has `loss`, the weighted sum of the three; `logits`, scores of the caption's
+    tokens, `(batch, text_tokens, vocab_size)`; and, when captioning, the cache of queries and text.
+
     Args:
-        loss: Weighted sum of the three.
         loss_itc: Image-text contrastive loss; `None` where it was left out, as the next two.
         loss_itm: Image-text matching loss.
         loss_itg: Image-grounded text generation loss.
         similarities: Cosine similarities of this process' images and all processes' texts, `(batch, texts)`.
         itm_logits: `(3 * batch, 2)`: of the pairs, of the texts with other images, of the images with other texts.
-        logits: Scores of the caption's tokens, `(batch, text_tokens, vocab_size)`.
         image_features: Unit vectors, `(batch, num_query_tokens, embed_dim)`.
         text_features: Unit vectors, `(batch, embed_dim)`.
         image_negatives: Which image, of all processes, was drawn for each text, `(batch,)`.
         text_negatives: Which text was drawn for each image, `(batch,)`.
-        past_key_values: Cache of queries and text, when captioning.
     """
 
-    loss: torch.Tensor | None = None
     loss_itc: torch.Tensor | None = None
     loss_itm: torch.Tensor | None = None
     loss_itg: torch.Tensor | None = None
     similarities: torch.Tensor | None = None
     itm_logits: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
     image_features: torch.Tensor | None = None
     text_features: torch.Tensor | None = None
     image_negatives: torch.Tensor | None = None
     text_negatives: torch.Tensor | None = None
-    past_key_values: Cache | None = None
 
 
 @dataclass
@@ -432,7 +426,7 @@ class QFormerBlip2Stage1Model(BridgedModel):
         return self.bridge.itm_logits(self._normed(pixel_values, patch_features), input_ids, attention_mask)
 
 
-class QFormerBlip2ForPreTraining(QFormerBlip2Stage1Model):
+class QFormerBlip2ForPreTraining(BeamHooks, QFormerBlip2Stage1Model):
     """Stage 1: contrastive, matching and generation loss over image-text pairs, and captions.
 
     Args:
@@ -440,6 +434,7 @@ class QFormerBlip2ForPreTraining(QFormerBlip2Stage1Model):
         vision_model: An encoder that exists already; it is used as it is.
     """
 
+    @accepts_cache
     @can_return_tuple
     def forward(
         self,
@@ -452,7 +447,7 @@ class QFormerBlip2ForPreTraining(QFormerBlip2Stage1Model):
         image_negatives: torch.LongTensor | None = None,
         text_negatives: torch.LongTensor | None = None,
         generator: torch.Generator | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         return_loss: bool = True,
     ) -> QFormerBlip2PreTrainingOutput:
@@ -473,7 +468,8 @@ class QFormerBlip2ForPreTraining(QFormerBlip2Stage1Model):
             image_negatives: `(batch,)`: for each text, which image of all processes is its negative; drawn if `None`.
             text_negatives: `(batch,)`: for each image, which text.
             generator: Where the draw's randomness comes from.
-            past_key_values: When captioning: cache of the queries, and of the text so far. No losses then.
+            cache: When captioning: cache of the queries, and of the text so far. No losses then. `past_key_values` is
+                another name for it.
             use_cache: When captioning: extend the cache.
             return_loss: Compute the losses; else similarities and features only.
 
@@ -485,8 +481,8 @@ class QFormerBlip2ForPreTraining(QFormerBlip2Stage1Model):
 
         Source: BLIP-2, section 3.2; `blip2_qformer.py`, `Blip2Qformer.forward`.
         """
-        if past_key_values is not None:
-            return self._decode(input_ids, attention_mask, past_key_values, use_cache)
+        if cache is not None:
+            return self._caption_step(input_ids, attention_mask, cache, use_cache)
         if input_ids is None:
             raise ValueError("Stage 1 needs pairs: input_ids are missing. Images alone: get_image_features.")
         config, bridge = self.config, self.bridge
@@ -586,14 +582,22 @@ class QFormerBlip2ForPreTraining(QFormerBlip2Stage1Model):
 
     # ------------------------------------------------------------------ captions
 
-    def _decode(self, input_ids, attention_mask, cache: Cache, use_cache: bool | None) -> QFormerBlip2PreTrainingOutput:
+    def _caption_step(
+        self, input_ids, attention_mask, cache: Cache, use_cache: bool | None
+    ) -> QFormerBlip2PreTrainingOutput:
         """One step of captioning: text behind what is in the cache, queries in front."""
         past = [(layer.keys, layer.values) for layer in cache.layers]
         hidden, key_values = self.bridge.qformer(None, input_ids, attention_mask, "itg", past, return_key_values=True)
         if use_cache:
             for index, (key, value) in enumerate(key_values):
                 cache.update(key, value, index)
-        return QFormerBlip2PreTrainingOutput(logits=self.bridge.lm_head(hidden), past_key_values=cache)
+        return QFormerBlip2PreTrainingOutput(logits=self.bridge.lm_head(hidden), **cache_argument(cache))
+
+    @property
+    def num_logits(self) -> int:
+        return self.config.qformer_config.vocab_size
+
+    num_logits_to_generate = num_logits  # there is no placeholder in the text
 
     @torch.no_grad()
     def generate(
@@ -630,39 +634,30 @@ class QFormerBlip2ForPreTraining(QFormerBlip2Stage1Model):
         mask = input_ids != self.config.pad_token_id if mask is None else mask
         if not bool(mask.all()):
             raise ValueError("Captions that begin with texts of different lengths: caption those separately.")
-        return super().generate(input_ids=input_ids, attention_mask=mask.long(), past_key_values=cache, **kwargs)
+        settings = [
+            self._generation_setting(name, kwargs.get("generation_config"), kwargs)
+            for name in ("num_beams", "num_return_sequences")
+        ]
+        rows_per_image = max(setting or 1 for setting in settings)
+        if rows_per_image > 1:  # the queries' keys and values are there before the beams are
+            cache.batch_repeat_interleave(rows_per_image)
+        return super().generate(input_ids=input_ids, attention_mask=mask.long(), **cache_argument(cache), **kwargs)
 
-    def _expand_inputs_for_generation(self, expand_size: int = 1, *args, **model_kwargs):
-        if expand_size > 1:  # the queries' keys and values are there before the beams are
-            model_kwargs["past_key_values"].batch_repeat_interleave(expand_size)
-        return super()._expand_inputs_for_generation(expand_size, *args, **model_kwargs)
-
-    def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, attention_mask=None, use_cache=None, **kwargs
-    ):
-        seen = past_key_values.get_seq_length() - self.config.qformer_config.num_query_tokens
+    @accepts_cache
+    def prepare_inputs_for_generation(self, input_ids, cache=None, attention_mask=None, use_cache=None, **kwargs):
+        seen = cache.get_seq_length() - self.config.qformer_config.num_query_tokens
         return {
             "input_ids": input_ids[:, seen:],
             "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
             "use_cache": use_cache,
+            **cache_argument(cache),
         }
 
-    def _update_finished_beams(self, *, topk_running_sequences, topk_log_probs, cur_len, length_penalty, **kwargs):
+    def scores_of_ended_beams(self, sequences, log_probs, length: int, length_penalty: float) -> torch.Tensor:
         # transformers 4.26, which the official results come from, counts one token more in captions that `max_length` cuts
         # off than in those that end by themselves; they come out ahead more often there
-        cut_off = topk_running_sequences[:, :, cur_len] != self.config.eos_token_id
-        longer = (cur_len / (cur_len + 1)) ** length_penalty
-        return super()._update_finished_beams(
-            topk_running_sequences=topk_running_sequences,
-            topk_log_probs=torch.where(cut_off, topk_log_probs * longer, topk_log_probs),
-            cur_len=cur_len,
-            length_penalty=length_penalty,
-            **kwargs,
-        )
-
-    # there is no placeholder in the text, which the base class's version looks for
-    _get_logits_processor = GenerationMixin._get_logits_processor
+        cut_off = sequences[:, :, length] != self.config.eos_token_id
+        return torch.where(cut_off, log_probs * (length / (length + 1)) ** length_penalty, log_probs)
 
 
 class QFormerBlip2ForImageTextRetrieval(QFormerBlip2Stage1Model):

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from transformers import ProcessorMixin
-from transformers.image_utils import get_image_size
-from transformers.processing_utils import MultiModalData
 
+from ..compat import MultiModalData, ProcessorHooks, get_image_size
 from ..configuration.configuration_bridged import BridgedConfig, num_patches
 from ..hub import add_code, push_folder, push_options
 
@@ -66,7 +65,7 @@ def _checked_turn(turn: dict, name: str, answered: bool = True) -> dict:
     return given
 
 
-class BridgedProcessor(ProcessorMixin):
+class BridgedProcessor(ProcessorHooks, ProcessorMixin):
     """Images and text to model inputs.
 
     Args:
@@ -322,7 +321,7 @@ class BridgedProcessor(ProcessorMixin):
         height, width = get_image_size(image_inputs["pixel_values"][image_idx])
         return self.image_token * self.num_image_tokens(height, width)
 
-    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+    def num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         """Placeholders per image, for servers that plan ahead.
 
         Args:

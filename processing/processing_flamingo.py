@@ -31,8 +31,8 @@ class PerceiverFlamingoProcessor(BridgedProcessor):
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token  # one token marks where an image stands; what it shows is conditioning
 
-    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
-        data = super()._get_num_multimodal_tokens(image_sizes, **kwargs)
+    def num_multimodal_tokens(self, image_sizes=None, **kwargs):
+        data = super().num_multimodal_tokens(image_sizes, **kwargs)
         if image_sizes is not None:
             data.num_image_tokens = [1] * len(image_sizes)
         return data

@@ -6,10 +6,8 @@ import math
 import re
 
 from PIL import Image
-from transformers.image_transforms import to_pil_image
-from transformers.image_utils import make_flat_list_of_images
-from transformers.processing_utils import MultiModalData
 
+from ..compat import MultiModalData, make_flat_list_of_images, to_pil_image
 from ..configuration.configuration_llava import (
     MLPLlavaConfig,
     anyres_layout,
@@ -310,9 +308,9 @@ class MLPLlavaProcessor(BridgedProcessor):
                     images_replacements[number] += " "
         return super().get_text_with_replacements(text, images_replacements, *more, **kwargs)
 
-    def _process_images(self, images, **kwargs):
+    def process_images(self, default, images, **kwargs):
         if self.image_aspect_ratio == "square":
-            return super()._process_images(images, **kwargs)
+            return default(images, **kwargs)
         if not kwargs.get("do_rescale", True):
             raise ValueError(
                 f"image_aspect_ratio={self.image_aspect_ratio!r} works on pictures of 0 to 255, which are rescaled "
@@ -322,7 +320,7 @@ class MLPLlavaProcessor(BridgedProcessor):
         if self.image_aspect_ratio == "pad":
             mean = getattr(self.image_processor, "image_mean", None) or (0, 0, 0)
             color = tuple(int(channel * 255) for channel in mean)
-            return super()._process_images([expand_to_square(image, color) for image in images], **kwargs)
+            return default([expand_to_square(image, color) for image in images], **kwargs)
         tiles = [tile for image in images for tile in cut_into_tiles(image, self.image_size, self.image_grid_pinpoints)]
         # Tiles have the encoder's size: resizing or cropping them again could only lose their borders.
         inputs = self.image_processor(tiles, **{**kwargs, "do_resize": False, "do_center_crop": False})
@@ -334,9 +332,9 @@ class MLPLlavaProcessor(BridgedProcessor):
             height = width = max(height, width)
         return super().processed_size(height, width)
 
-    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+    def num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         if image_sizes is None or self.image_grid_pinpoints is None:
-            return super()._get_num_multimodal_tokens(image_sizes, **kwargs)
+            return super().num_multimodal_tokens(image_sizes, **kwargs)
         layouts = [anyres_layout(self, *size) for size in image_sizes]
         return MultiModalData(
             num_image_tokens=[layout.num_image_tokens for layout in layouts],

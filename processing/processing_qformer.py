@@ -6,8 +6,8 @@ import os
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.utils import cached_file
 
+from ..compat import ProcessorHooks, optional_file
 from ..configuration.configuration_bridged import BridgedConfig
 from ..configuration.configuration_qformer import QFormerBlip2Config, QFormerBlip2PreTrainingConfig
 from .processing_bridged import BridgedProcessor
@@ -184,12 +184,8 @@ class QFormerBlip2Processor(BridgedProcessor):
             names = ("cache_dir", "force_download", "local_files_only", "token", "revision")
             hub_kwargs = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
             folder = os.path.join(kwargs.get("subfolder") or "", QFORMER_TOKENIZER)
-            found = cached_file(
-                pretrained_model_name_or_path,
-                "tokenizer_config.json",
-                subfolder=folder,
-                _raise_exceptions_for_missing_entries=False,
-                **hub_kwargs,
+            found = optional_file(
+                pretrained_model_name_or_path, "tokenizer_config.json", subfolder=folder, **hub_kwargs
             )
             if found is not None:
                 processor.qformer_tokenizer = AutoTokenizer.from_pretrained(
@@ -198,7 +194,7 @@ class QFormerBlip2Processor(BridgedProcessor):
         return processor
 
 
-class QFormerBlip2PreTrainingProcessor(ProcessorMixin):
+class QFormerBlip2PreTrainingProcessor(ProcessorHooks, ProcessorMixin):
     """Image-text pairs for stage 1 and retrieval.
 
     Args:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import string
 from pathlib import Path
 
+import pytest
 import torch
+from packaging.version import Version
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -183,3 +185,15 @@ def tiny_image(seed: int = 0, size: tuple[int, int] = (40, 33)) -> Image.Image:
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randint(0, 256, (4, 4, 3), generator=generator, dtype=torch.uint8).numpy()
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def checkpoint_activations(model, **options) -> None:
+    """Switch gradient checkpointing on, by the name that it has in this release of transformers."""
+    switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    switch(options or None)
+
+
+# transformers' own decorators, which every language model has, are beyond what torch 2.6 can compile in one graph
+needs_compile = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.7"), reason="torch 2.6 can't compile transformers' models in one graph"
+)

@@ -251,7 +251,7 @@ class TokenCounter:
         if not sizes:
             return 0
         heights_first = [(height, width) for width, height in sizes]
-        return sum(self.processor._get_num_multimodal_tokens(heights_first)["num_image_tokens"])
+        return sum(self.processor.num_multimodal_tokens(heights_first)["num_image_tokens"])
 
 
 # ---------------------------------------------------------------------- check

@@ -25,6 +25,7 @@ from transformers import AutoModel, AutoProcessor, Trainer, TrainerCallback, Tra
 
 import vlbridge
 from vlbridge import demo
+from vlbridge.compat import cache_argument, cache_of
 from vlbridge.training.training_features import FeatureCache
 from vlbridge.training.training_packing import PackedCollator, append_pairs, common_prefix
 
@@ -245,7 +246,7 @@ def answer_all(model, processor, examples: list[Example], features: torch.Tensor
         shared = min(common_prefix(prompts), min(map(len, prompts)) - 1)
         prefix = torch.tensor([prompts[0][:shared]], device=model.device)
         patch_features = features[index : index + 1].float().to(model.device)
-        cache = model(input_ids=prefix, patch_features=patch_features, use_cache=True, logits_to_keep=1).past_key_values
+        cache = cache_of(model(input_ids=prefix, patch_features=patch_features, use_cache=True, logits_to_keep=1))
         cache.batch_repeat_interleave(len(prompts))
         rest = tokenizer.pad({"input_ids": [prompt[shared:] for prompt in prompts]}, return_tensors="pt").to(
             model.device
@@ -255,7 +256,7 @@ def answer_all(model, processor, examples: list[Example], features: torch.Tensor
         generated = model.generate(
             ids,
             attention_mask=torch.cat([torch.ones_like(prefix), rest["attention_mask"]], dim=1),
-            past_key_values=cache,
+            **cache_argument(cache),
             do_sample=False,
             max_new_tokens=max_new_tokens,
         )[:, ids.shape[1] :]

@@ -34,9 +34,9 @@ import zlib
 from typing import ClassVar
 
 import torch
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers import PreTrainedTokenizerBase
 
+from ..compat import render_jinja_template
 from ..modeling import BridgedModel
 from ..processing.processing_bridged import BridgedProcessor
 from ..processing.processing_llava import CONVERSATIONS
@@ -503,7 +503,7 @@ class MLPLlavaEncoder(Encoder):
 
     def with_images(self, sample: dict, kept: int) -> dict[str, torch.Tensor]:
         if "image_sizes" in sample and kept:
-            tiles = self.processor._get_num_multimodal_tokens(sample["image_sizes"].tolist()).num_image_patches
+            tiles = self.processor.num_multimodal_tokens(sample["image_sizes"].tolist()).num_image_patches
             sample["pixel_values"] = sample["pixel_values"][: sum(tiles[:kept])]
             sample["image_sizes"] = sample["image_sizes"][:kept]
             return sample

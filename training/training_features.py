@@ -42,6 +42,7 @@ from tqdm import tqdm
 from transformers import BatchFeature, TrainerCallback
 from transformers.utils import logging
 
+from ..compat import process_images
 from ..hub import cache_dir
 from ..images import ImageError
 from ..modeling.modeling_checkpoint import tensor_digest
@@ -148,14 +149,14 @@ class PreparedImage:
 
 def prepare_image(processor, image: Image.Image, key: str | None = None) -> PreparedImage:
     """What the processor makes of one picture."""
-    inputs, _ = processor._process_images([image], return_tensors="pt")
+    inputs, _ = process_images(processor, [image], return_tensors="pt")
     pixel_values = torch.as_tensor(inputs["pixel_values"])
     shape = tuple(pixel_values.shape[1:])
     return PreparedImage(shape, (image.height, image.width), len(pixel_values), key, pixel_values=pixel_values)
 
 
-def _stand_ins(processor, prepared: list[PreparedImage], images, **kwargs):
-    """In place of a processor's `_process_images`: shapes and placeholders of images that were processed before."""
+def _stand_ins(processor, prepared: list[PreparedImage], default, images, **kwargs):
+    """In place of a processor's `process_images`: shapes and placeholders of images that were processed before."""
     if len(shapes := {image.pixel_shape for image in prepared}) > 1:
         raise ValueError(
             f"images of one record have {sorted(shapes)} pixels behind the image processor; expected one size"
@@ -214,7 +215,7 @@ class PreparedEncoder:
         if not prepared:
             return {**self.encoder.encode(record), "images": []}
         processor, encoder = copy.copy(self.encoder.processor), copy.copy(self.encoder)
-        processor._process_images = partial(_stand_ins, processor, prepared)
+        processor.process_images = partial(_stand_ins, processor, prepared)
         encoder.processor = processor
         encoder.images_of = lambda record: [np.zeros((1, 1, 3), dtype=np.uint8)] * len(prepared)
         sample = encoder.encode(record)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch.utils.data import get_worker_info
 
+from ..compat import attention_of
 from .training_encoding import IGNORED, Encoder, SampleError, checked_kind
 from .training_features import FeatureStore, PreparedEncoder
 
@@ -262,7 +263,7 @@ def check_packable(model, max_tokens: int | None = None) -> None:
             f"{name} does not go by position_ids: it would count positions from the row's beginning, not from the sample's. Leave "
             "packing out."
         )
-    if (attention := text_config._attn_implementation) != "sdpa":
+    if (attention := attention_of(text_config)) != "sdpa":
         raise ValueError(
             f"The language model's attn_implementation is {attention!r}: packed rows need a mask of their own, which only 'sdpa' "
             "takes. Call model.language_model.set_attn_implementation('sdpa'), or leave packing out."

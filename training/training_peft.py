@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Literal
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from ..modeling.modeling_bridged import BridgedModel, TokenRows, num_embeddings
 from ..modeling.modeling_flamingo import TanhGate
@@ -32,9 +32,15 @@ ROUTERS = ("gate", "router")  # of mixtures of experts
 KEYS_AND_VALUES = re.compile(r"(k|v|kv|qkv)(_proj)?|key|value|key_value|query_key_value|Wqkv|c_attn")  # fused or not
 
 
+def _adapted(module: nn.Module) -> nn.Module | None:
+    """The layer that PEFT has put this one around."""
+    children = dict(module.named_children())
+    return children.get("base_layer", children.get("original_module"))
+
+
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Names and modules as they are without adapters, whether there are some already or not."""
-    while (inner := module._modules.get("base_layer", module._modules.get("original_module"))) is not None:
+    while (inner := _adapted(module)) is not None:
         module = inner
     yield prefix, module
     for name, child in module.named_children():

@@ -28,6 +28,7 @@ from datasets import (
 )
 from datasets.exceptions import DatasetGenerationError
 
+from ..compat import resolve_features
 from .training_records import FEATURES, IMAGE_TOKEN, KINDS
 from .training_rows import as_object, parse_json, read_json, read_rows
 
@@ -767,9 +768,7 @@ def load_hub(path, split=None, streaming=False, name=None, caption=None, source=
         loaded = load_dataset(
             place if os.path.isdir(place) else path, name, split=split or "train", streaming=streaming
         )
-    if loaded.features is None:
-        loaded = loaded._resolve_features()
-    loaded = _without_decoding(loaded)
+    loaded = _without_decoding(resolve_features(loaded))
     columns = loaded.features
     kind = next((kind for kind in KINDS if kind in columns and caption is None), None)
     caption = caption if kind else _caption_column(columns, caption, str(path))

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object, save_fsdp_optimizer
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
@@ -40,11 +40,22 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspeed_config
-from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import logging
 
+from ..compat import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    SCHEDULER_NAME,
+    DataLoaderShard,
+    TrainerHooks,
+    get_last_checkpoint,
+    layers_not_to_split,
+    save_fsdp_optimizer,
+    set_hf_deepspeed_config,
+    sort_checkpoints,
+    unset_hf_deepspeed_config,
+    work_alone,
+)
 from ..hub import push_folder
 from ..images import ImageError
 from ..modeling.modeling_bridged import TokenRows
@@ -172,7 +183,7 @@ class SampleStream(_Encoded, IterableDataset):
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
         if info is not None:
             # `datasets` would share files out among workers by itself, and leave some without any
-            torch.utils.data._utils.worker._worker_info = None
+            work_alone()
         part, parts = self.rank * num_workers + worker, self.world_size * num_workers
         records = self.records
         if parts > 1 and getattr(records, "num_shards", 1) >= parts:
@@ -339,7 +350,7 @@ def decays(model: nn.Module, exempt: tuple[str, ...] = ()) -> set[str]:
     }
 
 
-class BridgeTrainer(Trainer):
+class BridgeTrainer(TrainerHooks, Trainer):
     """`Trainer` for what is trained of a bridged model.
 
     Args:
@@ -387,13 +398,13 @@ class BridgeTrainer(Trainer):
             )
         if not plugin.transformer_cls_names_to_wrap:
             present = {type(module).__name__ for module in self.model.modules()}
-            plugin.transformer_cls_names_to_wrap = sorted(present & set(self.model._no_split_modules or ()))
+            plugin.transformer_cls_names_to_wrap = sorted(present & set(layers_not_to_split(self.model)))
 
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+    def prepare_for_training(self, default, resume_from_checkpoint):
         if resume_from_checkpoint is not None:
             self._check_launch(resume_from_checkpoint)
             self._started -= _note_of(resume_from_checkpoint).get("seconds", 0)
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = default()
         for module in self.model.modules() if self.is_fsdp_enabled else ():
             if isinstance(module, GatedCrossAttentionLayer):  # keys and values are made before the layer's turn comes
                 register_fsdp_forward_method(module, "project")
@@ -419,8 +430,6 @@ class BridgeTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         if not isinstance(self.train_dataset, SampleStream):
             return super().get_train_dataloader()
-        from accelerate.data_loader import DataLoaderShard
-
         # not through accelerate.prepare: the stream shares itself out, and rows can't be cut apart (images of all rows
         # stand one after the other)
         args = self.args
@@ -430,14 +439,16 @@ class BridgeTrainer(Trainer):
         return DataLoaderShard(
             self.train_dataset,
             device=args.device,
-            batch_size=self._train_batch_size,
+            batch_size=self.rows_per_batch,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             **workers,
         )
 
-    def _run_epoch(self, *, epoch, epochs_trained, steps_trained_in_current_epoch, resume_from_checkpoint, **kwargs):
+    def run_epoch(
+        self, default, *, epoch, epochs_trained, steps_trained_in_current_epoch, resume_from_checkpoint, **kwargs
+    ):
         first = resume_from_checkpoint is not None and epoch == epochs_trained
         if isinstance(self.train_dataset, SampleStream):
             self.train_dataset.skip_batches = steps_trained_in_current_epoch if first else 0
@@ -446,13 +457,7 @@ class BridgeTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:  # transformers would take one more step
             self.control.should_training_stop = True
             return None
-        return super()._run_epoch(
-            epoch=epoch,
-            epochs_trained=epochs_trained,
-            steps_trained_in_current_epoch=steps_trained_in_current_epoch,
-            resume_from_checkpoint=resume_from_checkpoint,
-            **kwargs,
-        )
+        return default()
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -488,7 +493,7 @@ class BridgeTrainer(Trainer):
         rows = int(self._of_all(len(batch["sources"])).min())
         return {name: value[:rows] for name, value in batch.items()}
 
-    def _prepare_inputs(self, inputs):
+    def prepare_inputs(self, default, inputs):
         inputs = {name: value for name, value in inputs.items() if name not in EXTRA_KEYS}
         if "uncached" in inputs:
             if self.is_spread:
@@ -497,7 +502,7 @@ class BridgeTrainer(Trainer):
                     "processes, all have to be there before training. Raise cache_features.max_bytes, or leave cache_features out."
                 )
             inputs = self.feature_cache.complete(inputs)
-        return super()._prepare_inputs(inputs)
+        return default(inputs)
 
     # ------------------------------------------------------------------ loss
 
@@ -509,7 +514,7 @@ class BridgeTrainer(Trainer):
         names = sorted(self.loss_weights)
         counts = torch.zeros(len(names), device=device)
         for batch in batches:
-            shift = 1 if self._loss_shifts_labels else 0
+            shift = 1 if self.shifts_labels else 0
             rows = (batch["labels"][:, shift:] != IGNORED).sum(dim=1).to(device)
             index = torch.tensor([names.index(source) for source in batch["sources"]], device=device)
             counts.index_add_(0, index, rows.to(counts))
@@ -526,7 +531,7 @@ class BridgeTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(**inputs)
         logits, labels = outputs.logits, inputs["labels"]
-        if self._loss_shifts_labels:
+        if self.shifts_labels:
             logits, labels = logits[:, :-1], labels[:, 1:]
         losses = nn.functional.cross_entropy(
             logits.float().transpose(1, 2), labels, reduction="none"
@@ -545,12 +550,10 @@ class BridgeTrainer(Trainer):
             self._stop("the loss", self._step_batches[-1:] if bad else [])
         return loss
 
-    def _get_grad_norm(self, model, grad_norm=None):
-        grad_norm = super()._get_grad_norm(model, grad_norm)
+    def check_grad_norm(self, grad_norm) -> None:
         scaled = getattr(self.accelerator, "scaler", None) is not None  # fp16: the scaler skips such steps
         if grad_norm is not None and not scaled and not math.isfinite(float(grad_norm)):
             self._stop("a gradient", self._step_batches)
-        return grad_norm
 
     def _stop(self, what: str, batches: list[tuple]) -> None:
         """Find the first bad module, write it down and stop: all processes at once, with the report of the first that found it.
@@ -594,7 +597,7 @@ class BridgeTrainer(Trainer):
                 with self.compute_loss_context_manager(), self.accelerator.autocast():
                     return self.compute_loss(model, dict(inputs), num_items_in_batch=num_items)
 
-            found = first_bad_module(model, self._prepare_inputs(inputs), loss_of if alone else None)
+            found = first_bad_module(model, self.ready_inputs(inputs), loss_of if alone else None)
             if not found["details"].startswith(("nothing", "not found")):
                 return {**found, "found": True, "ids": list(inputs.get("ids", ()))}
         ids = [name for inputs, *_ in batches for name in inputs.get("ids", ())]
@@ -664,7 +667,7 @@ class BridgeTrainer(Trainer):
             for name, source in getattr(self._bare_model, "all_tied_weights_keys", {}).items():
                 if source in state:
                     state.pop(name, None)  # by now a copy of the tensor that it was
-        self._save(output_dir, state)
+        self.write_model(output_dir, state)
 
     def _gathered(self) -> dict[str, torch.Tensor]:
         """Whole tensors of a model that is spread over processes, those of its bridge alone where these are saved.
@@ -699,7 +702,7 @@ class BridgeTrainer(Trainer):
                         state[name] = parameter.detach().cpu().clone()
         return state
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def write_model(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
         output_dir = self.args.output_dir if output_dir is None else output_dir
@@ -748,21 +751,17 @@ class BridgeTrainer(Trainer):
             shutil.rmtree(output / SAVING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
-    def _get_output_dir(self, trial):
-        return (
-            str(Path(super()._get_output_dir(trial)) / self._staging)
-            if self._staging
-            else super()._get_output_dir(trial)
-        )
+    def checkpoint_folder(self, default: str) -> str:
+        return str(Path(default) / self._staging) if self._staging else default
 
     _staging = ""
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def save_checkpoint(self, default, output_dir: str) -> None:
         """Write a checkpoint beside the last one, and rename it when it is complete: what has its name is whole.
 
         When the disk is full the last checkpoint stays, what was written goes, and training goes on.
         """
-        folder, step = Path(self._get_output_dir(trial)), self.state.global_step
+        folder, step = Path(output_dir), self.state.global_step
         staging, final = folder / SAVING, folder / f"checkpoint-{step}"
         if self.is_world_process_zero():
             for leftover in (*folder.glob(f"{SAVING}*"), *folder.glob(f"{DELETING}*")):
@@ -772,7 +771,7 @@ class BridgeTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         problem, self._staging = None, SAVING
         try:
-            super()._save_checkpoint(model, trial)
+            default()
             if self.args.should_save:
                 self._complete(staging / final.name, folder, final)
         except Exception as error:
@@ -811,8 +810,8 @@ class BridgeTrainer(Trainer):
         self.state.save_to_json(str(staged / "trainer_state.json"))
         (staged / "README.md").unlink()
         # what the next log averages over; floats of JSON are exact
-        loss = {"loss": self._tr_loss.item(), "last_logged": self._globalstep_last_logged, "seconds": self.seconds}
-        (staged / STATE_FILE).write_text(json.dumps(loss) + "\n")
+        noted = {**self.running_loss, "seconds": self.seconds}
+        (staged / STATE_FILE).write_text(json.dumps(noted) + "\n")
         for path in staged.rglob("*"):
             if path.is_file():
                 _sync(path)
@@ -828,13 +827,12 @@ class BridgeTrainer(Trainer):
             _delete(Path(path))
 
     def _load_loss(self, checkpoint: str) -> None:
-        if state := _note_of(checkpoint):
-            self._tr_loss += state["loss"]
-            self._globalstep_last_logged = state["last_logged"]
+        if noted := _note_of(checkpoint):
+            self.go_on_with_loss(noted)
 
-    def _save_optimizer_and_scheduler(self, output_dir):
+    def save_optimizer(self, default, output_dir):
         if not self.is_fsdp_enabled or hasattr(self._bare_model, "peft_config"):
-            return super()._save_optimizer_and_scheduler(output_dir)
+            return default(output_dir)
         # transformers would write the frozen parts too; what is trained is in the model's file
         save_fsdp_optimizer(
             self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
@@ -862,16 +860,16 @@ class BridgeTrainer(Trainer):
                 "with the accelerate configuration that the run began with."
             )
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
+    def load_optimizer(self, default, checkpoint):
         try:
-            super()._load_optimizer_and_scheduler(checkpoint)
+            default(checkpoint)
         except ValueError as error:
             raise TrainingError(
                 f"The optimizer's state in {checkpoint} is of other parameters ({error}): go on with the recipe that the run "
                 "began with."
             ) from error
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+    def load_trained(self, default, resume_from_checkpoint):
         """Load the trained weights; the frozen ones are in memory already.
 
         Raises:
@@ -883,7 +881,7 @@ class BridgeTrainer(Trainer):
             if not weights.exists() and not (Path(resume_from_checkpoint) / SAFE_WEIGHTS_INDEX_NAME).exists():
                 if not hasattr(bare, "peft_config"):
                     raise TrainingError(f"{resume_from_checkpoint} has no {SAFE_WEIGHTS_NAME}: it is no checkpoint.")
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return default()
         loaded = load_file(weights)
         if self.is_fsdp_enabled:
             options = StateDictOptions(full_state_dict=True, strict=False)

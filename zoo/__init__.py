@@ -5,6 +5,7 @@
 """
 
 from .assets import default_model, example_picture
+from .compat import warn_of_untested
 from .compose import compose
 from .configuration import (
     MLPLlavaClassificationConfig,
@@ -37,6 +38,7 @@ from .transplant import transplant
 from .version import __version__
 
 
+warn_of_untested()
 register()
 
 __all__ = [

@@ -123,14 +123,15 @@ def _convert_language(checkpoint: Path, folder: Path) -> None:
     """Unpack the GGUF to bfloat16 and write model and tokenizer as an ordinary folder."""
     import torch
     from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    from .compat import unpack_gguf
 
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint.parent,
         gguf_file=checkpoint.name,
         dtype=torch.bfloat16,
-        # Without it the weights stay packed where GGUF kernels are installed, and packed weights cannot be saved.
-        quantization_config=GgufConfig(dequantize=True),
+        **unpack_gguf(),  # packed weights can't be saved
     )
     config = model.config
     config.rms_norm_eps = 1e-5  # the GGUF has it in fp32: 9.999999747378752e-06

@@ -22,8 +22,9 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoConfig
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import logging
+
+from .compat import PROCESSOR_MAPPING
 
 
 logger = logging.get_logger(__name__)

@@ -29,9 +29,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .cards import SUMMARY, card_of_folder
+from .compat import bytes_to_unicode
 from .compose import Part, compose
 from .families import FAMILIES, Family
 from .modeling.modeling_bridged import Bridge, BridgedModel

@@ -15,6 +15,7 @@ from tiny import (
     QFORMER,
     VISION,
     bert_like_tokenizer,
+    checkpoint_activations,
     clip_image_processor,
     spread_weights,
     tiny_image,
@@ -196,7 +197,7 @@ def test_gradient_checkpointing(family):
         torch.manual_seed(0)
         model(pictures(), labels=labels).loss.backward()
         gradients.append([parameter.grad.clone() for parameter in model.bridge.parameters()])
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model)
     torch.testing.assert_close(*gradients)
 
 

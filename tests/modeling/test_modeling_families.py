@@ -6,11 +6,21 @@ import copy
 
 import pytest
 import torch
-from tiny import COMBINATIONS, LANGUAGE, NUM_PATCHES, VISION, spread_weights, tiny_image, tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM
-from transformers.modeling_layers import GradientCheckpointingLayer
+from tiny import (
+    COMBINATIONS,
+    LANGUAGE,
+    NUM_PATCHES,
+    VISION,
+    checkpoint_activations,
+    spread_weights,
+    tiny_image,
+    tiny_model,
+    tiny_tokenizer,
+)
+from transformers import AutoModelForCausalLM, GradientCheckpointingLayer
 
 import vlbridge
+from vlbridge.compat import cache_argument, cache_of
 
 
 ATOL = 1e-4  # fp32, two layers; padding changes the order of summation
@@ -202,11 +212,11 @@ def test_static_cache_compiles_in_one_graph(bridge, language):
         out = model(**inputs, use_cache=True)
         compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
         tokens = [out.logits[:, -1].argmax(dim=-1)]
-        mask, cache, states = inputs["attention_mask"], out.past_key_values, out.visual_states
+        mask, cache, states = inputs["attention_mask"], cache_of(out), out.visual_states
         for _ in range(3):
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             out = compiled(
-                input_ids=tokens[-1][:, None], attention_mask=mask, past_key_values=cache, visual_states=states,
+                input_ids=tokens[-1][:, None], attention_mask=mask, **cache_argument(cache), visual_states=states,
                 use_cache=True,
             )  # fmt: skip
             states = out.visual_states
@@ -304,7 +314,7 @@ def test_gradient_checkpointing_gives_equal_gradients(bridge, language):
     first.register_forward_hook(lambda *_: runs.append(1))
     for checkpointing in (False, True):
         if checkpointing:
-            model.activation_checkpointing_enable()
+            checkpoint_activations(model)
         model.train()
         model.zero_grad()
         runs.clear()

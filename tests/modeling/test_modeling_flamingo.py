@@ -10,6 +10,7 @@ from tiny import LANGUAGE, VISION, spread_weights, tiny_image, tiny_model, tiny_
 from transformers import AutoModelForCausalLM, MptForCausalLM
 
 import vlbridge
+from vlbridge.compat import cache_argument, cache_of
 from vlbridge.modeling.modeling_flamingo import PerceiverResampler
 
 
@@ -176,7 +177,7 @@ def test_a_shared_prefix_continued_is_the_full_prompt(composed, suffixes):
         for suffix in suffixes:
             full = inputs_of(processor, [prefix + suffix], [0, 1, *pictures[suffix]])
             new = inputs_of(processor, ["<image>" * len(pictures[suffix]) + "x"], pictures[suffix])
-            state = {"past_key_values": copy.deepcopy(shown.past_key_values), "visual_states": shown.visual_states}
+            state = {**cache_argument(copy.deepcopy(cache_of(shown))), "visual_states": shown.visual_states}
             if "pixel_values" in new:
                 state["pixel_values"] = new["pixel_values"]
             expected = model(**full).logits[:, -len(suffix.replace("<image>", "i")) :]
@@ -196,12 +197,12 @@ def test_a_prefix_of_one_row_serves_a_batch(composed):
     new = inputs_of(processor, ["<image>", "<image>"], [2, 3])
     with torch.no_grad():
         shown = model(**inputs_of(processor, [prefix], [0, 1]), use_cache=True)
-        shown.past_key_values.batch_repeat_interleave(3)
+        cache_of(shown).batch_repeat_interleave(3)
         expected = model(**full).logits
         found = model(
             input_ids=full["input_ids"][:, 5:],
             attention_mask=full["attention_mask"],
-            past_key_values=shown.past_key_values,
+            **cache_argument(cache_of(shown)),
             visual_states=shown.visual_states,
             pixel_values=new["pixel_values"],
         ).logits

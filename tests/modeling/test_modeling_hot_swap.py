@@ -14,6 +14,7 @@ from tiny import (
     LANGUAGE,
     QFORMER,
     VISION,
+    checkpoint_activations,
     clip_image_processor,
     spread_weights,
     tiny_image,
@@ -228,7 +229,7 @@ def test_a_backward_pass_recomputes_with_the_bridge_it_began_with(library, famil
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_activations(model, use_reentrant=reentrant)
         model.train()
         model.zero_grad()
         loss = model(**inputs, labels=labels).loss

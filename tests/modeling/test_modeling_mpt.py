@@ -11,10 +11,12 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from tiny import checkpoint_activations
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, MptConfig, StaticCache
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 from vlbridge import PerceiverFlamingoForConditionalGeneration
+from vlbridge.compat import cache_argument, cache_of
 from vlbridge.configuration.configuration_mpt import MosaicGPTConfig
 from vlbridge.modeling.modeling_mpt import (
     MosaicGPTForCausalLM,
@@ -151,10 +153,10 @@ def test_a_cache_filled_in_steps_is_that_of_transformers(pair):
         cache, logits = DynamicCache(config=model.config), []
         for start, stop in ((0, 5), (5, 6), (6, 7), (7, 11)):
             out = model(
-                ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True
+                ids[:, start:stop], attention_mask=mask[:, :stop], **cache_argument(cache), use_cache=True
             )  # fmt: skip
             logits.append(out.logits)
-        assert out.past_key_values is cache and cache.get_seq_length() == 11
+        assert cache_of(out) is cache and cache.get_seq_length() == 11
         whole = theirs(ids, attention_mask=mask).logits
         torch.testing.assert_close(torch.cat(logits, dim=1)[mask.bool()], whole[mask.bool()], atol=ATOL, rtol=0)
 
@@ -395,7 +397,7 @@ def test_as_conditionable_refuses_what_it_would_lose():
 def test_keyword_arguments_reach_every_layer(make, checkpointing):
     model = make()
     if checkpointing:
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model)
         model.train()
     marker, seen = object(), []
     for layer in model.transformer.blocks:
@@ -525,9 +527,9 @@ def test_decoding_with_a_static_cache_compiles_into_one_graph(make):
     compiled = torch.compile(model.forward, fullgraph=True, backend=backend)
     cache = StaticCache(config=model.config, max_cache_len=24)
     mask = torch.nn.functional.pad(mask, (0, 13), value=1)  # all slots: its shape does not change
-    tokens = [model(ids, attention_mask=mask, past_key_values=cache).logits[:, -1:].argmax(dim=-1)]
+    tokens = [model(ids, attention_mask=mask, **cache_argument(cache)).logits[:, -1:].argmax(dim=-1)]
     for _ in range(8):
-        logits = compiled(tokens[-1], attention_mask=mask, past_key_values=cache, use_cache=True).logits
+        logits = compiled(tokens[-1], attention_mask=mask, **cache_argument(cache), use_cache=True).logits
         tokens.append(logits[:, -1:].argmax(dim=-1))
     assert torch.equal(torch.cat(tokens, dim=1), expected)
     assert len(graphs) == 1
@@ -555,7 +557,7 @@ def test_gradient_checkpointing_gives_equal_gradients(make, use_reentrant):
     model.transformer.blocks[0].attn.Wqkv.register_forward_hook(lambda *_: runs.append(1))
     for checkpointing in (False, True):
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            checkpoint_activations(model, use_reentrant=use_reentrant)
         model.zero_grad()
         runs.clear()
         model(**ragged(), labels=ragged()["input_ids"]).loss.backward()

@@ -17,6 +17,7 @@ from tiny import (
     SMALL,
     VISION,
     bert_like_tokenizer,
+    checkpoint_activations,
     clip_image_processor,
     tiny_image,
     tiny_model,
@@ -38,9 +39,9 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vlbridge
+from vlbridge.compat import ALL_ATTENTION_FUNCTIONS
 from vlbridge.modeling.modeling_qformer import QFormer, joint_attention_mask
 from vlbridge.modeling.modeling_qformer_pretraining import draw_negatives
 
@@ -507,7 +508,7 @@ def test_gradient_checkpointing_gives_equal_gradients(reentrant):
             if hasattr(module, "dropout_prob"):
                 module.dropout_prob = 0.0
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_activations(model, use_reentrant=reentrant)
         model(**pairs(), **NEGATIVES).loss.backward()
         gradients.append({name: p.grad for name, p in model.bridge.named_parameters()})
     for name, gradient in gradients[0].items():

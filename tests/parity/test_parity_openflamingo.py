@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
+from vlbridge.compat import cache_argument, cache_of
 from vlbridge.convert import convert_openflamingo
 from vlbridge.modeling.modeling_flamingo import PerceiverFlamingoForConditionalGeneration
 
@@ -152,7 +153,7 @@ def test_ranking_continuations(case, converted):
         logits = model(
             input_ids=continuation,
             attention_mask=mask,
-            past_key_values=context.past_key_values,
+            **cache_argument(cache_of(context)),
             visual_states=context.visual_states,
         ).logits
     torch.testing.assert_close(logits, case.outputs["rank.continuation_logits"], **case.tolerance)

@@ -158,7 +158,7 @@ def test_tensors_that_are_not_whole_are_refused(tmp_path):
     with pytest.raises(
         TrainingError, match="4 of the bridge's 4 tensors are missing or empty, such as bridge.linear_1"
     ):
-        trainer._save(str(tmp_path / "out"), state)
+        trainer.write_model(str(tmp_path / "out"), state)
     with pytest.raises(TrainingError, match="missing or empty"):
-        trainer._save(str(tmp_path / "out"), {})
+        trainer.write_model(str(tmp_path / "out"), {})
     assert not (tmp_path / "out").exists()
