@@ -20,14 +20,14 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from ..compat import FakeTensorMode
+from ..compat import load_without_weights, places_in_file
 from ..modeling.modeling_checkpoint import checkpoint_files
 from .convert_tables import ConversionError
 
@@ -364,7 +364,9 @@ class TensorFiles:
         records = zip_records(file) if zipped else {}
         try:
             # of the new (zip) format only names, shapes and places are read here; the old one is read whole
-            with FakeTensorMode() if zipped else nullcontext():
+            if zipped:
+                tensors = load_without_weights(file)
+            else:
                 tensors = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
             hint = (
@@ -395,13 +397,16 @@ class TensorFiles:
                 raise ConversionError(
                     f"{file}: {name} is {list(tensor.shape)} of {tensor.dtype}, but its storage has {storage.nbytes()} bytes."
                 )
-            if not zipped:
-                found[name] = tensor.detach()
-                continue
-            record = records.get(getattr(storage, "_checkpoint_offset", None))
-            if record is None or record.size != storage.nbytes():
+            found[name] = tensor.detach()
+        if not zipped:
+            return found
+        places = places_in_file(found.values(), {start: record.size for start, record in records.items()})
+        for (name, tensor), place in zip(found.items(), places):
+            record = records.get(place)
+            if record is None or record.size != tensor.untyped_storage().nbytes():
                 raise ConversionError(f"{file}: the bytes of {name} are not where its directory says.")
-            found[name] = Stored(record, tensor.dtype, tuple(tensor.shape), stride, offset)
+            shape, stride = tuple(tensor.shape), tensor.stride()
+            found[name] = Stored(record, tensor.dtype, shape, stride, tensor.storage_offset())
         return found
 
     def stored(self, name: str) -> Stored | torch.Tensor:

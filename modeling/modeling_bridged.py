@@ -16,7 +16,6 @@ from typing import ClassVar
 import torch
 from torch import nn
 from transformers import (
-    AutoModel,
     Cache,
     GenerationConfig,
     GenerationMixin,
@@ -192,7 +191,7 @@ def fill_vision_geometry(config: BridgedConfig, vision_model: PreTrainedModel | 
     kind = type(vision_config).__name__
     try:
         with torch.device("meta"), torch.no_grad():
-            probe = AutoModel.from_config(copy.deepcopy(vision_config)).eval()
+            probe = build_part("vision_model", copy.deepcopy(vision_config)).eval()
             outputs = probe(
                 pixel_values=torch.zeros(1, channels, size, size),
                 output_hidden_states=config.vision_feature_layer is not None,
@@ -274,7 +273,7 @@ class BridgedModel(
         for part in (vision_model, language_model):
             if part is not None:
                 mark_initialized(part)  # or post_init would draw fresh weights
-        self.vision_model = AutoModel.from_config(config.vision_config) if vision_model is None else vision_model
+        self.vision_model = build_part("vision_model", config.vision_config) if vision_model is None else vision_model
         if language_model is None and config.text_config is not None:
             language_model = build_part("language_model", config.text_config)
         self.language_model = language_model  # `None` in a family that has none

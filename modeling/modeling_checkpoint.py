@@ -26,7 +26,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    Blip2VisionConfig,
     Blip2VisionModel,
     GenerationConfig,
     PreTrainedConfig,
@@ -52,7 +51,8 @@ from .modeling_mpt import MosaicGPTForCausalLM, MptForCausalLM
 
 logger = logging.get_logger(__name__)
 
-AutoModel.register(Blip2VisionConfig, Blip2VisionModel, exist_ok=True)  # transformers has it, but does not list it
+# transformers has BLIP-2's ViT, but no Auto class lists it; of MPT it has another, and MPT-1B not at all
+OF_THEIR_OWN = {"vision_model": (Blip2VisionModel,), "language_model": (MptForCausalLM, MosaicGPTForCausalLM)}
 
 FROZEN_PARTS = ("vision_model", "language_model")
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
@@ -184,13 +184,13 @@ def commit_of(source: str, **hub_kwargs) -> str | None:
 
 
 def auto_class_for(part: str, config: PreTrainedConfig):
-    """The Auto class that loads a frozen part, or our own class where there is one for it."""
+    """The Auto class that loads a frozen part, or the class itself where Auto classes don't give the right one."""
+    # by name: code that travels with a model may be loaded in several copies, each with classes of its own
+    known = {cls.config_class.model_type: cls for cls in OF_THEIR_OWN[part]}
+    if config.model_type in known:
+        return known[config.model_type]
     if part == "vision_model":
         return AutoModel
-    # by name: code that travels with a model may be loaded in several copies, each with classes of its own
-    own = {cls.config_class.model_type: cls for cls in (MptForCausalLM, MosaicGPTForCausalLM)}
-    if config.model_type in own:
-        return own[config.model_type]
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 

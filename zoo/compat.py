@@ -16,6 +16,7 @@ import functools
 import importlib
 import inspect
 import logging
+import mmap
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -146,7 +147,6 @@ IMPORTED = (
          ("model", "max_memory", "no_split_module_classes", "low_zero")),
     Name("accelerate.utils.save_fsdp_optimizer", "FSDP2: the optimizer's state without the frozen parts",
          ("fsdp_plugin", "accelerator", "optimizer", "model", "output_dir")),
-    Name("torch._subclasses.fake_tensor.FakeTensorMode", "reading a checkpoint's layout without its weights"),
 )  # fmt: skip
 
 # Names that only this module uses: overridden below, or read and set by functions below
@@ -204,6 +204,7 @@ USED = (
     Name("transformers.Trainer._loss_shifts_labels", "losses weighted by data set", set_by="__init__"),
     Name("transformers.Trainer._train_batch_size", "streams", set_by="__init__"),
     Name("datasets.IterableDataset._resolve_features", "columns of a stream that does not declare them"),
+    Name("torch._subclasses.fake_tensor.FakeTensorMode", "reading a checkpoint's layout without its weights"),
     Name("torch.nn.Module._apply", "bridges in waiting move with the model", ("self", "fn", "recurse")),
     Name("torch.utils.data._utils.worker._worker_info", "streams share themselves out among a loader's workers"),
 )  # fmt: skip
@@ -490,6 +491,52 @@ def unpack_gguf() -> dict[str, Any]:
     """Arguments of `from_pretrained` that have a GGUF's weights unpacked, also where kernels for packed ones are installed."""
     config = find("transformers.GgufConfig")
     return {} if config is _MISSING else {"quantization_config": config(dequantize=True)}
+
+
+# From torch 2.7 on, a storage that is loaded without its bytes knows where they begin in the file
+_PLACES_ARE_KNOWN = version_of("torch") >= Version("2.7")
+
+
+def load_without_weights(file) -> Any:
+    """What a file of `torch.save` (of the zip format) holds, its tensors without their bytes.
+
+    Args:
+        file: Its path.
+
+    Raises:
+        Exception: As `torch.load(weights_only=True)`.
+    """
+    if _PLACES_ARE_KNOWN:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        with FakeTensorMode():
+            return torch.load(file, map_location="cpu", weights_only=True)
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+
+
+def places_in_file(tensors: Iterable[torch.Tensor], sizes: dict[int, int]) -> list[int | None]:
+    """First byte, in their file, of tensors that `load_without_weights` gave; `None` where it can't be told.
+
+    Args:
+        tensors: All of one file.
+        sizes: The file's records: bytes by first byte.
+    """
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    if _PLACES_ARE_KNOWN:
+        return [getattr(storage, "_checkpoint_offset", None) for storage in storages]
+    # The file is mapped into memory from a page's beginning on: the one page from which every storage is where a record is.
+    begins, bases = {}, None
+    for start, size in sizes.items():
+        begins.setdefault(size, []).append(start)
+    for storage in storages:
+        if storage.nbytes():
+            found = {storage.data_ptr() - start for start in begins.get(storage.nbytes(), ())}
+            bases = {base for base in found if base % mmap.PAGESIZE == 0} if bases is None else bases & found
+    base = next(iter(bases)) if bases is not None and len(bases) == 1 else None
+    empty = begins.get(0, [None])[0]
+    return [
+        (None if base is None else storage.data_ptr() - base) if storage.nbytes() else empty for storage in storages
+    ]
 
 
 def renamed(key: str, renamings: Iterable) -> str:
