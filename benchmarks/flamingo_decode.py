@@ -45,8 +45,14 @@ import torch
 import transformers
 import typer
 from gpu_smoke import TOLERANCES, spread_weights, versions
-from transformers import CLIPVisionConfig, CompileConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
-from transformers.generation import LogitsProcessor
+from transformers import (
+    CLIPVisionConfig,
+    CompileConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlbridge.configuration.configuration_flamingo import PerceiverFlamingoConfig

@@ -24,9 +24,9 @@ import typer
 from gpu_smoke import versions
 from safetensors import safe_open
 from transformers import AutoProcessor
-from transformers.trainer_utils import get_last_checkpoint
 
 from vlbridge import demo
+from vlbridge.compat import get_last_checkpoint
 from vlbridge.training.training_data import load
 from vlbridge.training.training_easy_vqa import Example, accuracies, blind_baseline, kind_of, load_split
 from vlbridge.training.training_encoding import text_of
