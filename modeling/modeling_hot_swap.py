@@ -14,7 +14,15 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..compat import apply_to, arguments_that_stay, attention_of, set_attention
+from ..compat import (
+    apply_to,
+    arguments_that_stay,
+    attention_of,
+    carries_adapters,
+    is_dispatched,
+    lacking_peft,
+    set_attention,
+)
 from .modeling_changes import has_adapters
 from .modeling_checkpoint import (
     FROZEN_PARTS,
@@ -353,12 +361,24 @@ class HotSwapMixin:
         finally:
             self.set_bridge(before, adapters)
 
+    def add_adapter(self, *args, **kwargs) -> None:
+        """As for every transformers model.
+
+        Raises:
+            ValueError: transformers needs a later PEFT.
+        """
+        if lacking := lacking_peft():
+            raise ValueError(lacking)
+        super().add_adapter(*args, **kwargs)
+
     def load_adapter(self, *args, **kwargs):
         """As for every transformers model; but an adapter that is there in part only is an error.
 
         Raises:
-            ValueError: transformers did not find all of its weights.
+            ValueError: transformers needs a later PEFT, or did not find all of the adapter's weights.
         """
+        if lacking := lacking_peft():
+            raise ValueError(lacking)
         info = super().load_adapter(*args, **kwargs)
         if missing := sorted(info.missing_keys):
             raise ValueError(
@@ -369,7 +389,7 @@ class HotSwapMixin:
 
     def _adapter_owner(self) -> PreTrainedModel:
         for model in (self, self.language_model):
-            if getattr(model, "_hf_peft_config_loaded", False):
+            if carries_adapters(model):
                 return model
         raise ValueError(
             "This model has no adapters: load_adapter() or add_adapter() them to the model or its language_model first. The "
@@ -380,7 +400,7 @@ class HotSwapMixin:
         """Bring a bridge to where the active one is."""
         device_map = getattr(self, "hf_device_map", None) or {}
         if len(set(device_map.values())) > 1:
-            if not hasattr(bridge, "_hf_hook"):
+            if not is_dispatched(bridge):
                 from accelerate import dispatch_model
 
                 own = {name: place for name, place in device_map.items() if name.split(".")[0] == "bridge"}

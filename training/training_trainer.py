@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -971,9 +972,10 @@ class SampleTable(TrainerCallback):
         for callback in getattr(self, "trainer_callbacks", ()):
             if (writer := getattr(callback, "tb_writer", None)) is not None:
                 writer.add_text("samples", table, state.global_step)
-            if (wandb := getattr(callback, "_wandb", None)) is not None and wandb.run is not None:
-                data = [list(row.values()) for row in rows]
-                wandb.log({"samples": wandb.Table(columns=list(rows[0]), data=data)}, commit=False)
+        wandb = sys.modules.get("wandb")  # Trainer has imported it where it logs there
+        if wandb is not None and wandb.run is not None:
+            data = [list(row.values()) for row in rows]
+            wandb.log({"samples": wandb.Table(columns=list(rows[0]), data=data)}, commit=False)
 
 
 def _write(path: Path, text: str) -> None:

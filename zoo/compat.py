@@ -181,6 +181,8 @@ USED = (
     Name("transformers.ProcessorMixin.replace_image_token", "placeholders of one image", ("self", "image_idx")),
     Name("transformers.GgufConfig", "GGUF weights that are unpacked", ("dequantize",), since="5.17",
          instead="nothing: before it all are"),
+    Name("transformers.integrations.peft.MIN_PEFT_VERSION", "an error in words where PEFT is too old for load_adapter"),
+    Name("transformers.PreTrainedModel._hf_peft_config_loaded", "whether a model carries adapters"),
     Name("transformers.utils.hub.resolve_revision", "all files of one commit",
          ("path_or_repo_id", "revision", "token", "local_files_only", "cache_dir"), since="5.18",
          instead="huggingface_hub's model_info"),
@@ -554,6 +556,32 @@ def resolve_features(dataset):
 def work_alone() -> None:
     """Have `datasets` believe that this worker of a loader is the only one: the stream shares itself out already."""
     torch.utils.data._utils.worker._worker_info = None
+
+
+# ---------------------------------------------------------------------- adapters
+
+
+def carries_adapters(model) -> bool:
+    """Whether `add_adapter` or `load_adapter` gave a model adapters; those of a `PeftModel` are not meant."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def is_dispatched(module: nn.Module) -> bool:
+    """Whether accelerate brings a module's inputs to its device."""
+    return hasattr(module, "_hf_hook")
+
+
+def lacking_peft() -> str | None:
+    """What transformers' `add_adapter` and `load_adapter` lack, in words; `None` where they work."""
+    wanted, found = find("transformers.integrations.peft.MIN_PEFT_VERSION"), version_of("peft")
+    if found is not None and (wanted is _MISSING or found >= Version(wanted)):
+        return None
+    return (
+        f"add_adapter and load_adapter of transformers {version_of('transformers')} need PEFT {wanted} or later; "
+        + (f"{found} is installed" if found else "it is not installed")
+        + ". Use PEFT's own peft.get_peft_model(model, ...) and peft.PeftModel.from_pretrained(model, ...) instead, a later "
+        "PEFT, or an earlier transformers."
+    )
 
 
 # ---------------------------------------------------------------------- private methods that have to be overridden

@@ -148,8 +148,16 @@ def private_names(tree: ast.AST) -> tuple[set[str], dict[str, int], dict[str, in
             if isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name) and node.value.id == "self":
                 own.add(node.attr)
             used[node.attr] = node.lineno
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):  # vars(self)["_name"]
-            own.add(node.value)
+        elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):  # vars(self)["_name"]
+            own.add(node.slice.value)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
+            "getattr",
+            "hasattr",
+            "setattr",
+            "delattr",
+        ):
+            if isinstance(node.args[1], ast.Constant):
+                used[node.args[1].value] = node.lineno
         if isinstance(node, ast.ClassDef):
             for statement in node.body:
                 targets = getattr(statement, "targets", [getattr(statement, "target", None)])
@@ -345,6 +353,17 @@ def test_a_cache_is_carried_whatever_its_class():
 
 
 # ---------------------------------------------------------------------- stand-ins
+
+
+def test_a_peft_that_is_too_old_is_said_in_words(monkeypatch):
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.99")
+    model, _ = tiny_model("mlp", "llama")
+    for adapt in (lambda: model.load_adapter("folder"), lambda: model.add_adapter(peft.LoraConfig())):
+        with pytest.raises(ValueError, match=r"need PEFT 0\.99 or later; .* is installed\. Use PEFT's own"):
+            adapt()
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.1")
+    assert compat.lacking_peft() is None
+
 
 
 def test_revisions_without_transformers_help(monkeypatch, tmp_path):
