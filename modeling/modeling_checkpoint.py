@@ -36,7 +36,6 @@ from transformers.utils import logging
 from ..compat import (
     arguments_that_stay,
     cached_file,
-    get_balanced_memory,
     is_deepspeed_zero3_enabled,
     layers_not_to_split,
     optional_file,
@@ -298,6 +297,8 @@ def load_frozen_part(
     place, hub_kwargs = find_frozen_part(
         part, pin, allow_mismatch, **{name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
     )
+    if kwargs.get("local_files_only"):  # or transformers before 5.18 asks the Hub whether the part is an adapter
+        kwargs["adapter_kwargs"] = {"local_files_only": True}
     model, info = retried(
         auto_class_for(part, config).from_pretrained,
         place, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **{**kwargs, **hub_kwargs},
@@ -863,6 +864,8 @@ class BridgeCheckpointMixin:
             max_memory: Bytes (or `"20GiB"`) that may be used per device.
         """
         from accelerate import dispatch_model, infer_auto_device_map
+
+        from ..compat import get_balanced_memory
 
         if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
             no_split = layers_not_to_split(self)

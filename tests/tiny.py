@@ -34,6 +34,7 @@ from transformers import (
 )
 
 import vlbridge
+from vlbridge import compat
 from vlbridge.configuration import MosaicGPTConfig
 
 
@@ -220,6 +221,8 @@ def checkpoint_activations(model, **options) -> None:
     switch(options or None)
 
 
+# ends by itself, with the first release of PEFT that the installed transformers asks for
+needs_peft = pytest.mark.skipif(compat.lacking_peft() is not None, reason=compat.lacking_peft() or "")
 # transformers' own decorators, which every language model has, are beyond what torch 2.6 can compile in one graph
 needs_compile = pytest.mark.skipif(
     Version(torch.__version__) < Version("2.7"), reason="torch 2.6 can't compile transformers' models in one graph"

@@ -16,6 +16,7 @@ from tiny import (
     VISION,
     checkpoint_activations,
     clip_image_processor,
+    needs_peft,
     spread_weights,
     tiny_image,
     tiny_model,
@@ -484,6 +485,7 @@ def drawn_adapter(model, prefix, name, seed):
                 parameter.normal_(0, 0.3)
 
 
+@needs_peft
 @pytest.mark.parametrize("on_the_language_model", [False, True])
 @families
 def test_a_bridge_and_an_adapter_of_the_language_model_change_together(library, family, on_the_language_model):

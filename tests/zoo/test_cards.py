@@ -8,9 +8,11 @@ import re
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from packaging.version import Version
 from tiny import COMBINATIONS, tiny_bridge_folder, tiny_image, tiny_model, tiny_stage1
 from transformers import AutoModel, AutoProcessor
 
@@ -307,6 +309,10 @@ def test_cards_of_releases_have_the_published_figures():
     assert "\nlicense: llama2\n" in str(card_of_release(find("liuhaotian/llava-v1.5-7b")))
 
 
+@pytest.mark.skipif(
+    Version(huggingface_hub.__version__) < Version("2.2"),
+    reason="huggingface_hub before 2.2 validates at huggingface.co, whatever HF_ENDPOINT says",
+)
 def test_the_hub_accepts_them(hub, committed):
     """huggingface_hub's own validation, which asks the Hub."""
     for text in committed.values():

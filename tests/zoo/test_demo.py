@@ -332,6 +332,7 @@ def test_language_answers(language_folder, tokenizer):
     assert model.generation_config.eos_token_id == model.generation_config.pad_token_id == 2
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    model.float()  # the first token's two best differ by less than bfloat16 holds: releases of torch choose differently
     tokens = model.generate(**inputs, do_sample=False, max_new_tokens=20)[0, inputs.input_ids.shape[1] :]
     assert "Paris" in tokenizer.decode(tokens)
     assert tokens[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")  # it knows where to stop
