@@ -42,7 +42,7 @@ from ..compat import (
 from ..compat import initialization as init
 from ..configuration.configuration_bridged import BridgedConfig
 from .modeling_checkpoint import BridgeCheckpointMixin, build_part
-from .modeling_generation import BridgeGenerationMixin, VisualTokens, at_least
+from .modeling_generation import BridgeGenerationMixin, VisualTokens, pad_logits
 from .modeling_hot_swap import HotSwapMixin
 
 
@@ -696,7 +696,7 @@ class BridgedModel(
             )
         return BridgedOutput(
             loss=loss,
-            logits=at_least(num_logits, logits),
+            logits=pad_logits(num_logits, logits),
             **cache_argument(cache_of(outputs)),
             hidden_states=field_of(outputs, "hidden_states", wanted=bool(kwargs.get("output_hidden_states"))),
             attentions=field_of(outputs, "attentions", wanted=bool(kwargs.get("output_attentions"))),
@@ -746,7 +746,7 @@ class BridgedModel(
             loss = loss if num_items_in_batch is None else loss / num_items_in_batch
         return BridgedOutput(
             loss=loss,
-            logits=at_least(num_logits, outputs.logits),
+            logits=pad_logits(num_logits, outputs.logits),
             **cache_argument(cache_of(outputs)),
             **{name: field_of(outputs, name) for name in ENCODER_DECODER_FIELDS},
             image_hidden_states=image_features,

@@ -35,13 +35,13 @@ from transformers.utils import logging
 
 from ..compat import (
     arguments_that_stay,
+    build_from_config,
     cached_file,
     is_deepspeed_zero3_enabled,
     layers_not_to_split,
     optional_file,
     resolve_revision,
     set_attention,
-    unloaded,
 )
 from ..hub import WEIGHTS, add_code, auto_map_of, cache_dir, push_folder, push_options, retried
 from .modeling_changes import changed_since, changed_tensors, has_adapters, samples_of
@@ -196,7 +196,9 @@ def auto_class_for(part: str, config: PreTrainedConfig):
 def build_part(part: str, config: PreTrainedConfig) -> PreTrainedModel:
     """A frozen part with random weights."""
     built_by = auto_class_for(part, config)
-    return unloaded(built_by, config) if issubclass(built_by, PreTrainedModel) else built_by.from_config(config)
+    return (
+        build_from_config(built_by, config) if issubclass(built_by, PreTrainedModel) else built_by.from_config(config)
+    )
 
 
 def where_to_load(source: str) -> str:

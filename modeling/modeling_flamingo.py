@@ -17,8 +17,8 @@ from transformers import GradientCheckpointingLayer, PreTrainedConfig, PreTraine
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
+from ..compat import build_from_config
 from ..compat import initialization as init
-from ..compat import unloaded
 from ..configuration.configuration_flamingo import PerceiverFlamingoConfig
 from .modeling_bridged import Bridge, BridgedModel
 from .modeling_generation import GenerationStates
@@ -403,7 +403,7 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
                 raise _Reached
 
         with torch.device("meta"):
-            probe = unloaded(type(language_model), copy.deepcopy(language_model.config)).eval()
+            probe = build_from_config(type(language_model), copy.deepcopy(language_model.config)).eval()
             decoder_layers(probe)[0].register_forward_pre_hook(reached, with_kwargs=True)
             ids = torch.zeros(1, 1, dtype=torch.long)
             # with a mask and positions that are made already there is nothing to compute; not every model takes them

@@ -11,13 +11,13 @@ from typing import ClassVar
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import Cache, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
-from ..compat import CACHE_NAMES, logits_of_width, masks_for_generate
+from ..compat import accepts_cache, cache_argument, logits_of_width, masks_for_generate
 
 
-def at_least(num_logits: int | None, logits: torch.Tensor) -> torch.Tensor:
+def pad_logits(num_logits: int | None, logits: torch.Tensor) -> torch.Tensor:
     """Logits `(..., vocabulary)` with at least so many columns; tokens that can't be said have minus infinity."""
     missing = 0 if num_logits is None else num_logits - logits.shape[-1]
     return nn.functional.pad(logits, (0, missing), value=-torch.inf) if missing > 0 else logits
@@ -67,7 +67,7 @@ class GenerationStates:
 
 
 class BridgeGenerationMixin:
-    """`generate()`, in front of transformers' `GenerationMixin`."""
+    """`generate()`, as a mixin before transformers' `GenerationMixin`."""
 
     image_arguments: ClassVar[tuple[str, ...]]
 
@@ -81,18 +81,25 @@ class BridgeGenerationMixin:
         """Columns that logits need so that processors (repetition penalty) can look up all tokens of a prompt."""
         return self.num_logits
 
+    @accepts_cache
     @torch.no_grad()
     def generate(
-        self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args,
+        cache: Cache | None = None,
+        **kwargs,
     ):
         """Generate text for a batch of prompts with images.
 
         Args:
             inputs: `(batch, tokens)`, the prompts; or as `input_ids`.
             generation_config: As for every `generate`, like everything else.
-            args: Likewise.
-            kwargs: Likewise; the family's `image_arguments`; or `mm_encoder_outputs`, what `get_image_features` gave under
-                the key `"image"`; and `visual_states`, together with the cache of a prefix that was run before.
+            args: As for every `generate`.
+            cache: Of a prefix that was run before; `past_key_values` is another name for it.
+            kwargs: As for every `generate`; the family's `image_arguments`; or `mm_encoder_outputs`, what `get_image_features` gave under
+                the key `"image"`; and the prefix's `visual_states`, together with its cache.
 
         Returns:
             As every `generate`: ids, the prompt's first (an encoder-decoder's answer alone), or an output with more.
@@ -106,11 +113,13 @@ class BridgeGenerationMixin:
             if encoded is not None:
                 raise ValueError("Give pixel_values (or patch_features) or mm_encoder_outputs, not both.")
             encoded = self.get_image_features(**images, return_dict=True)
+        if cache is not None:
+            kwargs.update(cache_argument(cache))
         if self.config.is_encoder_decoder:
             if kwargs.get("encoder_outputs") is None:
                 self._encode_for_generation(inputs, encoded, generation_config, kwargs)
         elif encoded is not None or kwargs.get("visual_states") is not None:
-            kwargs["visual_states"] = self._states_for_generation(inputs, encoded, kwargs)
+            kwargs["visual_states"] = self._states_for_generation(inputs, encoded, cache, kwargs)
         with logits_of_width(self.num_logits_to_generate):
             return super().generate(inputs, generation_config, *args, **kwargs)
 
@@ -139,14 +148,13 @@ class BridgeGenerationMixin:
         return next((value for value in places if value is not None), None)
 
     def _states_for_generation(
-        self, inputs, encoded: BaseModelOutputWithPooling | None, kwargs: dict
+        self, inputs, encoded: BaseModelOutputWithPooling | None, cache: Cache | None, kwargs: dict
     ) -> GenerationStates:
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         if input_ids is None and encoded is not None:
             raise ValueError("Images need input_ids: placeholders can't be found in inputs_embeds.")
         if input_ids is not None:
             # a prefix that was run before has its own images
-            cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
             known = 0 if cache is None else int(cache.get_seq_length())
             mask = kwargs.get("attention_mask")
             if mask is None or mask.shape[-1] == input_ids.shape[1]:  # else the new tokens alone were given
@@ -199,4 +207,4 @@ class BridgeGenerationMixin:
         return masks_for_generate(self.language_model, *args, **kwargs)
 
 
-__all__ = ["BridgeGenerationMixin", "GenerationStates", "VisualTokens", "at_least"]
+__all__ = ["BridgeGenerationMixin", "GenerationStates", "VisualTokens", "pad_logits"]

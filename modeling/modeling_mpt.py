@@ -192,6 +192,7 @@ class DecoderBlock(GradientCheckpointingLayer):
         """The layer norm in front of attention, that in front of the feed-forward layers, and these."""
         raise NotImplementedError
 
+    @accepts_cache
     def forward(
         self,
         hidden_states: torch.Tensor,

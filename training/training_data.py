@@ -174,13 +174,13 @@ class BrokenReport:
         entry = {"id": record_id, "file": problem[0], "reason": problem[1]}
         with open(self.log, "a", encoding="utf-8") as file:  # one short write in append mode: lines don't mix
             file.write(json.dumps(entry) + "\n")
-        self.check(at_least=self.first_records)
+        self.check(pad_logits=self.first_records)
 
-    def check(self, at_least: int = 1) -> None:
+    def check(self, pad_logits: int = 1) -> None:
         """Refuse the data set if too much of it is broken.
 
         Args:
-            at_least: Records that a share is of, however few were seen.
+            pad_logits: Records that a share is of, however few were seen.
 
         Raises:
             BrokenDataError: It is.
@@ -188,7 +188,7 @@ class BrokenReport:
         if self.max_broken >= 1 or self.max_broken == 0:
             too_many = len(self.entries()) > self.max_broken if self.num_broken > self.max_broken else False
         else:
-            too_many = self.num_broken > self.max_broken * max(self.num_records, at_least)
+            too_many = self.num_broken > self.max_broken * max(self.num_records, pad_logits)
         if too_many:
             raise BrokenDataError(
                 f"{self}\nMore than max_broken={self.max_broken} allows; repair or remove them, or raise max_broken."

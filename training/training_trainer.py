@@ -49,13 +49,13 @@ from ..compat import (
     SCHEDULER_NAME,
     DataLoaderShard,
     TrainerHooks,
+    forget_loader_workers,
     get_last_checkpoint,
     layers_not_to_split,
     save_fsdp_optimizer,
     set_hf_deepspeed_config,
     sort_checkpoints,
     unset_hf_deepspeed_config,
-    work_alone,
 )
 from ..hub import push_folder
 from ..images import ImageError
@@ -184,7 +184,7 @@ class SampleStream(_Encoded, IterableDataset):
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
         if info is not None:
             # `datasets` would share files out among workers by itself, and leave some without any
-            work_alone()
+            forget_loader_workers()
         part, parts = self.rank * num_workers + worker, self.world_size * num_workers
         records = self.records
         if parts > 1 and getattr(records, "num_shards", 1) >= parts:
@@ -829,7 +829,7 @@ class BridgeTrainer(TrainerHooks, Trainer):
 
     def _load_loss(self, checkpoint: str) -> None:
         if noted := _note_of(checkpoint):
-            self.go_on_with_loss(noted)
+            self.restore_running_loss(noted)
 
     def save_optimizer(self, default, output_dir):
         if not self.is_fsdp_enabled or hasattr(self._bare_model, "peft_config"):

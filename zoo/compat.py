@@ -347,10 +347,11 @@ def accepts_cache(function: Callable) -> Callable:
     @functools.wraps(function)
     def with_either_name(*args, **kwargs):
         for old in CACHE_NAMES[1:]:
-            if old in kwargs:
+            given = kwargs.pop(old, None)
+            if given is not None:
                 if kwargs.get("cache") is not None:
                     raise ValueError(f"Give cache or {old}, not both: they are one thing under two names.")
-                kwargs["cache"] = kwargs.pop(old)
+                kwargs["cache"] = given
         return function(*args, **kwargs)
 
     signature = inspect.signature(function)
@@ -416,11 +417,6 @@ def set_attention(config, implementation: str | dict | None) -> None:
     config._attn_implementation = implementation
 
 
-def forget_name(config) -> None:
-    """Take the place where a configuration was loaded from out of it."""
-    config._name_or_path = ""
-
-
 def mark_initialized(model: nn.Module) -> None:
     """Keep a model's weights as they are when it becomes part of another, which would draw fresh ones."""
     for module in model.modules():
@@ -437,7 +433,7 @@ def arguments_that_stay(model) -> list[str]:
     return sorted(model._skip_keys_device_placement or ())
 
 
-def unloaded(model_class: type, config) -> nn.Module:
+def build_from_config(model_class: type, config) -> nn.Module:
     """A model of a class, with fresh weights, as `AutoModel.from_config` would build it."""
     return model_class._from_config(config)
 
@@ -553,7 +549,7 @@ def resolve_features(dataset):
     return dataset._resolve_features() if dataset.features is None else dataset
 
 
-def work_alone() -> None:
+def forget_loader_workers() -> None:
     """Have `datasets` believe that this worker of a loader is the only one: the stream shares itself out already."""
     torch.utils.data._utils.worker._worker_info = None
 
@@ -697,7 +693,7 @@ class TrainerHooks:
         """What the next log averages over."""
         return {"loss": self._tr_loss.item(), "last_logged": self._globalstep_last_logged}
 
-    def go_on_with_loss(self, noted: dict[str, float]) -> None:
+    def restore_running_loss(self, noted: dict[str, float]) -> None:
         """Go on with what `running_loss` was."""
         self._tr_loss += noted["loss"]
         self._globalstep_last_logged = noted["last_logged"]

@@ -252,7 +252,6 @@ def prompt_of(processor) -> dict:
     return dict(processor(images=[tiny_image()], text="<image> a b", return_tensors="pt"))
 
 
-@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated")
 @pytest.mark.parametrize(("bridge", "language"), COMBINATIONS)
 def test_both_names_of_the_cache_are_taken(bridge, language):
     model, processor = tiny_model(bridge, language)
@@ -342,13 +341,14 @@ def test_a_step_of_stage_1_runs_on_one_token():
     assert seen == [1, 1, 1, 1]
 
 
-def test_a_cache_is_carried_whatever_its_class():
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_generate_carries_a_cache_by_either_name(name):
     model, processor = tiny_model("mlp", "llama")
     inputs = prompt_of(processor)
     settings = {"max_new_tokens": 3, "do_sample": False}
     expected = model.generate(**inputs, **settings)
     cache = StaticCache(config=model.language_model.config, max_cache_len=64)
-    assert torch.equal(model.generate(**inputs, **settings, **compat.cache_argument(cache)), expected)
+    assert torch.equal(model.generate(**inputs, **settings, **{name: cache}), expected)
     assert int(cache.get_seq_length()) == expected.shape[1] - 1
 
 
@@ -363,7 +363,6 @@ def test_a_peft_that_is_too_old_is_said_in_words(monkeypatch):
             adapt()
     monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.1")
     assert compat.lacking_peft() is None
-
 
 
 def test_revisions_without_transformers_help(monkeypatch, tmp_path):
