@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import ClassVar
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
@@ -203,7 +204,12 @@ class QFormerBlip2PreTrainingProcessor(ProcessorHooks, ProcessorMixin):
         max_length: Longest text, in tokens; longer ones are cut off.
     """
 
-    text_kwargs = {"padding": True, "padding_side": "right", "truncation": True, "return_token_type_ids": False}
+    text_defaults: ClassVar[dict] = {
+        "padding": True,
+        "padding_side": "right",
+        "truncation": True,
+        "return_token_type_ids": False,
+    }
 
     def __init__(self, image_processor=None, tokenizer=None, max_length=32, **kwargs):
         self.max_length = max_length
@@ -259,7 +265,10 @@ class QFormerBlip2PreTrainingProcessor(ProcessorHooks, ProcessorMixin):
         Returns:
             `pixel_values` of the images; `input_ids` and `attention_mask` of the texts, padded on the right.
         """
-        kwargs.setdefault("max_length", self.max_length)
+        given = kwargs.get("text_kwargs") or {}
+        defaults = {"max_length": self.max_length, **self.text_defaults}
+        missing = {name: value for name, value in defaults.items() if name not in kwargs and name not in given}
+        kwargs["text_kwargs"] = {**missing, **given}
         return super().__call__(images=images, text=text, **kwargs)
 
 

@@ -19,6 +19,7 @@ from datasets import Dataset, IterableDataset
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from ..compat import take
 from ..images import ImageError
 from .training_records import STRUCTURE, items_of, kind_of, open_image, structure_problem
 
@@ -285,7 +286,7 @@ def check_data(
     if sample is not None and isinstance(dataset, Dataset) and sample < len(dataset):
         dataset = dataset.select(sorted(random.Random(seed).sample(range(len(dataset)), sample)))
     elif sample is not None:
-        dataset = dataset.take(sample)
+        dataset = take(dataset, sample)
     total = len(dataset) if isinstance(dataset, Dataset) else sample
     check = _Check(DataReport(window=window), None if processor is None else TokenCounter(processor), num_cells, seed)
     with tqdm(total=total, desc="checking", unit="record", disable=not progress) as bar:

@@ -55,6 +55,7 @@ from ..compat import (
     save_fsdp_optimizer,
     set_hf_deepspeed_config,
     sort_checkpoints,
+    take,
     unset_hf_deepspeed_config,
 )
 from ..hub import push_folder
@@ -1140,7 +1141,7 @@ def load_data(data: DataRecipe, max_broken: float = 0.01):
 
     records = load(data.source, data.path, split=data.split, streaming=data.streaming, **data.options)
     if data.limit is not None:
-        records = records.take(data.limit)
+        records = take(records, data.limit)
     if not data.streaming:
         records, report = skip_broken(records, max_broken)
         if report.num_broken:

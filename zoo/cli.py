@@ -789,9 +789,11 @@ def show_data(
     skip: Annotated[int, typer.Option(min=0, help="Begin behind so many.")] = 0,
 ) -> None:
     """Print records as training sees them, one JSON object per line."""
+    from .compat import take
+
     with _reading_data(source):
         records = _load_records(source, path, split, streaming, settings)
-        for record in records.skip(skip).take(number):
+        for record in take(records.skip(skip), number):
             for image in record["images"]:
                 if image["bytes"] is not None:
                     image["bytes"] = f"{len(image['bytes']):,} bytes"

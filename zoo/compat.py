@@ -549,6 +549,11 @@ def resolve_features(dataset):
     return dataset._resolve_features() if dataset.features is None else dataset
 
 
+def take(dataset, count: int):
+    """The first records of a data set, all of them where there are fewer; `datasets` 4.3 refuses to take more than there are."""
+    return dataset.take(min(count, len(dataset)) if hasattr(dataset, "__len__") else count)
+
+
 def forget_loader_workers() -> None:
     """Have `datasets` believe that this worker of a loader is the only one: the stream shares itself out already."""
     torch.utils.data._utils.worker._worker_info = None
