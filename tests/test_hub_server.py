@@ -31,6 +31,7 @@ def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.core
 def test_upload_and_download(hub, folder, tmp_path):
     api = HfApi()
     assert api.whoami()["name"] == "me"

@@ -233,6 +233,7 @@ def test_a_trained_vit_in_the_checkpoint_counts(tmp_path):
         torch.testing.assert_close(features(tmp_path / name), official, atol=1e-5, rtol=0)
 
 
+@pytest.mark.core
 def test_it_is_an_ordinary_model(tmp_path):
     """Once more to disk and back, also the encoder alone, from which the next conversion begins."""
     convert(STAGE1, tmp_path / "one")
@@ -343,6 +344,7 @@ BLIP = CASES / "blip" / "blip_caption_itm"
 BLIP_HEADS = {"vision_config": {"num_attention_heads": 4}, "text_config": {"num_attention_heads": 4}}
 
 
+@pytest.mark.core
 def test_retrieval_checkpoints_of_blip(tmp_path):
     """They hold momentum copies and queues beside the matcher."""
     tensors = torch.load(BLIP / "itm.pth")["model"]

@@ -118,6 +118,7 @@ def official_of(case: Path):
     return files
 
 
+@pytest.mark.core
 def test_official_layouts_come_back(case, ours, tmp_path):
     """Bit by bit, names and dtypes included, but for buffers, which models compute by themselves."""
     done = export(ours, tmp_path / "official", to="official")
@@ -150,6 +151,7 @@ def test_cases_without_a_native_class_are_refused(case, ours, tmp_path):
     assert not (tmp_path / "native").exists()
 
 
+@pytest.mark.core
 def test_native_layouts_come_back(case, native, tmp_path):
     """Native, ours, native: tensors bit by bit, and configurations."""
     if case.parent.name == "llava":
@@ -202,6 +204,7 @@ print(json.dumps({"class": type(model).__name__, "ids": ids[0, start:].tolist(),
 """
 
 
+@pytest.mark.core
 def test_an_exported_model_speaks_without_this_package(case, ours, native, tmp_path):
     """The same tokens through the Auto classes, and the same text through the pipeline."""
     image = tiny_image(3, (48, 33))
@@ -238,6 +241,7 @@ def test_an_exported_model_speaks_without_this_package(case, ours, native, tmp_p
     assert tokens["equal"]
 
 
+@pytest.mark.core
 def test_certificates_hold(case, ours, native):
     """What they say of files is true, and nothing of this machine is in them."""
     for folder in (ours, native):

@@ -47,6 +47,7 @@ def write(path, layout: str):
     return path
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("layout", ["safetensors", "zip", "legacy", "training", "folder"])
 def test_every_layout_gives_the_same_tensors(layout, tmp_path):
     files = TensorFiles(write(tmp_path / "weights", layout))
@@ -243,6 +244,7 @@ def test_a_killed_conversion_goes_on(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------- what is written
 
 
+@pytest.mark.core
 def test_others_read_what_is_written(tmp_path):
     """safetensors' own reader, also where dtypes of several sizes are in one file."""
     given = {**TENSORS, "d": torch.arange(3, dtype=torch.int8), "\u00e9": torch.ones(2, 2, dtype=torch.float64).T}

@@ -336,6 +336,7 @@ def test_the_tower_in_the_checkpoint_counts(parts, tmp_path):
     assert torch.equal(class_embedding, trained[name])
 
 
+@pytest.mark.core
 def test_a_projector_alone(parts, tmp_path):
     folder, model = parts
     convert_llava(
@@ -516,6 +517,7 @@ def native(kind: str, folder: Path):
     return theirs
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("names", ["as saved", "old", "new"])
 @pytest.mark.parametrize("kind", ["llava", "llava_next"])
 def test_transformers_repositories(kind, names, tmp_path):
@@ -564,6 +566,7 @@ def test_a_padding_repository_stays_one(tmp_path):
 # ---------------------------------------------------------------------- the processor
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     "language, name, conversation",
     [("mistral", "any", "mistral_instruct"), ("llama", "llava-v1-0719-336px-lora-vicuna", "vicuna_v1"),

@@ -192,6 +192,7 @@ def first_9b(tmp_path_factory):
     return folder, model
 
 
+@pytest.mark.core
 def test_the_first_release_comes_back(first_9b, tmp_path):
     folder, model = first_9b
     arguments = ["convert", "openflamingo", "--cross-attn-every-n-layers", str(EVERY)]

@@ -96,6 +96,7 @@ def compose_from(parts, bridge, language, vision="clip"):
 # ---------------------------------------------------------------------- whole models
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("auto_class", AUTO_CLASSES)
 @combinations
 def test_whole_model_comes_back(bridge, language, auto_class, tmp_path):
@@ -122,6 +123,7 @@ def test_whole_model_in_every_precision(bridge, dtype, tmp_path):
     assert torch.equal(logits_of(loaded, processor), logits_of(cast(model, dtype), processor))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}])
 @pytest.mark.parametrize("bridge", vlbridge.FAMILIES)
 def test_whole_model_with_device_map(bridge, device_map, tmp_path):
@@ -144,6 +146,7 @@ def test_device_map_over_several_devices(tmp_path):
     torch.testing.assert_close(logits_of(loaded, processor), logits_of(model, processor))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("bridge", vlbridge.FAMILIES)
 def test_pipeline(bridge, tmp_path):
     model, processor = tiny_model(bridge)
@@ -162,6 +165,7 @@ def test_pipeline(bridge, tmp_path):
 # ---------------------------------------------------------------------- bridges alone
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("auto_class", AUTO_CLASSES)
 @combinations
 def test_bridge_alone_comes_back(bridge, language, auto_class, parts, tmp_path):
@@ -199,6 +203,7 @@ def test_bridge_alone_in_half_precision(bridge, dtype, parts, tmp_path):
     assert torch.equal(logits_of(loaded, processor), logits_of(cast(model, dtype), processor))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("bridge", vlbridge.FAMILIES)
 def test_bridge_in_bfloat16_on_a_quantised_language_model(bridge, bits, parts, tmp_path):
@@ -289,6 +294,7 @@ def test_a_missing_part_is_named(saved_bridge, part):
         AutoModel.from_pretrained(bridge)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("part", ["clip", "llama"])
 def test_a_changed_part_is_named(saved_bridge, part):
     bridge, parts = saved_bridge
@@ -376,6 +382,7 @@ def lora(model):
     return get_peft_model(model, LoraConfig(r=2, lora_alpha=4, lora_dropout=0.5, **options))
 
 
+@pytest.mark.core
 @combinations
 def test_lora_on_the_language_model_and_a_trained_bridge(bridge, language, tmp_path):
     from peft import PeftModel

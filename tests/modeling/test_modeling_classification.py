@@ -80,6 +80,7 @@ def test_pooling_begins_as_the_mean_and_weighs_tokens():
         torch.testing.assert_close(pooled, expected)
 
 
+@pytest.mark.core
 @families
 def test_logits_are_of_the_visual_tokens(family):
     model, _ = tiny_classifier(family)
@@ -187,6 +188,7 @@ def test_a_few_pictures_are_learned(family):
     assert logits_of(model.eval()).argmax(dim=-1).equal(labels)
 
 
+@pytest.mark.core
 @families
 def test_gradient_checkpointing(family):
     model, _ = tiny_classifier(family)
@@ -226,6 +228,7 @@ def test_adapters(family, tmp_path):
 # ---------------------------------------------------------------------- saving and loading
 
 
+@pytest.mark.core
 @families
 @pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForImageClassification])
 def test_whole(family, auto_class, tmp_path):
@@ -240,6 +243,7 @@ def test_whole(family, auto_class, tmp_path):
     torch.testing.assert_close(logits_of(again), logits_of(model), atol=0, rtol=0)
 
 
+@pytest.mark.core
 @families
 def test_bridge_alone(family, encoder, tmp_path):
     model, processor = tiny_classifier(family, vision=encoder)
@@ -296,6 +300,7 @@ def test_generating_models_are_no_classifiers(tmp_path):
         AutoModelForImageClassification.from_pretrained(tmp_path)
 
 
+@pytest.mark.core
 def test_pipeline_gives_the_models_scores(tmp_path):
     model, processor = tiny_classifier()
     classify = pipeline("image-classification", model=model, image_processor=processor)

@@ -69,6 +69,7 @@ def equal_up_to_end(batched, alone, end=2):
 # ---------------------------------------------------------------------- shape
 
 
+@pytest.mark.core
 def test_three_children_and_only_the_bridge_is_trainable(composed):
     model, _ = composed
     assert [name for name, _ in model.named_children()] == ["vision_model", "language_model", "bridge"]
@@ -86,6 +87,7 @@ def test_frozen_parts_keep_their_keys(composed):
 # ---------------------------------------------------------------------- batch equals single
 
 
+@pytest.mark.core
 def test_batch_equals_single_logits(composed):
     model, processor = composed
     with torch.no_grad():
@@ -118,6 +120,7 @@ def test_batch_equals_single_tokens(composed):
 # ---------------------------------------------------------------------- generation
 
 
+@pytest.mark.core
 def test_greedy_is_the_slow_obvious_loop(composed):
     """`generate` against a loop that runs the whole model anew for every token."""
     model, processor = composed
@@ -142,6 +145,7 @@ def test_greedy_is_the_slow_obvious_loop(composed):
     assert found[0, -6:].tolist() == torch.cat(expected).tolist()
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     "options", [{"cache_implementation": "static"}, {"use_cache": False}], ids=["static", "no cache"]
 )
@@ -152,6 +156,7 @@ def test_every_cache_gives_the_same_tokens(composed, options):
     assert torch.equal(new_tokens(model, inputs), new_tokens(model, inputs, **options))
 
 
+@pytest.mark.core
 def test_beams_are_the_same_with_and_without_cache_and_alone(composed):
     model, processor = composed
     inputs = batch_of(processor)
@@ -162,6 +167,7 @@ def test_beams_are_the_same_with_and_without_cache_and_alone(composed):
         assert equal_up_to_end(together[row], new_tokens(model, batch_of(processor, [row]), **beams)[0])
 
 
+@pytest.mark.core
 def test_sampling_is_seedable_and_returns_several(composed):
     model, processor = composed
     inputs = batch_of(processor)
@@ -174,6 +180,7 @@ def test_sampling_is_seedable_and_returns_several(composed):
     assert not torch.equal(drawn[0], drawn[2])
 
 
+@pytest.mark.core
 def test_repetition_penalty_takes_placeholders_in_the_prompt(composed):
     model, processor = composed
     found = new_tokens(model, batch_of(processor), repetition_penalty=5.0)
@@ -202,6 +209,7 @@ def test_patch_features_stand_for_pixels(composed):
     assert torch.equal(new_tokens(model, inputs), expected)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("bridge", "language"), [pair for pair in COMBINATIONS if pair[1] != "t5"])
 def test_static_cache_compiles_in_one_graph(bridge, language):
     torch.compiler.reset()
@@ -227,6 +235,7 @@ def test_static_cache_compiles_in_one_graph(bridge, language):
 # ---------------------------------------------------------------------- encoders
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("bridge", vlbridge.FAMILIES)
 @pytest.mark.parametrize("vision", VISION)
 def test_any_encoder(bridge, vision):
@@ -250,6 +259,7 @@ def test_chosen_layers(layer):
     torch.testing.assert_close(model.get_patch_features(pixel_values), expected, atol=0, rtol=0)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("language", [name for name in LANGUAGE if name != "t5"])
 @pytest.mark.parametrize("bridge", vlbridge.FAMILIES)
 def test_any_decoder(bridge, language):
@@ -270,6 +280,7 @@ def loss_of(model, inputs):
     return model(**inputs, labels=labels).loss
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("vision", ["clip", "resnet"])
 @combinations
 def test_one_step_leaves_frozen_tensors_bit_identical(bridge, language, vision):
@@ -299,6 +310,7 @@ def test_frozen_parts_stay_in_eval_mode(composed):
     assert not any(p.requires_grad for p in model.language_model.parameters())
 
 
+@pytest.mark.core
 @combinations
 def test_gradient_checkpointing_gives_equal_gradients(bridge, language):
     """And it does recompute, although the frozen language model is in eval mode."""
@@ -429,6 +441,7 @@ def test_a_fresh_flamingo_is_its_language_model_bit_for_bit(gate):
     assert torch.equal(ours[..., :100], theirs)
 
 
+@pytest.mark.core
 def test_flamingo_text_sees_the_latest_image_only():
     model, processor = tiny_model("perceiver")
     inputs = processor(images=[tiny_image(0), tiny_image(1)], text=["ab<image>cd<image>ef"], return_tensors="pt")
@@ -480,6 +493,7 @@ def test_flamingo_refuses_encoder_decoders():
         tiny_model("perceiver", "t5")
 
 
+@pytest.mark.core
 def test_special_tokens_live_in_the_bridge():
     model, processor = tiny_model("perceiver")
     assert model.get_input_embeddings().num_embeddings == 100  # the language model's table is as it was

@@ -99,6 +99,7 @@ def test_resampler_refuses(resampler, shape, arguments, message):
         resampler(torch.zeros(shape), **arguments)
 
 
+@pytest.mark.core
 def test_videos_through_processor_and_generate(composed):
     """A video among images: padding frames are not seen, and the cache carries what the video showed."""
     model, processor = composed
@@ -164,6 +165,7 @@ def test_all_earlier_images_or_the_latest_only():
 # ---------------------------------------------------------------------- continued prefixes
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("suffixes", [["<image>cd", "e<image><image>f"], ["no image", "again none"]])
 def test_a_shared_prefix_continued_is_the_full_prompt(composed, suffixes):
     """Demonstrations are run once; their cache and their images serve every query."""
@@ -234,6 +236,7 @@ def test_decoding_steps_carry_what_can_still_be_seen(immediate):
     assert torch.equal(tokens, model.generate(**inputs, num_beams=2, use_cache=False, **settings))
 
 
+@pytest.mark.core
 def test_assisted_decoding_gives_the_same_tokens(composed):
     """Prompt lookup proposes tokens and takes some back: the visual state must not run ahead."""
     model, processor = composed

@@ -120,6 +120,7 @@ def nbytes(module):
 # ---------------------------------------------------------------------- taking turns
 
 
+@pytest.mark.core
 @families
 def test_every_swap_gives_what_a_model_of_its_own_gives(library, family):
     expected = {}
@@ -485,6 +486,7 @@ def drawn_adapter(model, prefix, name, seed):
                 parameter.normal_(0, 0.3)
 
 
+@pytest.mark.core
 @needs_peft
 @pytest.mark.parametrize("on_the_language_model", [False, True])
 @families

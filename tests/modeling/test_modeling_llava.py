@@ -71,6 +71,7 @@ def test_batch_equals_single(composed):
             torch.testing.assert_close(together[row, -len(alone) :], alone, atol=ATOL, rtol=0)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_generation_of_a_batch_equals_single(composed, options):
     model, processor = composed
@@ -105,6 +106,7 @@ def test_patch_features_stand_for_pixels(composed):
         torch.testing.assert_close(model(**inputs, patch_features=patch_features).logits, expected, atol=0, rtol=0)
 
 
+@pytest.mark.core
 def test_saving_and_half_precision(composed, tmp_path):
     model, processor = composed
     inputs = with_decoder_inputs(model, batch_of(processor))
@@ -278,6 +280,7 @@ def their_inputs(theirs, inputs):
     return inputs
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("rows", [[0], [2], [0, 1, 2], [2, 0]], ids=["one", "two images", "ragged", "unequal"])
 @pytest.mark.parametrize("next_generation", [False, True], ids=["llava", "llava-next"])
 def test_transformers_llava_gives_the_same(next_generation, rows):
@@ -291,6 +294,7 @@ def test_transformers_llava_gives_the_same(next_generation, rows):
         assert torch.equal(new_tokens(model, inputs, **options), new_tokens(theirs, other, **options))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (61, 59), (30, 30), (90, 30), (999, 1001), (41, 83)])
 def test_transformers_llava_next_gives_the_same_for_odd_sizes(size):
     theirs, model, processor = transformers_pair(True)

@@ -129,6 +129,7 @@ def pair(request):
     return theirs, as_conditionable(theirs)
 
 
+@pytest.mark.core
 @torch.no_grad()
 def test_logits_are_those_of_transformers(pair):
     theirs, ours = pair
@@ -174,6 +175,7 @@ def test_hidden_states_and_attentions_are_those_of_transformers(pair):
     assert ours(ids).attentions is None
 
 
+@pytest.mark.core
 def test_generation_is_that_of_transformers(pair):
     theirs, ours = pair
     for options in ({}, {"num_beams": 3, "length_penalty": 0.0}):
@@ -258,6 +260,7 @@ def equal_logits(one, other):
         torch.testing.assert_close(one.eval()(**ragged()).logits, other.eval()(**ragged()).logits, atol=0, rtol=0)
 
 
+@pytest.mark.core
 @both
 def test_save_and_load(make, tmp_path):
     model = make()
@@ -269,6 +272,7 @@ def test_save_and_load(make, tmp_path):
     equal_logits(loaded, model)
 
 
+@pytest.mark.core
 def test_transformers_checkpoints_load_and_ours_load_there(tmp_path):
     theirs = spread(transformers.MptForCausalLM(MptConfig(**SIZE)))
     theirs.save_pretrained(tmp_path / "theirs")
@@ -485,6 +489,7 @@ def test_eager_is_sdpa(make):
 # ---------------------------------------------------------------------- generation
 
 
+@pytest.mark.core
 @both
 def test_every_cache_gives_the_tokens_of_the_slow_obvious_loop(make):
     model = make()
@@ -502,6 +507,7 @@ def test_every_cache_gives_the_tokens_of_the_slow_obvious_loop(make):
         model.set_attn_implementation("sdpa")
 
 
+@pytest.mark.core
 @both
 def test_beams_with_every_cache(make):
     model = make()

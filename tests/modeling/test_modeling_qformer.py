@@ -213,6 +213,7 @@ def their_qformer_config() -> dict:
     return {**QFORMER_TEXT, "encoder_hidden_size": 32, "cross_attention_frequency": 2, "use_qformer_text_input": True}
 
 
+@pytest.mark.core
 @torch.no_grad()
 def test_scores_are_those_of_transformers(model):
     data = pairs()
@@ -235,6 +236,7 @@ def test_scores_are_those_of_transformers(model):
     torch.testing.assert_close(model.get_itm_logits(**data), outputs.logits_per_image, atol=ATOL, rtol=0)
 
 
+@pytest.mark.core
 @torch.no_grad()
 def test_instruction_aware_features_are_those_of_transformers():
     model, _ = tiny_model("qformer", "llama", qformer_config=dict(QFORMER_TEXT))
@@ -332,6 +334,7 @@ def test_bert_without_text_side():
 # ---------------------------------------------------------------------- the three losses
 
 
+@pytest.mark.core
 @torch.no_grad()
 def test_losses_are_the_obvious_ones(model):
     data = pairs()
@@ -561,6 +564,7 @@ def test_half_precision_of_later_stages_is_no_nan(language, options, dtype):
 # ---------------------------------------------------------------------- attention implementations
 
 
+@pytest.mark.core
 def test_eager_attention_is_sdpa():
     model, _ = stage1()
     expected = model(**pairs(), **NEGATIVES)
@@ -586,6 +590,7 @@ def counted(calls: list):
     return attend
 
 
+@pytest.mark.core
 @torch.no_grad()
 @pytest.mark.parametrize("way", ["set", "load", "load bridge"])
 def test_attention_implementation_reaches_the_qformer_alone(way, tmp_path, monkeypatch):
@@ -631,6 +636,7 @@ def flash(monkeypatch):
     return model.to(torch.bfloat16), model.config.qformer_config
 
 
+@pytest.mark.core
 @torch.no_grad()
 def test_flash_attention_gives_the_same(flash):
     """All three objectives, features, scores and captions."""
@@ -670,6 +676,7 @@ def test_what_flash_attention_cannot_do(flash):
         assert model(**data, **NEGATIVES).loss.isfinite()
 
 
+@pytest.mark.core
 def test_trainer(tmp_path):
     model, _ = stage1()
     data = pairs(8)
@@ -713,6 +720,7 @@ def test_two_processes_are_one_with_the_joint_batch(strategy, tmp_path):
 # ---------------------------------------------------------------------- captions
 
 
+@pytest.mark.core
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}], ids=["cache", "no cache"])
 def test_greedy_caption_is_the_slow_loop(model, options):
@@ -728,6 +736,7 @@ def test_greedy_caption_is_the_slow_loop(model, options):
     assert found.tolist() == expected.tolist()
 
 
+@pytest.mark.core
 @torch.no_grad()
 def test_beams_of_a_batch_are_those_of_each_image(model):
     patches = pairs(3)["patch_features"]
@@ -808,6 +817,7 @@ def test_matching_takes_pairs(retrieval):
 # ---------------------------------------------------------------------- saving
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForPreTraining, vlbridge.QFormerBlip2ForImageTextRetrieval])
 def test_saved_and_loaded(auto_class, tmp_path):
     model, processor = stage1(negatives_floor=1e-4, image_processor=clip_image_processor())
@@ -831,6 +841,7 @@ def test_saved_and_loaded(auto_class, tmp_path):
     loaded.check(again.config)
 
 
+@pytest.mark.core
 def test_bridge_alone(tmp_path):
     vision = AutoModel.from_config(VISION["clip"]())
     vision.save_pretrained(tmp_path / "vision")
@@ -854,6 +865,7 @@ def test_three_children_less_one(model):
 # ---------------------------------------------------------------------- from stage to stage
 
 
+@pytest.mark.core
 @torch.no_grad()
 @pytest.mark.parametrize("instruction_aware", [False, True])
 def test_stage2_begins_with_stage1s_qformer(instruction_aware, tmp_path):
@@ -966,6 +978,7 @@ def test_instructions_matter_and_belong_to_their_image(instructed):
     assert (plain - together.pooler_output).abs().max() > 100 * ATOL
 
 
+@pytest.mark.core
 @torch.no_grad()
 def test_generation_reads_the_instruction(instructed):
     model, processor = instructed

@@ -11,6 +11,7 @@ from vlbridge.convert import convert_blip
 
 
 FAMILY = "blip"
+pytestmark = pytest.mark.core
 
 
 @pytest.fixture(scope="module")

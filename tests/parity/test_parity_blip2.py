@@ -26,6 +26,7 @@ from vlbridge.modeling.modeling_qformer_pretraining import (
 
 
 FAMILY = "blip2"
+pytestmark = pytest.mark.core
 
 
 def has_language_model(case) -> bool:

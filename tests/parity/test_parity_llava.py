@@ -17,6 +17,7 @@ from vlbridge.modeling import MLPLlavaForConditionalGeneration
 
 
 FAMILY = "llava"
+pytestmark = pytest.mark.core
 OFFICIAL_IMAGE_TOKEN, IGNORED = -200, -100
 
 

@@ -13,6 +13,7 @@ from vlbridge.modeling.modeling_flamingo import PerceiverFlamingoForConditionalG
 
 
 FAMILY = "openflamingo"
+pytestmark = pytest.mark.core
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ def composed(request):
     return tiny_model(bridge, vision=vision)
 
 
+@pytest.mark.core
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sizes=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=0, max_size=3))
 def test_placeholders_equal_features_for_any_picture(composed, sizes):
@@ -41,6 +42,7 @@ def test_placeholders_equal_features_for_any_picture(composed, sizes):
     model(**inputs)
 
 
+@pytest.mark.core
 @families
 def test_saved_processor_is_the_same(bridge, tmp_path):
     _, processor = tiny_model(bridge)
@@ -63,6 +65,7 @@ def test_saved_processor_is_the_same(bridge, tmp_path):
     assert torch.equal(one["pixel_values"], other["pixel_values"])
 
 
+@pytest.mark.core
 @families
 def test_padding_is_on_the_left_also_after_saving(bridge, tmp_path):
     _, processor = tiny_model(bridge)
@@ -81,6 +84,7 @@ TURNS = [
 ]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("bridge", "expected"),
     [
@@ -94,6 +98,7 @@ def test_plain_template_where_the_language_model_has_none(bridge, expected):
     assert processor.apply_chat_template(TURNS, add_generation_prompt=True) == expected
 
 
+@pytest.mark.core
 @families
 def test_the_language_models_own_template_takes_images(bridge):
     tokenizer = tiny_tokenizer()
@@ -179,6 +184,7 @@ def test_flamingo_prompts_are_the_official_ones(demonstrations, query, prompt):
     assert images == [turn["image"] for turn in [*demonstrations, query] if "image" in turn]
 
 
+@pytest.mark.core
 @families
 def test_few_shot_is_a_prompt_that_generates(bridge):
     model, processor = tiny_model(bridge)

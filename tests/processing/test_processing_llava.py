@@ -110,6 +110,7 @@ def test_tiles_of_a_wide_picture():
 SIZES = [(100, 40), (37, 90), (61, 61), (28, 20), (1, 200)]
 
 
+@pytest.mark.core
 def test_anyres_is_transformers_up_to_its_resizing():
     """LlavaNext's image processor resizes tensors with torchvision, as the official code does PIL pictures: a few of 255
     levels apart, which CLIP's standard deviation makes 1/67 each."""
@@ -161,6 +162,7 @@ def test_an_image_processor_without_crop_gives_tiles():
 # ---------------------------------------------------------------------- composing, saving, errors
 
 
+@pytest.mark.core
 def test_options_reach_configuration_and_processor(tmp_path):
     pinpoints = [[30, 60], [90, 30]]
     model, processor = tiny_model(
@@ -296,6 +298,7 @@ def processor_with(tokenizer, **options):
     return vlbridge.compose(VISION["clip"](), language, "mlp", tokenizer=tokenizer, **options)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", CONVERSATIONS)
 @pytest.mark.parametrize("system", [None, "Be brief."])
 def test_texts_are_the_official_ones(name, system):

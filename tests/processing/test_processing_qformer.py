@@ -27,6 +27,7 @@ def images(count: int):
     return [tiny_image(seed) for seed in range(count)]
 
 
+@pytest.mark.core
 def test_every_image_has_its_instruction():
     model, processor = instructed()
     inputs = processor(images=images(3), text=TEXTS, return_tensors="pt", padding=True)
@@ -65,6 +66,7 @@ def test_long_instructions_are_cut_off():
     assert inputs["qformer_input_ids"].tolist() == [[2, 6, 7, 3]]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("with_tokenizer", [True, False])
 def test_saved_with_both_tokenizers(with_tokenizer, tmp_path):
     _, processor = instructed() if with_tokenizer else tiny_model("qformer")
@@ -90,6 +92,7 @@ def test_a_qformer_that_reads_no_text_is_refused():
         )
 
 
+@pytest.mark.core
 def test_pairs_for_stage1(tmp_path):
     tokenizer = bert_tokenizer(bert_like_tokenizer())
     assert (tokenizer.bos_token, tokenizer.bos_token_id) == ("[DEC]", 49)

@@ -320,6 +320,7 @@ def counting(monkeypatch) -> list[int]:
     return seen
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("captioner", ["stage1", "blip", "opt"])
 def test_what_is_written(models, data, captioner, tmp_path):
     chosen = settings(models, captioner=str(models[captioner]), filter=str(models["blip_itm"]), num_captions=2)

@@ -46,6 +46,7 @@ def classifier(family: str = "qformer", **options):
 FAST = ["arguments.max_steps=2", "arguments.warmup_steps=1", "arguments.save_steps=2", "arguments.use_cpu=true"]
 
 
+@pytest.mark.core
 def test_a_warm_up_and_then_outcomes(toys, tmp_path):
     qformer = {**QFORMER, "max_position_embeddings": 64}
     settings = [f"vision={toys['vision']}", f"tokenizer={toys['tokenizer']}", f"data.0.path={toys['data']}"]

@@ -256,6 +256,7 @@ def test_vqav2_tests_have_no_answers(tmp_path):
 # ---------------------------------------------------------------------- image folders
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_imagefolder_with_captions(kind, tmp_path):
     pictures(tmp_path)
@@ -317,6 +318,7 @@ def test_imagefolder_with_questions_or_several_images(tmp_path):
 # ---------------------------------------------------------------------- WebDataset
 
 
+@pytest.mark.core
 def test_webdataset(tmp_path, monkeypatch):
     (tmp_path / "tars").mkdir()
     for number, shard in enumerate((COLORS[:2], COLORS[2:])):
@@ -484,6 +486,7 @@ def test_hub_reads_what_was_saved(tmp_path):
     assert [record["messages"] for record in both("hub", tmp_path / "files")] == [r["messages"] for r in records]
 
 
+@pytest.mark.core
 def test_hub_gives_back_records_as_they_were(tmp_path):
     pictures(tmp_path / "photos")
     rows = [llava_row(0, "<image>\nWhat?", image="red.png"), llava_row(1, "Who?")]
@@ -774,6 +777,7 @@ def mixed(folder, streaming, weights=(3, 1), seed=0, stopping="all_exhausted"):
     return mix(parts, weights, seed=seed, stopping=stopping)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("streaming", [False, True])
 def test_mix(streaming, tmp_path):
     dataset = mixed(tmp_path, streaming)
@@ -816,6 +820,7 @@ def test_weights_are_kept_to(tmp_path):
     assert abs(share - 0.75) < 0.06  # more than four standard deviations
 
 
+@pytest.mark.core
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_mixture_continues_where_it_was(data, tmp_path):

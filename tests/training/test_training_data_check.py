@@ -62,6 +62,7 @@ def checked(rows, folder, **options):
     return check_data(load("llava", saved(rows, folder)), progress=False, **options)[0]
 
 
+@pytest.mark.core
 def test_good_data(good, tmp_path):
     report = checked(good, tmp_path)
     assert report.ok and not report.findings and not report.warnings

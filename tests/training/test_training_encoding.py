@@ -262,6 +262,7 @@ def test_records_that_teach_nothing_are_refused():
 # ---------------------------------------------------------------------- batches
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("bridge", "language"), COMBINATIONS)
 def test_rows_of_a_batch_are_what_they_are_alone(bridge, language):
     model, processor = tiny_model(bridge, language)

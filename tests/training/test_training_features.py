@@ -52,6 +52,7 @@ def batches(model, processor, records, folder, **options):
 # ---------------------------------------------------------------------- equal to uncached
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("bridge", "language", "options"),
     [

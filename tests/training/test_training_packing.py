@@ -216,6 +216,7 @@ def test_questions_without_room_are_left_out_and_records_without_any_are_refused
         packed.encode(talk("why " * 20, "no room", "who " * 20, "no room"))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("bridge", ["mlp", "qformer", "perceiver"])
 def test_packed_and_cached_is_uncached_and_unpacked(bridge, tmp_path):
     model, processor = tiny_model(bridge)

@@ -229,6 +229,7 @@ def test_routers_are_left_alone():
 # ---------------------------------------------------------------------- train, save, load, merge
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("bridge", ["full", "adapter", None])
 @methods
 @families
@@ -503,6 +504,7 @@ def test_precision_alone_is_no_change(family, dtype, parts, tmp_path):
 # ---------------------------------------------------------------------- QLoRA
 
 
+@pytest.mark.core
 @families
 def test_qlora(family, parts, tmp_path):
     """LoRA on a language model in 4 bits, the bridge in full precision beside it: as on the dequantised weights."""

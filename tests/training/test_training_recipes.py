@@ -138,6 +138,7 @@ def test_arguments_are_checked_by_transformers(tmp_path):
 # ---------------------------------------------------------------------- shipped recipes
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", shipped())
 def test_shipped_recipes_can_be_read(name, tmp_path):
     recipe = read_recipe(name)
@@ -150,6 +151,7 @@ def test_shipped_recipes_can_be_read(name, tmp_path):
     assert name in SMALL or "# Source: " in text
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", SMALL)
 def test_small_recipes_run(name, toys, tmp_path, monkeypatch):
     """With tiny parts and three pictures, for two steps."""
@@ -185,6 +187,7 @@ def test_small_recipes_run(name, toys, tmp_path, monkeypatch):
         ) == 4
 
 
+@pytest.mark.core
 def test_from_stage_1_to_stage_2(toys, tmp_path):
     captions = {
         "source": "coco_captions",
@@ -230,6 +233,7 @@ def test_trained_parts_are_kept_in_float32_where_computing_is_in_half_precision(
         )
 
 
+@pytest.mark.core
 def test_lora_comes_from_its_block(toys, tmp_path):
     recipe = recipe_of(toys, lora={"language": "attention", "r": 4}, learning_rates={"lora": 1e-4, "bridge": 1e-3})
     train(recipe, tmp_path / "run")

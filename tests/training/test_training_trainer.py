@@ -67,6 +67,7 @@ def keys(folder: Path) -> set[str]:
 # ---------------------------------------------------------------------- going on
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("bridge", "stream", "workers", "saved_at"),
     [
@@ -243,6 +244,7 @@ def test_bad_parameters_and_inputs_are_named(parts, tmp_path):
 # ---------------------------------------------------------------------- what is optimised
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("bridge", [*vlbridge.FAMILIES, "stage1"])
 def test_frozen_parts_are_in_no_optimizer_and_no_checkpoint(parts, tmp_path, bridge):
     options = {}
@@ -336,6 +338,7 @@ def test_gates_and_the_resampler_have_learning_rates_of_their_own(part, parts, t
             assert not (all(own) and part == "gate" and settings["weight_decay"])
 
 
+@pytest.mark.core
 def test_lora_beside_the_bridge(parts, tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -364,6 +367,7 @@ def test_lora_beside_the_bridge(parts, tmp_path):
 # ---------------------------------------------------------------------- loss
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("bridge", "language"), [("mlp", "llama"), ("qformer", "opt"), ("perceiver", "llama")])
 def test_small_steps_accumulated_are_one_large_step(parts, tmp_path, bridge, language):
     curves, trained = [], []
@@ -380,6 +384,7 @@ def test_small_steps_accumulated_are_one_large_step(parts, tmp_path, bridge, lan
         torch.testing.assert_close(trained[1][name], parameter, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("bridge", vlbridge.FAMILIES)
 def test_recomputed_activations_change_nothing(parts, tmp_path, bridge):
     curves = []

@@ -97,6 +97,7 @@ def test_code_beside_the_weights_needs_no_vlbridge(folder):
 # ---------------------------------------------------------------------- what is in a card
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("bridge", vlbridge.FAMILIES)
 def test_card_of_a_bridge(bridge, tmp_path):
     folder = tiny_bridge_folder(tmp_path, bridge)

@@ -393,6 +393,7 @@ class TestInfo:
         assert about["context_left"] == 512 - 135
         assert "visual tokens per image: 30 to 135 (tiles of 30 x 30 pixels)" in run("info", tmp_path).stdout
 
+    @pytest.mark.core
     @pytest.mark.parametrize("language", ["t5", "gpt2"])
     @pytest.mark.parametrize("vision", ["timm", "resnet"])
     def test_other_parts(self, tmp_path, vision, language):

@@ -36,6 +36,7 @@ def compose(vision="clip", language="llama", bridge="mlp", **options):
     return vlbridge.compose(vision, language, bridge, **options)
 
 
+@pytest.mark.core
 @families
 def test_loaded_models_are_used_as_they_are(bridge):
     torch.manual_seed(0)
@@ -53,6 +54,7 @@ def test_loaded_models_are_used_as_they_are(bridge):
     assert "<image>" not in tokenizer.get_vocab() and "<image>" in processor.tokenizer.get_vocab()
 
 
+@pytest.mark.core
 @families
 def test_folders(bridge, tmp_path):
     AutoModel.from_config(VISION["clip"]()).save_pretrained(tmp_path / "vision")
@@ -164,6 +166,7 @@ def test_an_image_processor_of_another_size():
         compose(image_processor=CLIPImageProcessor())
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     "config",
     [
@@ -183,6 +186,7 @@ def test_language_models_that_keep_keywords_from_their_layers(config):
 # ---------------------------------------------------------------------- image processors
 
 
+@pytest.mark.core
 def test_timm_preprocessing_becomes_a_native_processor():
     config = TimmWrapperConfig(
         architecture="resnet10t",

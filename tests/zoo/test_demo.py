@@ -294,6 +294,7 @@ def tokenizer(language_folder):
     return AutoTokenizer.from_pretrained(language_folder)
 
 
+@pytest.mark.core
 def test_vision_equals_timm(vision_folder):
     import timm
     from safetensors.torch import load_file
@@ -312,6 +313,7 @@ def test_vision_equals_timm(vision_folder):
         torch.testing.assert_close(classifier(pixel_values).logits, reference(pixel_values))
 
 
+@pytest.mark.core
 def test_vision_image_processor(vision_folder):
     import numpy
     from PIL import Image
@@ -323,6 +325,7 @@ def test_vision_image_processor(vision_folder):
     torch.testing.assert_close(pixel_values, torch.ones(1, 3, 224, 224))  # mean and std 0.5: white is 1
 
 
+@pytest.mark.core
 def test_language_answers(language_folder, tokenizer):
     from transformers import AutoModelForCausalLM
 
@@ -338,6 +341,7 @@ def test_language_answers(language_folder, tokenizer):
     assert tokens[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")  # it knows where to stop
 
 
+@pytest.mark.core
 def test_language_tokenizer(tokenizer):
     assert tokenizer.eos_token == tokenizer.pad_token == "<|im_end|>" and tokenizer.bos_token == "<|im_start|>"
     assert (tokenizer.model_max_length, tokenizer.vocab_size) == (8192, 49152)

@@ -77,6 +77,7 @@ def of_kind(hub, *kinds: str) -> list[str]:
 # ---------------------------------------------------------------------- pushing and loading
 
 
+@pytest.mark.core
 @families
 def test_a_bridge_is_one_commit_and_one_line(bridge, repositories):
     """Online, from the cache, and without a network that the client knows or does not know of."""
@@ -111,6 +112,7 @@ def test_a_bridge_is_one_commit_and_one_line(bridge, repositories):
     assert not hub.requests
 
 
+@pytest.mark.core
 def test_saving_and_pushing(repositories, tmp_path):
     """`save_pretrained(push_to_hub=True)`, the processor on its own, branches, pull requests, private repositories."""
     hub = repositories
@@ -187,6 +189,7 @@ def test_folders_of_ones_own_are_no_good_to_others(hub, parts, caplog):
 # ---------------------------------------------------------------------- failures
 
 
+@pytest.mark.core
 def test_uploads_are_repeated(repositories):
     hub = repositories
     model, processor = composed("mlp")
@@ -358,6 +361,7 @@ def test_a_missing_part_is_named(pushed):
             AutoModel.from_pretrained("me/bridge")
 
 
+@pytest.mark.core
 def test_sharded_parts_and_bridges(repositories, parts, tmp_path):
     hub = repositories
     AutoModelForCausalLM.from_pretrained(parts / "llama").save_pretrained(tmp_path / "llama", max_shard_size="20KB")
@@ -425,6 +429,7 @@ def _smaller(config):
 CASES = Path(__file__).parents[1] / "parity" / "cases" / "openflamingo"
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("case", ["of3b_mosaicgpt_every1", "of9b_mpt_every4_trainlayout_frozenemb"])
 def test_trained_tables_travel_with_the_bridge(case, tmp_path):
     """OpenFlamingo trained the embedding tables, or let them grow by its special tokens."""
@@ -557,6 +562,7 @@ def bare_environment(tmp_path_factory):
     return view
 
 
+@pytest.mark.core
 def test_the_code_travels_along(repositories, bare_environment, tmp_path):
     """In an environment without vlbridge: all families, whole and bridge alone, the same tokens as here."""
     hub = repositories
@@ -588,6 +594,7 @@ def test_the_code_travels_along(repositories, bare_environment, tmp_path):
     assert answers == expected
 
 
+@pytest.mark.core
 def test_code_beside_a_processor_alone(repositories, tmp_path):
     _, processor = composed("mlp")
     processor.save_pretrained(tmp_path / "processor", with_code=True)
@@ -606,6 +613,7 @@ def embedded():
     return AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
 
 
+@pytest.mark.core
 def test_the_embedded_bridge_is_small(embedded, hub):
     """8 MB with processor and card; one line of AutoModel, online and offline."""
     model, processor = embedded

@@ -96,6 +96,7 @@ def logits_of(model, processor, text: str = "<image>what is it") -> dict[str, to
     return {text: logits[:, index] for text, index in token_strings(processor.tokenizer, rows).items()}
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("width", [32, 48])
 @pytest.mark.parametrize("bridge", IN_TOKENS)
 def test_a_change_of_basis_is_exact(bridge, width):
