@@ -382,7 +382,7 @@ class HotSwapMixin:
         info = super().load_adapter(*args, **kwargs)
         if missing := sorted(info.missing_keys):
             raise ValueError(
-                f"The adapter lacks {len(missing)} weights, {missing[0]} first, or transformers can't read it (DoRA in 5.23): the "
+                f"The adapter lacks {len(missing)} weights, {missing[0]} first, or transformers can't read it (DoRA; modules_to_save before 5.18): the "
                 "model is of no use now. Load it again, and the adapter with peft.PeftModel.from_pretrained(model, ...)."
             )
         return info

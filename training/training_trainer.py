@@ -52,6 +52,7 @@ from ..compat import (
     forget_loader_workers,
     get_last_checkpoint,
     layers_not_to_split,
+    load_to_numbered_cpus,
     save_fsdp_optimizer,
     set_hf_deepspeed_config,
     sort_checkpoints,
@@ -863,6 +864,7 @@ class BridgeTrainer(TrainerHooks, Trainer):
             )
 
     def load_optimizer(self, default, checkpoint):
+        load_to_numbered_cpus()
         try:
             default(checkpoint)
         except ValueError as error:

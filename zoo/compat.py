@@ -549,6 +549,15 @@ def resolve_features(dataset):
     return dataset._resolve_features() if dataset.features is None else dataset
 
 
+@functools.cache
+def load_to_numbered_cpus() -> None:
+    """Let `torch.load` put tensors on `cpu:0`, as a process of several on CPUs calls its device; torch 2.6 refuses to."""
+    if version_of("torch") < Version("2.7"):
+        torch.serialization.register_package(
+            99, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
+        )
+
+
 def take(dataset, count: int):
     """The first records of a data set, all of them where there are fewer; `datasets` 4.3 refuses to take more than there are."""
     return dataset.take(min(count, len(dataset)) if hasattr(dataset, "__len__") else count)

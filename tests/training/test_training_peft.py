@@ -7,6 +7,8 @@ import re
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 from tiny import (
     BRIDGE_OPTIONS,
@@ -29,6 +31,7 @@ import vlbridge
 from vlbridge.training.training_peft import ia3_config, kind_of, language_targets, lora_config
 
 
+OLD_ADAPTERS = Version(transformers.__version__) < Version("5.18")
 families = pytest.mark.parametrize("family", vlbridge.FAMILIES)
 combinations = pytest.mark.parametrize(("family", "language"), COMBINATIONS)
 
@@ -271,8 +274,11 @@ def test_transformers_loads_what_peft_saved(family, method, bridge, tmp_path):
     after = logits_of(tuned, processor)
     tuned.save_pretrained(tmp_path)
     fresh = tiny_model(family)[0]
-    if method == "dora":  # transformers 5.23 does not find the magnitudes, and would go on with fresh ones
-        with pytest.raises(ValueError, match="adapter lacks .*lora_magnitude_vector"):
+    whole = bool(tuned.peft_config["default"].modules_to_save)
+    # transformers does not find the magnitudes, nor before 5.18 whole modules, and would go on with fresh ones
+    lost = ["lora_magnitude_vector"] * (method == "dora") + ["modules_to_save"] * (whole and OLD_ADAPTERS)
+    if lost:
+        with pytest.raises(ValueError, match=f"adapter lacks .*({'|'.join(lost)})"):
             fresh.load_adapter(tmp_path)
         return
     fresh.load_adapter(tmp_path)
@@ -559,6 +565,10 @@ def test_transformers_loads_pushed_adapters(family, parts, hub):
     after = logits_of(tuned, processor)
     tuned.push_to_hub("me/adapter")
     fresh = AutoModel.from_pretrained("me/bridge")
+    if tuned.peft_config["default"].modules_to_save and OLD_ADAPTERS:
+        with pytest.raises(ValueError, match="adapter lacks .*modules_to_save"):
+            fresh.load_adapter("me/adapter", adapter_name="mine")
+        return
     fresh.load_adapter("me/adapter", adapter_name="mine")
     fresh.set_adapter("mine")
     torch.testing.assert_close(logits_of(fresh, processor), after, atol=0, rtol=0)
