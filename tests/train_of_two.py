@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from accelerate.state import PartialState  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
 from killed_runs import forked  # noqa: E402
+from packaging.version import Version  # noqa: E402
 from toy_runs import CAPTIONS, save_data, save_parts, toy_records, toy_trainer  # noqa: E402
 from transformers.integrations import unset_hf_deepspeed_config  # noqa: E402
 
@@ -35,7 +36,13 @@ from vlbridge.training.training_recipes import Recipe  # noqa: E402
 from vlbridge.training.training_trainer import NonFiniteError, TrainingError  # noqa: E402
 
 
-WORLDS = ("one", "ddp", "fsdp2", *(["zero3"] if os.environ.get("WITH_ZERO3") else []))
+FSDP2_ON_CPUS = Version(torch.__version__) >= Version("2.7")  # torch 2.6 has it for GPUs alone
+WORLDS = (
+    "one",
+    "ddp",
+    *(["fsdp2"] if FSDP2_ON_CPUS else []),
+    *(["zero3"] if os.environ.get("WITH_ZERO3") else []),
+)
 # what `Trainer` is told besides the environment
 LAUNCHED = {
     "one": {"use_cpu": True},

@@ -12,13 +12,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from toy_runs import toy_trainer
-from train_of_two import CASES, SAVED_AT, STEPS, WORLDS
+from train_of_two import CASES, FSDP2_ON_CPUS, SAVED_AT, STEPS, WORLDS
 from transformers import AutoModel, AutoProcessor
 
 from vlbridge.training.training_trainer import TrainingError
 
 
-TWO = WORLDS[1:]
+TWO = ("ddp", "fsdp2", *(["zero3"] if "zero3" in WORLDS else []))
+
+
+@pytest.fixture(autouse=True)
+def world_that_runs(request):
+    parameters = getattr(request.node, "callspec", None)
+    if parameters is not None and parameters.params.get("world") == "fsdp2" and not FSDP2_ON_CPUS:
+        pytest.skip("torch 2.6 has FSDP2 for GPUs alone")
 
 
 @pytest.fixture(scope="module")
