@@ -321,6 +321,13 @@ class BridgedProcessor(ProcessorHooks, ProcessorMixin):
         height, width = get_image_size(image_inputs["pixel_values"][image_idx])
         return self.image_token * self.num_image_tokens(height, width)
 
+    def get_text_with_replacements(self, text: list[str], images_replacements=(), *more, **kwargs):
+        count = sum(sample.count(self.image_token) for sample in text)
+        if count != len(images_replacements):
+            given = f"{len(images_replacements)} images were passed" if images_replacements else "no images were passed"
+            raise ValueError(f"The number of {self.image_token} tokens in the text is {count}, but {given}.")
+        return super().get_text_with_replacements(text, images_replacements, *more, **kwargs)
+
     def num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         """Placeholders per image, for servers that plan ahead.
 

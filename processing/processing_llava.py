@@ -304,7 +304,7 @@ class MLPLlavaProcessor(BridgedProcessor):
                 sample[found.end() :] for sample in text for found in re.finditer(re.escape(self.image_token), sample)
             ]
             for number, rest in enumerate(rests):
-                if rest and not rest.startswith(self.image_token):
+                if number < len(images_replacements) and rest and not rest.startswith(self.image_token):
                     images_replacements[number] += " "
         return super().get_text_with_replacements(text, images_replacements, *more, **kwargs)
 

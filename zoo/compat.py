@@ -646,8 +646,60 @@ def process_images(processor, images, **kwargs):
     return processor._process_images(images, **kwargs)
 
 
+# Before transformers 5.18 masks on the assistant's words are counted in the text before images became placeholders
+MASKS_COUNT_BEFORE_IMAGES = version_of("transformers") < Version("5.18")
+_conversation = (
+    threading.local()
+)  # `replaced`: where images stand in the conversations that this thread makes masks for
+
+
+def _before_images(position: int, replaced: list[dict]) -> int:
+    """Where a character of a text stood before images became placeholders."""
+    moved = 0
+    for image in replaced:
+        if position < image["new_span"][0]:
+            break
+        if position < image["new_span"][1]:
+            return image["span"][0]
+        moved = image["new_span"][1] - image["span"][1]
+    return position - moved
+
+
+def _spans_before_images(spans: Iterable, replaced: list[dict]) -> list[tuple[int, int]]:
+    """Tokens' places in a text before images became placeholders, rising from left to right: padding is beyond its ends."""
+    found, end = [], -1
+    for first, last in spans:
+        if int(first) == int(last):  # padding, tokens that begin or end every text
+            found.append((end, end))
+        else:
+            first, end = (_before_images(int(position), replaced) for position in (first, last))
+            found.append((first, end))
+    return found
+
+
 class ProcessorHooks:
     """Mixin before `ProcessorMixin`."""
+
+    def apply_chat_template(self, *args, **kwargs):
+        _conversation.replaced = [] if MASKS_COUNT_BEFORE_IMAGES else None
+        try:
+            return super().apply_chat_template(*args, **kwargs)
+        finally:
+            _conversation.replaced = None
+
+    def get_text_with_replacements(self, *args, **kwargs):
+        text, replaced = super().get_text_with_replacements(*args, **kwargs)
+        if getattr(_conversation, "replaced", None) is not None:
+            _conversation.replaced = replaced
+        return text, replaced
+
+    def __call__(self, images=None, text=None, **kwargs):
+        inputs = super().__call__(images=images, text=text, **kwargs)
+        replaced = getattr(_conversation, "replaced", None)
+        if replaced and "offset_mapping" in inputs:
+            rows = zip(inputs["offset_mapping"], replaced)
+            inputs["offset_mapping"] = [_spans_before_images(spans, images) for spans, images in rows]
+        return inputs
 
     def _process_images(self, images, **kwargs):
         return self.process_images(super()._process_images, images, **kwargs)

@@ -12,6 +12,7 @@ from tiny import (
     NUM_PATCHES,
     VISION,
     checkpoint_activations,
+    needs_compile,
     spread_weights,
     tiny_image,
     tiny_model,
@@ -210,6 +211,7 @@ def test_patch_features_stand_for_pixels(composed):
 
 
 @pytest.mark.core
+@needs_compile
 @pytest.mark.parametrize(("bridge", "language"), [pair for pair in COMBINATIONS if pair[1] != "t5"])
 def test_static_cache_compiles_in_one_graph(bridge, language):
     torch.compiler.reset()

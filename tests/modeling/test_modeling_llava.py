@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tiny import LANGUAGE, VISION, spread_weights, tiny_image, tiny_model, tiny_tokenizer
 from transformers import (
     AutoModel,
@@ -290,7 +292,10 @@ def test_transformers_llava_gives_the_same(next_generation, rows):
     seen = inputs["attention_mask"].bool()
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs).logits[seen], theirs(**other).logits[seen], atol=ATOL, rtol=0)
-    for options in ({}, {"num_beams": 3}):
+    greedy, beams = {}, {"num_beams": 3}
+    # transformers before 5.19 gives the beams of a row with several images [A, A, B, B] instead of [A, B, A, B]
+    theirs_are_wrong = Version(transformers.__version__) < Version("5.19") and rows != [0]
+    for options in (greedy,) if theirs_are_wrong else (greedy, beams):
         assert torch.equal(new_tokens(model, inputs, **options), new_tokens(theirs, other, **options))
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny import checkpoint_activations
+from tiny import checkpoint_activations, needs_compile
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, MptConfig, StaticCache
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
@@ -517,6 +517,7 @@ def test_beams_with_every_cache(make):
     assert torch.equal(generate(model, **beams, cache_implementation="static", disable_compile=True), expected)
 
 
+@needs_compile
 @both
 @torch.no_grad()
 def test_decoding_with_a_static_cache_compiles_into_one_graph(make):
