@@ -17,7 +17,7 @@ from transformers import GradientCheckpointingLayer, PreTrainedConfig, PreTraine
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
-from ..compat import build_from_config
+from ..compat import HOOKS_ARE_RECOMPUTED, build_from_config
 from ..compat import initialization as init
 from ..configuration.configuration_flamingo import PerceiverFlamingoConfig
 from .modeling_bridged import Bridge, BridgedModel
@@ -420,6 +420,13 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
             f"{name} can't be conditioned by a perceiver bridge: it does not hand keyword arguments on to its decoder "
             "layers. Use bridge='mlp' or 'qformer', or another language model."
         )
+
+    def check_checkpointing(self, reentrant: bool) -> None:
+        if reentrant and HOOKS_ARE_RECOMPUTED:
+            raise ValueError(
+                "use_reentrant=True can't checkpoint layers that are conditioned by a perceiver bridge before transformers "
+                "5.23. Leave it out: False is the default."
+            )
 
     def _condition_layer(self, index: int, layer: nn.Module, args: tuple, kwargs: dict):
         conditioning = kwargs.get(CONDITIONING)

@@ -223,6 +223,9 @@ def checkpoint_activations(model, **options) -> None:
 
 # ends by itself, with the first release of PEFT that the installed transformers asks for
 needs_peft = pytest.mark.skipif(compat.lacking_peft() is not None, reason=compat.lacking_peft() or "")
+needs_fsdp2 = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.7"), reason="torch 2.6 has FSDP2 for GPUs alone"
+)
 # transformers' own decorators, which every language model has, are beyond what torch 2.6 can compile in one graph
 needs_compile = pytest.mark.skipif(
     Version(torch.__version__) < Version("2.7"), reason="torch 2.6 can't compile transformers' models in one graph"

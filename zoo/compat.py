@@ -602,6 +602,10 @@ def apply_to(module: nn.Module, fn: Callable) -> None:
     module._apply(fn)
 
 
+# Before transformers 5.23 hooks of checkpointed layers are recomputed with them
+HOOKS_ARE_RECOMPUTED = version_of("transformers") < Version("5.23")
+
+
 class ModelHooks:
     """Mixin before `PreTrainedModel` and `GenerationMixin`."""
 
@@ -610,8 +614,17 @@ class ModelHooks:
         return True  # it is the parts' to set, the Q-Former's too; other bridges' attention has one implementation
 
     def _set_gradient_checkpointing(self, *args, **kwargs) -> None:
+        function = kwargs.get("gradient_checkpointing_func", args[1] if len(args) > 1 else None)
+        self.check_checkpointing(bool(getattr(function, "keywords", {}).get("use_reentrant", False)))
         super()._set_gradient_checkpointing(*args, **kwargs)
         self.checkpointing_changed()
+
+    def check_checkpointing(self, reentrant: bool) -> None:
+        """Refuse a way of gradient checkpointing that does not work.
+
+        Raises:
+            ValueError: It does not.
+        """
 
     def checkpointing_changed(self) -> None:
         """Called when gradient checkpointing was switched on or off, by whichever of its public names."""

@@ -16,6 +16,7 @@ from tiny import (
     VISION,
     checkpoint_activations,
     clip_image_processor,
+    needs_compile,
     needs_peft,
     spread_weights,
     tiny_image,
@@ -25,6 +26,7 @@ from tiny import (
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
 
 import vlbridge
+from vlbridge.compat import HOOKS_ARE_RECOMPUTED
 
 
 families = pytest.mark.parametrize("family", vlbridge.FAMILIES)
@@ -229,6 +231,10 @@ def test_a_backward_pass_recomputes_with_the_bridge_it_began_with(library, famil
     inputs = inputs_of(library / family / "plain")
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] >= 100, -100)
     gradients = []
+    if family == "perceiver" and reentrant and HOOKS_ARE_RECOMPUTED:
+        with pytest.raises(ValueError, match="use_reentrant=True can't checkpoint"):
+            checkpoint_activations(model, use_reentrant=True)
+        return
     for checkpointing in (False, True):
         if checkpointing:
             checkpoint_activations(model, use_reentrant=reentrant)
@@ -245,6 +251,7 @@ def test_a_backward_pass_recomputes_with_the_bridge_it_began_with(library, famil
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
+@needs_compile
 @families
 def test_compiled_code_swaps_too(library, family):
     torch.compiler.reset()

@@ -19,6 +19,7 @@ from tiny import (
     bert_like_tokenizer,
     checkpoint_activations,
     clip_image_processor,
+    needs_fsdp2,
     tiny_image,
     tiny_model,
     tiny_tokenizer,
@@ -692,7 +693,7 @@ def test_trainer(tmp_path):
     assert len(losses) == 2 and all(0 < loss < 100 for loss in losses)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=needs_fsdp2)])
 def test_two_processes_are_one_with_the_joint_batch(strategy, tmp_path):
     script = Path(__file__).with_name("stage1_of_two.py")
     # `--cpu` starts one process unless there is MPI; this starts two, of which `Accelerator(cpu=True)` makes CPU processes
