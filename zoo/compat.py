@@ -18,6 +18,7 @@ import inspect
 import logging
 import mmap
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -352,6 +353,8 @@ def accepts_cache(function: Callable) -> Callable:
                 if kwargs.get("cache") is not None:
                     raise ValueError(f"Give cache or {old}, not both: they are one thing under two names.")
                 kwargs["cache"] = given
+                if CACHE == "cache" and not torch.compiler.is_compiling():
+                    warnings.warn(f"`{old}` is deprecated, as in transformers. Use `cache` instead.", FutureWarning, 2)
         return function(*args, **kwargs)
 
     signature = inspect.signature(function)

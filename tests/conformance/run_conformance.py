@@ -101,7 +101,7 @@ def main(arguments: list[str]) -> int:
             spread = []
         # FutureWarnings that the suites provoke on purpose are no errors here
         unknown_marks = ["-W", "ignore::pytest.PytestUnknownMarkWarning"]
-        quiet = ["-q", "-p", "no:cacheprovider", "-W", "ignore::FutureWarning", *unknown_marks]
+        quiet = ["-q", "-p", "no:cacheprovider", "-W", "default::FutureWarning", *unknown_marks]
         status = pytest.main([str(HERE), *quiet, *spread, *options], plugins=[tally])
 
     print(f"\ntransformers {transformers.__version__}, suites in {folder}, {time.perf_counter() - start:.0f} s\n")
