@@ -28,6 +28,8 @@ from typing import Any
 import yaml
 from transformers import TrainingArguments
 
+from ..compat import training_argument
+
 
 RECIPES = Path(__file__).parent / "recipes"
 STAGES = ("generative", "stage1", "classification")
@@ -277,7 +279,7 @@ class Recipe:
         for name in self.arguments:
             if name in OWN_ARGUMENTS:
                 raise RecipeError(f"arguments.{name} is not for a recipe to set: see --output, --resume and push_to.")
-            if name not in known:
+            if training_argument(name) not in known:
                 raise RecipeError(_unknown(name, known, "arguments"))
 
     def missing_paths(self) -> list[str]:
@@ -296,7 +298,8 @@ class Recipe:
         Raises:
             RecipeError: `TrainingArguments` refuses them.
         """
-        given = {"report_to": "none", "prediction_loss_only": True, **copy.deepcopy(self.arguments)}
+        chosen = {training_argument(name): value for name, value in copy.deepcopy(self.arguments).items()}
+        given = {"report_to": "none", "prediction_loss_only": True, **chosen}
         if self.stage == "stage1":
             given.setdefault("dataloader_drop_last", True)  # all processes compare batches of one size
         try:

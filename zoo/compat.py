@@ -566,6 +566,21 @@ def take(dataset, count: int):
     return dataset.take(min(count, len(dataset)) if hasattr(dataset, "__len__") else count)
 
 
+# Arguments of `TrainingArguments` that transformers 5.23 renamed: their name since, and before
+RENAMED_ARGUMENTS = (
+    ("activation_checkpointing", "gradient_checkpointing"),
+    ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
+)
+
+
+def training_argument(name: str) -> str:
+    """How this release of transformers calls an argument of `TrainingArguments`, given by its new or its old name."""
+    for names in RENAMED_ARGUMENTS:
+        if name in names:
+            return names[0] if version_of("transformers") >= Version("5.23") else names[1]
+    return name
+
+
 def forget_loader_workers() -> None:
     """Have `datasets` believe that this worker of a loader is the only one: the stream shares itself out already."""
     torch.utils.data._utils.worker._worker_info = None

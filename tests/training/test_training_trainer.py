@@ -21,6 +21,7 @@ from transformers import AutoModel, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import vlbridge
+from vlbridge.compat import training_argument
 from vlbridge.training.training_encoding import IGNORED
 from vlbridge.training.training_trainer import (
     STATE_FILE,
@@ -390,8 +391,8 @@ def test_recomputed_activations_change_nothing(parts, tmp_path, bridge):
     curves = []
     for checkpointing in (False, True):
         trainer = toy_trainer(parts, bridge)(
-            tmp_path, max_steps=2, save_strategy="no", activation_checkpointing=checkpointing,
-            activation_checkpointing_kwargs={"use_reentrant": False},
+            tmp_path, max_steps=2, save_strategy="no", **{training_argument("activation_checkpointing"): checkpointing},
+            **{training_argument("activation_checkpointing_kwargs"): {"use_reentrant": False}},
         )  # fmt: skip
         trainer.train()
         curves.append(curve(trainer))
