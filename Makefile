@@ -55,7 +55,7 @@ build: $(VENV)/.dev
 # takes the newest versions that setup.cfg allows; to hold some back, name a constraints file in UV_CONSTRAINT
 lock: $(VENV)/.made
 	$(BIN)/python -m pip install --quiet --upgrade uv
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --upgrade --no-annotate --no-emit-index-url \
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --upgrade --no-annotate \
 		--custom-compile-command "make lock" --all-extras --output-file constraints.txt setup.cfg
 
 $(VENV)/.made:
