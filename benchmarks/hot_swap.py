@@ -91,7 +91,6 @@ def bridges_of(model) -> list:
 
 def measure(folder: Path, swaps: int) -> dict:
     """Load, swap and count, in a process that has done nothing else."""
-    from vlbridge.modeling.modeling_checkpoint import auto_class_for  # noqa: F401  everything is imported before counting
 
     warm = AutoModel.from_pretrained(folder / "mlp" / "linear")  # libraries' own one-time memory
     del warm

@@ -40,12 +40,10 @@ from transformers import AutoModel, PreTrainedTokenizerFast, Trainer, TrainerCal
 
 import vlbridge
 from vlbridge import demo
+from vlbridge.modeling.modeling_contrastive import similarities_of
 from vlbridge.modeling.modeling_qformer import QFormerBlip2ForConditionalGeneration
-from vlbridge.modeling.modeling_qformer_pretraining import (
-    QFormerBlip2ForImageTextRetrieval,
-    QFormerBlip2ForPreTraining,
-    similarities_of,
-)
+from vlbridge.modeling.modeling_qformer_pretraining import QFormerBlip2ForPreTraining
+from vlbridge.modeling.modeling_qformer_retrieval import QFormerBlip2ForImageTextRetrieval
 
 
 COLORS = {

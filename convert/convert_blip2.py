@@ -27,7 +27,7 @@ from transformers import (
 
 from ..configuration.configuration_bridged import BridgedConfig
 from ..configuration.configuration_qformer import QFormerBlip2Config, QFormerBlip2PreTrainingConfig, QFormerConfig
-from ..modeling.modeling_bridged import fill_vision_geometry
+from ..modeling.modeling_bridge import fill_vision_geometry
 from ..modeling.modeling_qformer import QFormerBlip2ForConditionalGeneration
 from ..modeling.modeling_qformer_pretraining import QFormerBlip2ForPreTraining
 from ..processing.processing_qformer import QFormerBlip2PreTrainingProcessor, QFormerBlip2Processor

@@ -39,7 +39,7 @@ from ..compat import WeightRenaming, get_model_conversion_mapping, renamed
 from ..configuration.configuration_bridged import BridgedConfig
 from ..configuration.configuration_flamingo import PerceiverFlamingoConfig
 from ..configuration.configuration_llava import MLPLlavaConfig
-from ..modeling.modeling_checkpoint import find_frozen_part, frozen_parts_of
+from ..modeling.modeling_pins import find_frozen_part, frozen_parts_of
 from .convert_blip import CAPTION_TABLE, MATCHING_TABLE
 from .convert_blip2 import LANGUAGE_MODELS as LAVIS_LANGUAGE_MODELS
 from .convert_blip2 import checkpoint_table as lavis_table

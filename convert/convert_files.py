@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from ..compat import load_without_weights, places_in_file
-from ..modeling.modeling_checkpoint import checkpoint_files
+from ..modeling.modeling_pins import checkpoint_files
 from .convert_tables import ConversionError
 
 

@@ -32,7 +32,7 @@ from transformers import (
 
 from ..compat import optional_file
 from ..configuration.configuration_llava import MLPLlavaConfig
-from ..modeling.modeling_bridged import fill_vision_geometry
+from ..modeling.modeling_bridge import fill_vision_geometry
 from ..modeling.modeling_llava import MLPLlavaForConditionalGeneration
 from ..processing.processing_llava import MLPLlavaProcessor
 from .convert_files import TensorFiles, dimensions

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor, GenerationConfig, Pr
 
 from ..compat import optional_file
 from ..configuration.configuration_flamingo import PerceiverFlamingoConfig
-from ..modeling.modeling_bridged import fill_vision_geometry
+from ..modeling.modeling_bridge import fill_vision_geometry
 from ..modeling.modeling_flamingo import PerceiverFlamingoForConditionalGeneration
 from ..processing.processing_flamingo import PerceiverFlamingoProcessor
 from .convert_files import ShapeTable, TensorFiles, dimensions

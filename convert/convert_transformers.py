@@ -45,8 +45,8 @@ from transformers import (
 from ..compat import optional_file, replace_backend
 from ..configuration.configuration_bridged import BridgedConfig
 from ..configuration.configuration_qformer import QFormerBlip2Config, QFormerBlip2PreTrainingConfig, QFormerConfig
-from ..modeling.modeling_bridged import fill_vision_geometry
-from ..modeling.modeling_qformer_pretraining import QFormerBlip2ForImageTextRetrieval
+from ..modeling.modeling_bridge import fill_vision_geometry
+from ..modeling.modeling_qformer_retrieval import QFormerBlip2ForImageTextRetrieval
 from .convert_blip2 import block_names, build_processor, model_class
 from .convert_certificate import run_generation, run_retrieval
 from .convert_files import TensorFiles

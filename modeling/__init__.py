@@ -1,7 +1,7 @@
 """Models of the three families."""
 
-from .modeling_bridged import Bridge, BridgedModel, BridgedOutput
-from .modeling_checkpoint import FrozenPartError
+from .modeling_bridge import Bridge
+from .modeling_bridged import BridgedModel, BridgedOutput
 from .modeling_classification import (
     BridgedForImageClassification,
     MLPLlavaForImageClassification,
@@ -11,8 +11,10 @@ from .modeling_classification import (
 from .modeling_flamingo import PerceiverFlamingoForConditionalGeneration
 from .modeling_llava import MLPLlavaForConditionalGeneration
 from .modeling_mpt import MosaicGPTForCausalLM, MptForCausalLM
+from .modeling_pins import FrozenPartError
 from .modeling_qformer import QFormerBlip2ForConditionalGeneration
-from .modeling_qformer_pretraining import QFormerBlip2ForImageTextRetrieval, QFormerBlip2ForPreTraining
+from .modeling_qformer_pretraining import QFormerBlip2ForPreTraining
+from .modeling_qformer_retrieval import QFormerBlip2ForImageTextRetrieval
 
 
 __all__ = [

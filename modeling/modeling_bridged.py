@@ -19,7 +19,6 @@ from transformers import (
     Cache,
     GenerationConfig,
     GenerationMixin,
-    GradientCheckpointingLayer,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import (
@@ -41,9 +40,13 @@ from ..compat import (
 )
 from ..compat import initialization as init
 from ..configuration.configuration_bridged import BridgedConfig
-from .modeling_checkpoint import BridgeCheckpointMixin, build_part
+from .modeling_bridge import Bridge, TokenRows, fill_vision_geometry, num_embeddings, patch_features_of
+from .modeling_checkpoint import BridgeCheckpointMixin
+from .modeling_freezing import FreezingMixin
 from .modeling_generation import BridgeGenerationMixin, VisualTokens, pad_logits
+from .modeling_hooks import attach
 from .modeling_hot_swap import HotSwapMixin
+from .modeling_parts import build_part
 
 
 # What an encoder-decoder language model's output has beside loss, logits and cache
@@ -82,158 +85,14 @@ class BridgedOutput(CausalLMOutputWithPast):
     visual_states: ModelOutput | None = None
 
 
-class TokenRows(nn.Module):
-    """Embedding rows of special tokens that are trained while the language model's own tables stay as they are.
-
-    Args:
-        token_ids: Ids that the rows stand for; they may lie beyond the language model's tables.
-        input_size: Width of the input embeddings.
-        output_size: Width of the output layer's input; `None` where it shares its table with the input embeddings.
-    """
-
-    def __init__(self, token_ids: list[int], input_size: int, output_size: int | None):
-        super().__init__()
-        self.token_ids = list(token_ids)
-        self.input_rows = nn.Parameter(torch.zeros(len(self.token_ids), input_size))
-        self.output_rows = None if output_size is None else nn.Parameter(torch.zeros(len(self.token_ids), output_size))
-
-    def fill(self, inputs_embeds: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        """Put the rows where their tokens stand: `(batch, tokens, text_dim)` of both."""
-        for row, token_id in zip(self.input_rows, self.token_ids):
-            inputs_embeds = torch.where((input_ids == token_id)[..., None], row.to(inputs_embeds), inputs_embeds)
-        return inputs_embeds
-
-    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Scores of the special tokens, `(..., len(token_ids))`, from the output layer's input."""
-        rows = self.input_rows if self.output_rows is None else self.output_rows
-        return hidden_states @ rows.to(hidden_states).T
-
-
-def num_embeddings(embedding: nn.Module) -> int:
-    """Rows of a table, where PEFT has put a wrapper around it too."""
-    return next(module.num_embeddings for module in embedding.modules() if hasattr(module, "num_embeddings"))
-
-
-class Bridge(nn.Module):
-    """Base of every family's bridge: all that is trained, and nothing else.
-
-    Args:
-        config: The family's configuration.
-        language_model: Used to read widths only; no reference is kept. `None` for a family that has none.
-    """
-
-    adapter_targets: ClassVar[str] = r".*"  # which linear layers adapters reach: a regular expression for their names
-
-    def __init__(self, config: BridgedConfig, language_model: PreTrainedModel | None):
-        super().__init__()
-        self.token_rows = None
-        if language_model is None:
-            return
-        embedding = language_model.get_input_embeddings()
-        self.text_dim = embedding.embedding_dim
-        if config.special_token_ids:
-            head = language_model.get_output_embeddings()
-            tied = bool(getattr(language_model.config, "tie_word_embeddings", False))
-            # `in_features` of the head, read off its weight: some heads are not nn.Linear
-            self.token_rows = TokenRows(
-                config.special_token_ids, self.text_dim, None if tied or head is None else head.weight.shape[-1]
-            )
-
-    @property
-    def dtype(self) -> torch.dtype:
-        parameter = next(self.parameters(), None)  # a bridge may have none
-        return torch.get_default_dtype() if parameter is None else parameter.dtype
-
-    def init_parameters(self, config: BridgedConfig) -> None:
-        """Fill this module's own fresh parameters (sub-modules are initialised by the model)."""
-
-
-def patch_features_of(vision_outputs, layer: int | list[int] | None) -> torch.Tensor:
-    """The encoder's features as a sequence, prefix tokens included: `(num_images, tokens, channels)`."""
-    if layer is None:
-        chosen = [vision_outputs.last_hidden_state]
-    else:
-        chosen = [vision_outputs.hidden_states[index] for index in (layer if isinstance(layer, list) else [layer])]
-    # a CNN's (num_images, channels, rows, columns) becomes (num_images, rows * columns, channels)
-    sequences = [states.flatten(2).transpose(1, 2) if states.ndim == 4 else states for states in chosen]
-    lengths = {states.shape[1] for states in sequences}
-    if len(lengths) > 1:
-        raise ValueError(
-            f"vision_feature_layer={layer} picks layers with {sorted(lengths)} tokens; only layers of one length can "
-            "be concatenated."
-        )
-    return torch.cat(sequences, dim=-1)
-
-
-def fill_vision_geometry(config: BridgedConfig, vision_model: PreTrainedModel | None = None) -> None:
-    """Find out, on the meta device, what the vision encoder gives for an image, and write it into `config`.
-
-    Args:
-        config: Its `vision_layout`, `vision_hidden_size`, `patch_size`, `num_prefix_tokens` and `image_size` are filled
-            in where they are `None`.
-        vision_model: Where it exists already: it is copied to the meta device rather than built again.
-
-    Raises:
-        ValueError: The encoder is none that turns `pixel_values` into patch features.
-    """
-    names = ("vision_layout", "vision_hidden_size", "patch_size", "num_prefix_tokens", "image_size")
-    if all(getattr(config, name) is not None for name in names):
-        return
-    vision_config = config.vision_config
-    size = config.image_size or getattr(vision_config, "image_size", None)
-    if size is None:  # timm's own description, else what nearly every CNN was trained at
-        size = (getattr(vision_config, "pretrained_cfg", None) or {}).get("input_size", [3, 224, 224])[-1]
-    if isinstance(size, (list, tuple)):
-        if len(set(size)) > 1:
-            raise ValueError(f"The vision encoder takes {size} pixels; only square images are supported so far.")
-        size = size[0]
-    channels = getattr(vision_config, "num_channels", 3)
-    kind = type(vision_config).__name__
-    try:
-        with torch.device("meta"), torch.no_grad():
-            probe = build_part("vision_model", copy.deepcopy(vision_config)).eval()
-            outputs = probe(
-                pixel_values=torch.zeros(1, channels, size, size),
-                output_hidden_states=config.vision_feature_layer is not None,
-                return_dict=True,
-            )
-            layer = config.vision_feature_layer
-            states = (
-                outputs.last_hidden_state
-                if layer is None
-                else outputs.hidden_states[layer[0] if isinstance(layer, list) else layer]
-            )
-    except (AttributeError, TypeError, IndexError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"{kind} can't serve as vision encoder: it does not turn `pixel_values` of {size}x{size} pixels into patch "
-            f"features ({error}). Encoders that do: CLIP, SigLIP, ViT, DINOv2, BLIP-2's ViT, ResNet, any timm model."
-        ) from error
-    if states.ndim == 4:
-        found = {"vision_layout": "grid", "vision_hidden_size": states.shape[1], "num_prefix_tokens": 0}
-        found["patch_size"] = round(size / states.shape[-1])
-    elif states.ndim == 3:
-        patch_size = getattr(vision_config, "patch_size", None)
-        if patch_size is None:  # the largest square that fits leaves the prefix
-            patch_size = size // int(states.shape[1] ** 0.5)
-        patch_size = patch_size if isinstance(patch_size, int) else patch_size[0]
-        prefix = states.shape[1] - (size // patch_size) ** 2
-        if prefix < 0:
-            raise ValueError(
-                f"{kind} gives {states.shape[1]} tokens for {size}x{size} pixels, fewer than its "
-                f"{(size // patch_size) ** 2} patches of {patch_size} pixels: it pools them, and can't serve as is."
-            )
-        found = {"vision_layout": "sequence", "vision_hidden_size": states.shape[2], "num_prefix_tokens": prefix}
-        found["patch_size"] = patch_size
-    else:
-        raise ValueError(f"{kind} gives features of shape {tuple(states.shape)}; expected 3 or 4 dimensions.")
-    found["image_size"] = size
-    for name, value in found.items():
-        if getattr(config, name) is None:
-            setattr(config, name, value)
-
-
 class BridgedModel(
-    HotSwapMixin, BridgeCheckpointMixin, BridgeGenerationMixin, ModelHooks, PreTrainedModel, GenerationMixin
+    HotSwapMixin,
+    BridgeCheckpointMixin,
+    BridgeGenerationMixin,
+    FreezingMixin,
+    ModelHooks,
+    PreTrainedModel,
+    GenerationMixin,
 ):
     """A frozen vision encoder, a bridge and a frozen language model.
 
@@ -247,7 +106,9 @@ class BridgedModel(
     bridge_class: ClassVar[type[Bridge]] = Bridge
     # Arguments of `forward` and `generate` that say what the images are: all go to `get_image_features`, once per call
     image_arguments: ClassVar[tuple[str, ...]] = ("pixel_values", "patch_features")
-    compose_options: ClassVar[tuple[str, ...]] = ()  # what `compose` hands to `init_bridge`
+    # Tokens that are really read or written: their rows are trained with the bridge
+    special_tokens: ClassVar[tuple[str, ...]] = ()
+    compose_options: ClassVar[tuple[str, ...]] = ()  # what `assemble` hands to `init_bridge`
     takes_frames: ClassVar[bool] = False  # pixel_values may be (num_images, num_frames, channels, height, width)
     base_model_prefix = "model"
     main_input_name = "input_ids"
@@ -328,7 +189,7 @@ class BridgedModel(
         """Have special tokens scored, where a bridge brings some."""
         head = self.language_model.get_output_embeddings() if config.special_token_ids else None
         if head is not None and head is not self.__dict__.get("_watched_head"):
-            head.register_forward_hook(self._score_special_tokens)
+            attach(head.register_forward_hook, self, "_score_special_tokens")
             self.__dict__["_watched_head"] = head  # not as a part of this model, which it is already
 
     def _score_special_tokens(self, head: nn.Module, args: tuple, logits: torch.Tensor) -> torch.Tensor:
@@ -357,54 +218,6 @@ class BridgedModel(
     def init_bridge(self, **options) -> None:
         """Begin with weights from elsewhere; `compose` asks for it where one of `compose_options` is given."""
         raise NotImplementedError(f"{type(self).__name__} has no options of this kind.")
-
-    # ------------------------------------------------------------------ freezing
-
-    def freeze(self, vision_model: bool = True, language_model: bool = True) -> BridgedModel:
-        """Choose what is trained. The bridge always is.
-
-        Args:
-            vision_model: Freeze the vision encoder: no gradients, and always in eval mode.
-            language_model: Freeze the language model likewise.
-
-        Returns:
-            The model itself.
-        """
-        self.config.freeze_vision_model, self.config.freeze_language_model = vision_model, language_model
-        parts = ((vision_model, self.vision_model), (language_model, self.language_model), (False, self.bridge))
-        for frozen, part in parts:
-            for parameter in part.parameters() if part is not None else ():
-                if parameter.is_floating_point():  # quantised weights are integers and never trained
-                    parameter.requires_grad_(not frozen)
-        return self.train(self.training)
-
-    def train(self, mode: bool = True) -> BridgedModel:
-        """Frozen parts stay in eval mode: no dropout, no running statistics."""
-        super().train(mode)
-        for frozen, part in (
-            (self.config.freeze_vision_model, self.vision_model),
-            (self.config.freeze_language_model, self.language_model),
-        ):
-            if not frozen or part is None:
-                continue
-            part.eval()
-            for layer in part.modules() if mode else ():
-                if hasattr(layer, "base_layer"):  # a PEFT adapter around a frozen layer: the adapter is in training
-                    layer.training = True
-                    for name, child in layer.named_children():
-                        if name != "base_layer":
-                            child.train()
-                # A layer recomputes its activations in train mode only. Its children stay in eval mode, and dropout
-                # that the layer applies by itself (OPT) is switched off by value.
-                if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
-                    layer.training = True
-                    for name, value in list(vars(layer).items()):
-                        if "drop" in name and isinstance(value, float):
-                            setattr(layer, name, 0.0)
-        return self
-
-    def checkpointing_changed(self) -> None:
-        self.train(self.training)
 
     # ------------------------------------------------------------------ images
 
@@ -654,8 +467,8 @@ class BridgedModel(
         images.update((name, kwargs.pop(name)) for name in self.image_arguments if name in kwargs)
         if self.config.is_encoder_decoder:
             return self._forward_encoder_decoder(
-                input_ids, images, mm_encoder_outputs, inputs_embeds, attention_mask,
-                encoder_outputs, decoder_input_ids, decoder_attention_mask, labels, cache, num_logits, **kwargs,
+                input_ids, images, mm_encoder_outputs, inputs_embeds, attention_mask, encoder_outputs,
+                decoder_input_ids, decoder_attention_mask, labels, cache, logits_to_keep, num_logits, **kwargs,
             )  # fmt: skip
         rows = len(inputs_embeds if input_ids is None else input_ids)
         image_features = self._image_features(images, mm_encoder_outputs, visual_states, rows)
@@ -666,27 +479,19 @@ class BridgedModel(
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -hidden.shape[1] :]
         if "position_ids" in arguments:
             kwargs["position_ids"] = position_ids
-        if "logits_to_keep" in arguments:
-            kwargs["logits_to_keep"] = logits_to_keep
         num_items_in_batch, shift_labels = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
         outputs = self._run_language_model(
             inputs_embeds=hidden,
             attention_mask=attention_mask,
             **cache_argument(cache, arguments),
             **conditioning,
+            **self._argument_of_kept(logits_to_keep),
             **{**kwargs, "return_dict": True},
         )
-        logits = outputs.logits
-        if "logits_to_keep" not in arguments and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = logits[:, keep]
+        logits = self._kept(outputs.logits, logits_to_keep)
         loss = None
         if labels is not None:
-            if logits.shape[1] != labels.shape[1]:
-                raise ValueError(
-                    f"{labels.shape[1]} labels per row, but logits for {logits.shape[1]} positions: don't combine labels "
-                    "with logits_to_keep, unless shift_labels says what each kept position predicts."
-                )
+            self._check_labels(labels, logits)
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,
@@ -704,6 +509,25 @@ class BridgedModel(
             visual_states=visual_states,
         )
 
+    def _argument_of_kept(self, logits_to_keep: int | torch.Tensor) -> dict:
+        """`logits_to_keep` as an argument of the language model, if it has one."""
+        return {"logits_to_keep": logits_to_keep} if "logits_to_keep" in self._language_model_arguments else {}
+
+    def _kept(self, logits: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+        """The positions of `(batch, tokens, vocabulary)` that were asked for, if the language model gave all of them."""
+        every = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if every or "logits_to_keep" in self._language_model_arguments:
+            return logits
+        return logits[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
+
+    @staticmethod
+    def _check_labels(labels: torch.Tensor, logits: torch.Tensor) -> None:
+        if logits.shape[1] != labels.shape[1]:
+            raise ValueError(
+                f"{labels.shape[1]} labels per row, but logits for {logits.shape[1]} positions: don't combine labels "
+                "with logits_to_keep, unless shift_labels says what each kept position predicts."
+            )
+
     def _encode_prompt(self, input_ids, images: dict, mm_encoder_outputs, inputs_embeds, mask, **kwargs):
         """Run the encoder of an encoder-decoder language model over text and visual tokens."""
         image_features = self._image_features(images, mm_encoder_outputs)
@@ -719,7 +543,7 @@ class BridgedModel(
 
     def _forward_encoder_decoder(
         self, input_ids, images, mm_encoder_outputs, inputs_embeds, attention_mask,
-        encoder_outputs, decoder_input_ids, decoder_attention_mask, labels, cache, num_logits=None, **kwargs,
+        encoder_outputs, decoder_input_ids, decoder_attention_mask, labels, cache, logits_to_keep, num_logits, **kwargs,
     ) -> BridgedOutput:  # fmt: skip
         image_features = None
         wanted = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
@@ -736,17 +560,20 @@ class BridgedModel(
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
             **cache_argument(cache, self._language_model_arguments),
+            **self._argument_of_kept(logits_to_keep),
             **{**kwargs, "return_dict": True},
         )
+        logits = self._kept(outputs.logits, logits_to_keep)
         loss = None
         if labels is not None:
+            self._check_labels(labels, logits)
             # Teacher-forced targets stand where they are predicted: no shift.
             sums = "mean" if num_items_in_batch is None else "sum"
-            loss = nn.functional.cross_entropy(outputs.logits.float().flatten(0, 1), labels.flatten(), reduction=sums)
+            loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction=sums)
             loss = loss if num_items_in_batch is None else loss / num_items_in_batch
         return BridgedOutput(
             loss=loss,
-            logits=pad_logits(num_logits, outputs.logits),
+            logits=pad_logits(num_logits, logits),
             **cache_argument(cache_of(outputs)),
             **{name: field_of(outputs, name) for name in ENCODER_DECODER_FIELDS},
             image_hidden_states=image_features,

@@ -7,350 +7,38 @@ listed in the configuration's `trained_tensors`, and is laid over the part when 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
-import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable
+from pathlib import Path
 from typing import ClassVar
 
 import torch
-from huggingface_hub import is_offline_mode
-from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    Blip2VisionModel,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..compat import (
-    arguments_that_stay,
-    build_from_config,
-    cached_file,
-    is_deepspeed_zero3_enabled,
-    layers_not_to_split,
-    optional_file,
-    resolve_revision,
-    set_attention,
-)
-from ..hub import WEIGHTS, add_code, auto_map_of, cache_dir, push_folder, push_options, retried
+from ..compat import arguments_that_stay, layers_not_to_split, resolve_revision, set_attention
+from ..extensions import publisher, take_push_options, where_to_load, write_card
+from ..files import move_into, retried, share_permissions, staging_folder, write_json
 from .modeling_changes import changed_since, changed_tensors, has_adapters, samples_of
-from .modeling_mpt import MosaicGPTForCausalLM, MptForCausalLM
+from .modeling_parts import PART_KEYWORDS, auto_class_for, check_part, load_frozen_part
+from .modeling_pins import (
+    FROZEN_PARTS,
+    HUB_KEYWORDS,
+    WEIGHTS,
+    FrozenPartError,
+    checkpoint_files,
+    commit_of,
+    frozen_parts_of,
+    summary,
+    tensors_of,
+    weights_sha256,
+)
 
 
 logger = logging.get_logger(__name__)
-
-# transformers has BLIP-2's ViT, but no Auto class lists it; of MPT it has another, and MPT-1B not at all
-OF_THEIR_OWN = {"vision_model": (Blip2VisionModel,), "language_model": (MptForCausalLM, MosaicGPTForCausalLM)}
-
-FROZEN_PARTS = ("vision_model", "language_model")
-HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
-# of these, what holds for the frozen parts' repositories too
-PART_KEYWORDS = ("cache_dir", "local_files_only", "token", "proxies")
-# fields of configurations that must be the same for a part to have the same shape
-SHAPE_FIELDS = ("architecture", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-                "intermediate_size", "image_size", "patch_size", "num_channels")  # fmt: skip
-
-
-class FrozenPartError(OSError, ValueError):
-    """A frozen part that a bridge was trained with is missing, or is not the one it was trained with."""
-
-
-# ---------------------------------------------------------------------- hashes of weights
-
-
-def checkpoint_files(source: str, **hub_kwargs) -> list[Path]:
-    """Local paths of the weight files of a Hub repository or folder; they are downloaded where necessary.
-
-    Raises:
-        FrozenPartError: There are none.
-        OSError: The Hub can't be asked, or has no such repository.
-    """
-    unsure = None
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        for found in (name, f"{name}.index.json"):
-            try:
-                path = Path(retried(cached_file, source, found, **hub_kwargs))
-            except OSError as error:
-                if isinstance(
-                    error.__cause__, LocalEntryNotFoundError
-                ):  # not in the cache, and the Hub does not answer
-                    unsure = unsure or error
-                    if not is_offline_mode() and not hub_kwargs.get("local_files_only"):
-                        raise  # it has not answered for half a minute
-                elif error.__cause__ is not None:
-                    raise
-                continue
-            if found == name:
-                return [path]
-            return [Path(retried(cached_file, source, shard, **hub_kwargs)) for shard in _shard_names(path)]
-    if unsure is not None:
-        raise unsure
-    raise FrozenPartError(f"No weights (model.safetensors or pytorch_model.bin, whole or sharded) in {source!r}.")
-
-
-def _shard_names(index: Path) -> list[str]:
-    """The files that an index names.
-
-    Raises:
-        FrozenPartError: It is no index, or names files outside its folder.
-    """
-    try:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FrozenPartError(f"{index} is no index of weight files: it has no weight_map.") from error
-    for shard in shards:
-        path = PurePosixPath(str(shard).replace("\\", "/"))
-        if not path.parts or path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
-            raise FrozenPartError(f"{index} names {shard!r}, which is not beside it: such a file is not read.")
-    return shards
-
-
-def tensor_digest(name: str, tensor: torch.Tensor) -> bytes:
-    """SHA-256 of one tensor: its name, dtype, shape and bytes."""
-    digest = hashlib.sha256(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
-    if tensor.numel():
-        digest.update(memoryview(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()))
-    return digest.digest()
-
-
-def weights_sha256(source: str, **hub_kwargs) -> str:
-    """Hash of the tensors in a checkpoint, the same whatever the sharding and the order in the files.
-
-    Files that were hashed before and have neither changed size nor time are not read again.
-
-    Args:
-        source: Hub id or folder.
-        hub_kwargs: `revision`, `cache_dir` and the like.
-
-    Returns:
-        Hexadecimal SHA-256.
-    """
-    files = checkpoint_files(source, **hub_kwargs)
-    # the cache's own files, which its links point at: those have no suffix
-    stamp = json.dumps([[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files])
-    known_path = cache_dir() / "hashes.json"
-    try:
-        known = json.loads(known_path.read_text())
-    except (OSError, ValueError):
-        known = {}
-    if stamp in known:
-        return known[stamp]
-    digests = {name: tensor_digest(name, tensor) for name, tensor in _tensors_of(files)}
-    total = hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()
-    known[stamp] = total
-    try:  # a cache: never in the way
-        known_path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = known_path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(known, indent=0))
-        os.replace(temporary, known_path)
-    except OSError:
-        pass
-    return total
-
-
-def _tensors_of(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors of weight files, one after the other."""
-    for path in files:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as tensors:
-                for name in tensors.keys():
-                    yield name, tensors.get_tensor(name)
-        else:
-            yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
-
-
-def commit_of(source: str, **hub_kwargs) -> str | None:
-    """Commit of a Hub repository in the local cache; `None` for a folder."""
-    if os.path.isdir(source):
-        return None
-    path = optional_file(source, "config.json", **hub_kwargs)
-    parts = Path(path).parts if path is not None else ()
-    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
-
-
-# ---------------------------------------------------------------------- frozen parts
-
-
-def auto_class_for(part: str, config: PreTrainedConfig):
-    """The Auto class that loads a frozen part, or the class itself where Auto classes don't give the right one."""
-    # by name: code that travels with a model may be loaded in several copies, each with classes of its own
-    known = {cls.config_class.model_type: cls for cls in OF_THEIR_OWN[part]}
-    if config.model_type in known:
-        return known[config.model_type]
-    if part == "vision_model":
-        return AutoModel
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-
-
-def build_part(part: str, config: PreTrainedConfig) -> PreTrainedModel:
-    """A frozen part with random weights."""
-    built_by = auto_class_for(part, config)
-    return (
-        build_from_config(built_by, config) if issubclass(built_by, PreTrainedModel) else built_by.from_config(config)
-    )
-
-
-def where_to_load(source: str) -> str:
-    """Folder or Hub id to load a part from: parts of the embedded default need no Hub."""
-    try:
-        from ..demo import resolve
-    except ImportError:  # code that travels with a bridge does without them
-        return source
-    return resolve(source)
-
-
-def frozen_parts_of(config: PreTrainedConfig) -> list[str]:
-    """Names of the frozen parts that a model has: stage 1 of BLIP-2 has no language model."""
-    return [part for part in FROZEN_PARTS if part == "vision_model" or config.text_config is not None]
-
-
-def find_frozen_part(part: str, pin: dict, allow_mismatch: bool = False, **hub_kwargs) -> tuple[str, dict]:
-    """Where a frozen part lies, once it is sure that it is the right one.
-
-    Args:
-        part: `"vision_model"` or `"language_model"`.
-        pin: `{"source", "revision", "sha256"}`, and perhaps `"alternatives"`: a list of `{"source", "sha256"}` of other
-            copies that are as good.
-        allow_mismatch: Warn where the weights are not those that were pinned, instead of refusing them.
-        hub_kwargs: `token`, `cache_dir` and the like.
-
-    Returns:
-        Folder or Hub id, and `hub_kwargs` with the revision where there is one.
-
-    Raises:
-        FrozenPartError: The part can't be had, or its weights are not those that were pinned.
-    """
-    if not pin.get("source"):
-        raise FrozenPartError(f"This bridge does not say where its {part} comes from.")
-    source = pin["source"]
-    try:
-        place = where_to_load(source)
-        if place == source and pin.get("revision"):
-            hub_kwargs["revision"] = pin["revision"]
-        found = weights_sha256(place, **hub_kwargs)
-    except OSError as error:
-        raise FrozenPartError(
-            f"This bridge needs the {part} {source!r}"
-            + (f" at revision {pin['revision']}" if pin.get("revision") else "")
-            + f", which can't be loaded: {str(error).splitlines()[0]} Make it available, or pass {part}=<a loaded model>."
-        ) from error
-    accepted = {pin.get("sha256"), *(other["sha256"] for other in pin.get("alternatives", []))} - {None}
-    if found in accepted:
-        return place, hub_kwargs
-    if pin.get("sha256") is None and place == source:
-        logger.warning_once(f"The {part} {source!r} is pinned by name only: its weights were not verified.")
-        return place, hub_kwargs
-    wrong = (
-        f"The {part} in {place!r} is not the one that this bridge was trained with: its weights hash to {found}, expected "
-        f"{' or '.join(sorted(accepted))}."
-    )
-    if not allow_mismatch:
-        raise FrozenPartError(
-            f"{wrong} Restore the original; or, if you mean to use this one, pass allow_mismatch=True or {part}=<a loaded "
-            "model>."
-        )
-    logger.warning(f"{wrong} It is used all the same: allow_mismatch=True.")
-    return place, hub_kwargs
-
-
-def refuse_zero3() -> None:
-    """Refuse to load parts where transformers would spread each one while it is loaded: a bridge begins as what its parts
-    hold, and would find empty tensors.
-
-    Raises:
-        RuntimeError: There are `TrainingArguments` with DeepSpeed's ZeRO-3.
-    """
-    if is_deepspeed_zero3_enabled():
-        raise RuntimeError(
-            "There are TrainingArguments with DeepSpeed's ZeRO-3 already, so that parts would be loaded empty, spread over "
-            "the processes. Compose or load the model before they are made; the Trainer spreads it."
-        )
-
-
-def load_frozen_part(
-    part: str, pin: dict, config: PreTrainedConfig, trained: Iterable[str] = (), allow_mismatch: bool = False, **kwargs
-) -> PreTrainedModel:
-    """Load a frozen part from where its pin says, and make sure that it is the right one.
-
-    Args:
-        part: As for `find_frozen_part`.
-        pin: Likewise.
-        config: The part's configuration.
-        trained: Names of the part's tensors that are replaced afterwards: they may be missing, or have another shape.
-        allow_mismatch: As for `find_frozen_part`. Tensors that are missing or have another shape are still refused.
-        kwargs: For the part's `from_pretrained` (`dtype`, `quantization_config`, `token`, ...).
-
-    Raises:
-        FrozenPartError: The part can't be had, or its weights are not those that were pinned.
-        RuntimeError: See `refuse_zero3`.
-    """
-    refuse_zero3()
-    place, hub_kwargs = find_frozen_part(
-        part, pin, allow_mismatch, **{name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
-    )
-    if kwargs.get("local_files_only"):  # or transformers before 5.18 asks the Hub whether the part is an adapter
-        kwargs["adapter_kwargs"] = {"local_files_only": True}
-    model, info = retried(
-        auto_class_for(part, config).from_pretrained,
-        place, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **{**kwargs, **hub_kwargs},
-    )  # fmt: skip
-    problems = [
-        f"{name} has shape {list(found)}, expected {list(expected)}"
-        for name, found, expected in sorted(info["mismatched_keys"])
-        if name not in trained
-    ]
-    if allow_mismatch:  # else the weights are those that were pinned, and lack what they lacked then
-        # patch features don't go through poolers
-        problems += [f"missing {name}" for name in sorted(info["missing_keys"]) if "pooler" not in name]
-    if problems:
-        raise FrozenPartError(f"The {part} in {place!r} does not have the shape that is pinned: {_summary(problems)}.")
-    return model
-
-
-def check_part(part: str, model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Refuse a loaded part that does not have the architecture and shape that a bridge was trained with.
-
-    Args:
-        part: `"vision_model"` or `"language_model"`.
-        model: The loaded part.
-        config: What the bridge's configuration says about it.
-
-    Raises:
-        FrozenPartError: It has another.
-    """
-    if model.config.model_type != config.model_type:
-        raise FrozenPartError(
-            f"The {part} passed in is a {model.config.model_type}; this bridge was trained with a {config.model_type}."
-        )
-    wrong = []
-    for name in SHAPE_FIELDS:
-        found, wanted = (getattr(each, name, None) for each in (model.config, config))
-        if None not in (found, wanted) and json.dumps(found) != json.dumps(wanted):  # a tuple is a list, once saved
-            wrong.append(f"{name} is {found}, expected {wanted}")
-    if wrong:
-        raise FrozenPartError(
-            f"The {part} passed in does not have the shape that this bridge was trained with: {'; '.join(wrong)}."
-        )
-    sizes = [getattr(each, "vocab_size", None) for each in (model.config, config)]
-    if sizes[0] != sizes[1]:
-        logger.warning(
-            f"The {part} passed in has a vocabulary of {sizes[0]}; this bridge was trained with one of {sizes[1]}."
-        )
-
-
-def _summary(problems: list[str]) -> str:
-    return "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
 
 
 def overlay_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, nn.Parameter]:
@@ -368,7 +56,7 @@ def overlay_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, nn.Par
     known.update((name, known[source]) for name, source in model.all_tied_weights_keys.items() if source in known)
     if unknown := sorted(set(names) - known.keys()):
         raise ValueError(
-            f"trained_tensors has {_summary(unknown)}: neither frozen part has tensors of that name. Names begin with "
+            f"trained_tensors has {summary(unknown)}: neither frozen part has tensors of that name. Names begin with "
             "'vision_model.' or 'language_model.', as in model.state_dict()."
         )
     return {name: known[name] for name in names}
@@ -381,7 +69,7 @@ def _name_sources(config_path: Path, pins: dict) -> None:
         if "_name_or_path" in (saved.get(name) or {}):
             saved[name]["_name_or_path"] = pins[part]["source"]
     saved.pop("_name_or_path", None)
-    config_path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
+    write_json(config_path, saved, sort_keys=True)
 
 
 def load_bridge_weights(
@@ -408,9 +96,7 @@ def load_bridge_weights(
         ValueError: The file's tensors are not those of this bridge.
         FrozenPartError: A shared part has other trained tensors than the checkpoint.
     """
-    weights = {}
-    for file in checkpoint_files(path, **hub_kwargs):
-        weights.update(load_file(file))
+    weights = dict(tensors_of(checkpoint_files(path, **hub_kwargs)))
     _lay_over(overlay or {}, weights, shared)
     expected = {f"bridge.{name}": tensor for name, tensor in bridge.state_dict().items()}
     weights.update((name, weights[source]) for name, source in tied.items() if name in expected and source in weights)
@@ -422,7 +108,7 @@ def load_bridge_weights(
         if weights[name].shape != expected[name].shape
     ]
     if problems:
-        raise ValueError(f"The weights in {path} are not those of its configuration: {_summary(problems)}.")
+        raise ValueError(f"The weights in {path} are not those of its configuration: {summary(problems)}.")
     if not weights:  # a bridge may have none
         return
     bridge.to(next(iter(weights.values())).dtype if dtype == "auto" else dtype)
@@ -441,7 +127,7 @@ def _lay_over(parameters: dict[str, nn.Parameter], weights: dict[str, torch.Tens
     """
     missing = [name for name in parameters if name not in weights]
     if missing:
-        raise ValueError(f"The configuration's trained_tensors name {_summary(missing)}, but the weights lack them.")
+        raise ValueError(f"The configuration's trained_tensors name {summary(missing)}, but the weights lack them.")
     for name, parameter in parameters.items():
         tensor = weights.pop(name).to(parameter.device)
         if tensor.shape != parameter.shape:
@@ -455,22 +141,6 @@ def _lay_over(parameters: dict[str, nn.Parameter], weights: dict[str, torch.Tens
                 f"This bridge brings a trained {name}, and the {part} passed in has another: it would be changed for "
                 f"everything that shares it. Leave {part}= out, or pass one that was loaded with this bridge."
             )
-
-
-def _write_card(folder: Path, repo_id: str | None, tags: Iterable[str] = ()) -> None:
-    """Write a model card, made from what lies in the folder, where there is none."""
-    path = folder / "README.md"
-    if path.exists() and not tags:
-        return
-    try:
-        from ..cards import card_of_folder
-    except ImportError:  # code that travels with a bridge does without
-        return
-    card = card_of_folder(folder, repo_id)
-    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *(tags or ())]))
-    temporary = folder / ".README.md.tmp"
-    card.save(temporary)
-    os.replace(temporary, path)
 
 
 class BridgeCheckpointMixin:
@@ -570,7 +240,7 @@ class BridgeCheckpointMixin:
                 )
             if changes := self._changes_of(part):
                 raise ValueError(
-                    f"bridge_only=True would lose what became of the {part}: {_summary(changes)}, since it was loaded from "
+                    f"bridge_only=True would lose what became of the {part}: {summary(changes)}, since it was loaded from "
                     f"{pin['source']!r}. Merged adapters and training do that. Save the whole model; save unmerged adapters "
                     "with PEFT's save_pretrained; or, where few tensors differ, let these travel with the bridge: "
                     f"model.set_frozen_parts({part}={pin['source']!r})."
@@ -595,10 +265,10 @@ class BridgeCheckpointMixin:
         Raises:
             ValueError: It is not what they hold.
         """
-        changed, compared = changed_since(getattr(self, part), _tensors_of(checkpoint_files(source, **hub_kwargs)))
+        changed, compared = changed_since(getattr(self, part), tensors_of(checkpoint_files(source, **hub_kwargs)))
         if changed:
             raise ValueError(
-                f"The {part} was passed in as a loaded model, and is not what {source!r} holds: {_summary(changed)}. A bridge "
+                f"The {part} was passed in as a loaded model, and is not what {source!r} holds: {summary(changed)}. A bridge "
                 f"that is saved alone would come back on another {part}. Save the part (`model.{part}.save_pretrained(FOLDER)`) "
                 "and compose the bridge with that folder; or save the whole model."
             )
@@ -634,7 +304,7 @@ class BridgeCheckpointMixin:
         Raises:
             ValueError: `bridge_only` with a part that has no source or has been trained.
         """
-        hub = push_options(kwargs)
+        hub = take_push_options(kwargs)
         repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
         if not bridge_only:
             was = self.config.bridge_only, self.config.frozen_parts
@@ -645,14 +315,14 @@ class BridgeCheckpointMixin:
                 super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
             finally:
                 self.config.bridge_only, self.config.frozen_parts = was
-            self._save_company(Path(save_directory), processor, with_code)
+            self._save_beside_weights(Path(save_directory), processor, with_code)
         else:
             self._save_bridge(Path(save_directory), *args, state_dict=state_dict, processor=processor,
                               with_code=with_code, **kwargs)  # fmt: skip
-            _write_card(Path(save_directory), repo_id if push_to_hub else None)
+            write_card(Path(save_directory), repo_id if push_to_hub else None)
         if push_to_hub:
             self._warn_of_folders(bridge_only)
-            push_folder(save_directory, repo_id, **{"commit_message": "Upload model", **hub})
+            publisher("push_to_hub").upload(Path(save_directory), repo_id, **{"commit_message": "Upload model", **hub})
 
     def _save_bridge(self, target: Path, *args, state_dict, processor, with_code: bool, **kwargs) -> None:
         """Write the bridge into a folder: all files, or none."""
@@ -662,35 +332,28 @@ class BridgeCheckpointMixin:
         for name, parameter in overlay_of(self, self.config.trained_tensors or []).items():
             bridge[name] = state_dict.get(name, parameter)
         before = self.config.frozen_parts, self.config.bridge_only
-        if target.is_file():
-            raise ValueError(f"{target} is a file; expected a folder to save to.")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            self.config.frozen_parts, self.config.bridge_only = pins, True
-            super().save_pretrained(temporary, *args, state_dict=bridge, **kwargs)
-            _name_sources(temporary / "config.json", pins)
-            for weights in temporary.glob("*.safetensors"):
-                shutil.copymode(temporary / "config.json", weights)  # or nobody else may read it
-            self._save_company(temporary, processor, with_code)
-            target.mkdir(exist_ok=True)
-            written = {path.name for path in temporary.iterdir()}
-            for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
-                os.replace(path, target / path.name)  # the configuration last: without it the folder is no model
-            for path in target.iterdir():
-                if WEIGHTS.fullmatch(path.name) and path.name not in written:
-                    path.unlink()  # of an earlier model
-        finally:
-            self.config.frozen_parts, self.config.bridge_only = before
-            shutil.rmtree(temporary, ignore_errors=True)
+        with staging_folder(target) as staging:
+            try:
+                self.config.frozen_parts, self.config.bridge_only = pins, True
+                super().save_pretrained(staging, *args, state_dict=bridge, **kwargs)
+            finally:
+                self.config.frozen_parts, self.config.bridge_only = before
+            _name_sources(staging / "config.json", pins)
+            share_permissions(staging / "config.json", staging.glob("*.safetensors"))
+            self._save_beside_weights(staging, processor, with_code)
+            written = move_into(staging, target)
+        for path in target.iterdir():
+            if WEIGHTS.fullmatch(path.name) and path.name not in written:
+                path.unlink()  # of an earlier model
 
-    def _save_company(self, folder: Path, processor, with_code: bool) -> None:
+    def _save_beside_weights(self, folder: Path, processor, with_code: bool) -> None:
         """Write what goes beside the weights."""
         if processor is not None:
             processor.check(self.config)
             processor.save_pretrained(folder)
         if with_code:
-            add_code(folder, auto_map_of(type(self.config), type(self), None if processor is None else type(processor)))
+            processor_class = None if processor is None else type(processor)
+            publisher("with_code").add_code(folder, processor_class, type(self), type(self.config))
 
     def push_to_hub(
         self,
@@ -723,7 +386,7 @@ class BridgeCheckpointMixin:
             ValueError: As for `save_pretrained`.
             huggingface_hub.errors.HfHubHTTPError: The Hub refuses it.
         """
-        hub = push_options(kwargs)
+        hub = take_push_options(kwargs)
         if kwargs:
             raise TypeError(f"push_to_hub has no argument {', '.join(sorted(kwargs))}.")
         with tempfile.TemporaryDirectory() as temporary:
@@ -731,9 +394,11 @@ class BridgeCheckpointMixin:
             self.save_pretrained(
                 folder, bridge_only=bridge_only, with_code=with_code, processor=processor, max_shard_size=max_shard_size
             )
-            _write_card(folder, repo_id, tags)
+            write_card(folder, repo_id, tags)
             self._warn_of_folders(bridge_only)
-            return push_folder(folder, repo_id, keep=["README.md"], **{"commit_message": "Upload model", **hub})
+            return publisher("push_to_hub").upload(
+                folder, repo_id, keep=["README.md"], **{"commit_message": "Upload model", **hub}
+            )
 
     def _warn_of_folders(self, bridge_only: bool) -> None:
         for part, pin in (self.config.frozen_parts or {}).items() if bridge_only else ():
@@ -840,11 +505,13 @@ class BridgeCheckpointMixin:
                 trained = {name.removeprefix(f"{part}.") for name in overlay if name.startswith(f"{part}.")}
                 parts[part] = load_frozen_part(part, pin, part_config, trained, allow_mismatch, dtype=dtype, **extra)
 
-        model = cls(config, **parts)
+        with torch.device("meta"):  # drawing weights that are replaced takes longer than loading them
+            model = cls(config, **parts)
         shared = {part for part in FROZEN_PARTS if given[part] is not None}
         load_bridge_weights(
             model.bridge, path, model.all_tied_weights_keys, dtype, overlay_of(model, overlay), shared, **hub_kwargs
         )
+        model.tie_weights()  # what was on the meta device has lost its ties
         model.freeze(config.freeze_vision_model, config.freeze_language_model).eval()
         if generation_config is None:
             try:
@@ -885,14 +552,4 @@ class BridgeCheckpointMixin:
             dispatch_model(self, device_map, skip_keys=arguments_that_stay(self), **kwargs)
 
 
-__all__ = [
-    "BridgeCheckpointMixin",
-    "FrozenPartError",
-    "check_part",
-    "checkpoint_files",
-    "find_frozen_part",
-    "load_bridge_weights",
-    "load_frozen_part",
-    "refuse_zero3",
-    "weights_sha256",
-]
+__all__ = ["BridgeCheckpointMixin", "load_bridge_weights", "overlay_of"]

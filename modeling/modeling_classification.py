@@ -26,10 +26,15 @@ from ..configuration.configuration_classification import (
     PerceiverFlamingoClassificationConfig,
     QFormerBlip2ClassificationConfig,
 )
-from .modeling_bridged import Bridge, BridgedModel
+from ..processing.processing_parts import load_image_processor
+from .modeling_bridge import Bridge
+from .modeling_bridged import BridgedModel
 from .modeling_flamingo import PerceiverFlamingoForConditionalGeneration, PerceiverResampler
 from .modeling_llava import MLPBridge, MLPLlavaForConditionalGeneration, PooledPatchesMixin
-from .modeling_qformer import QFormer, QFormerBlip2ForConditionalGeneration, summary
+from .modeling_parts import resolve_part
+from .modeling_pins import summary
+from .modeling_qformer import QFormerBlip2ForConditionalGeneration
+from .modeling_qformer_layers import QFormer
 from .modeling_qformer_pretraining import QFormerBlip2Stage1Model
 
 
@@ -192,17 +197,15 @@ class BridgedForImageClassification(BridgedModel):
         Raises:
             ValueError: Neither `num_labels` nor `id2label` is given, they contradict each other, or an unknown option.
         """
-        from ..compose import _image_processor, _resolve
-
         options |= cls._labels(num_labels, id2label)
         known = {*cls.config_class.__dataclass_fields__, "num_labels"}
         known -= {"vision_config", "text_config", "frozen_parts", "bridge_only", "trained_tensors"}
         if unknown := sorted(set(options) - known):
             raise ValueError(f"{cls.__name__} has no option {', '.join(unknown)}; see {cls.config_class.__name__}.")
-        vision_model, name, pin = _resolve("vision_model", vision, dtype)
+        vision_model, name, pin = resolve_part("vision_model", vision, dtype)
         config = cls.config_class(vision_config=vision_model.config, frozen_parts={"vision_model": pin}, **options)
         model = cls(config, vision_model=vision_model)
-        return model.eval(), _image_processor(image_processor, name, config.vision_config)
+        return model.eval(), load_image_processor(image_processor, name, config.vision_config)
 
     @classmethod
     def from_bridge(
@@ -231,8 +234,6 @@ class BridgedForImageClassification(BridgedModel):
         Raises:
             ValueError: It is no model of this family, or as for `from_vision`.
         """
-        from ..compose import _image_processor
-
         options |= cls._labels(num_labels, id2label)
         if unknown := sorted(set(options) - {"num_labels", "id2label", "label2id", "problem_type"}):
             raise ValueError(
@@ -262,7 +263,7 @@ class BridgedForImageClassification(BridgedModel):
         if image_processor is None and place is not None:
             image_processor = AutoImageProcessor.from_pretrained(place)
         name = source.vision_model.name_or_path or None
-        return model.eval(), _image_processor(image_processor, name, config.vision_config)
+        return model.eval(), load_image_processor(image_processor, name, config.vision_config)
 
     @classmethod
     def _refuse(cls, found: str) -> None:
@@ -399,10 +400,10 @@ class BridgedForImageClassification(BridgedModel):
 
     # ------------------------------------------------------------------ saving
 
-    def _save_company(self, folder: Path, processor, with_code: bool) -> None:
+    def _save_beside_weights(self, folder: Path, processor, with_code: bool) -> None:
         if processor is not None:  # an image processor, which belongs to the encoder alone
             processor.save_pretrained(folder)
-        super()._save_company(folder, None, with_code)
+        super()._save_beside_weights(folder, None, with_code)
 
 
 class QFormerBlip2ForImageClassification(BridgedForImageClassification):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import inspect
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import nn
@@ -20,8 +19,10 @@ from transformers.utils import logging
 from ..compat import HOOKS_ARE_RECOMPUTED, build_from_config
 from ..compat import initialization as init
 from ..configuration.configuration_flamingo import PerceiverFlamingoConfig
-from .modeling_bridged import Bridge, BridgedModel
+from .modeling_bridge import Bridge
+from .modeling_bridged import BridgedModel
 from .modeling_generation import GenerationStates
+from .modeling_hooks import attach
 from .modeling_mpt import as_conditionable
 
 
@@ -377,6 +378,7 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
     config: PerceiverFlamingoConfig
     bridge_class = PerceiverBridge
     image_arguments = (*BridgedModel.image_arguments, "patch_mask", "media_index")
+    special_tokens = ("<image>", "<|endofchunk|>")
     takes_frames = True
     _no_split_modules = ["PerceiverLayer", "GatedCrossAttentionLayer"]
 
@@ -386,7 +388,7 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
             language_model = as_conditionable(language_model)
         super().__init__(config, vision_model, language_model)
         for index, layer in enumerate(decoder_layers(self.language_model)):
-            layer.register_forward_pre_hook(partial(self._condition_layer, index), with_kwargs=True)
+            attach(layer.register_forward_pre_hook, self, "_condition_layer", index, with_kwargs=True)
 
     @classmethod
     def check_language_model(cls, language_model: PreTrainedModel) -> None:

@@ -23,16 +23,11 @@ from ..compat import (
     lacking_peft,
     set_attention,
 )
+from ..extensions import where_to_load
+from .modeling_bridge import fill_vision_geometry
 from .modeling_changes import has_adapters
-from .modeling_checkpoint import (
-    FROZEN_PARTS,
-    FrozenPartError,
-    frozen_parts_of,
-    load_bridge_weights,
-    overlay_of,
-    weights_sha256,
-    where_to_load,
-)
+from .modeling_checkpoint import load_bridge_weights, overlay_of
+from .modeling_pins import FROZEN_PARTS, FrozenPartError, accepted_hashes, frozen_parts_of, weights_sha256
 
 
 logger = logging.get_logger(__name__)
@@ -63,12 +58,6 @@ def bridge_settings(config: PreTrainedConfig) -> dict[str, Any]:
     common = {field.name for field in fields(PreTrainedConfig)}
     names = [field.name for field in fields(config)]
     return {name: getattr(config, name) for name in names if name not in common | OF_THE_MODEL}
-
-
-def accepted_hashes(pin: dict | None) -> set[str]:
-    """Hashes of weights that a pin allows."""
-    pin = pin or {}
-    return {pin.get("sha256"), *(other["sha256"] for other in pin.get("alternatives") or [])} - {None}
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
@@ -243,8 +232,6 @@ class HotSwapMixin:
 
     def _check_geometry(self, config: PreTrainedConfig, where: str) -> None:
         """Refuse a bridge that was made for patch features of another kind, where the encoder is another one."""
-        from .modeling_bridged import fill_vision_geometry
-
         found = copy.copy(config)
         found.vision_config = self.config.vision_config
         names = ("vision_layout", "vision_hidden_size", "patch_size", "num_prefix_tokens")

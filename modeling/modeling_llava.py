@@ -14,7 +14,8 @@ from transformers.modeling_outputs import ModelOutput
 from ..compat import initialization as init
 from ..configuration.configuration_bridged import patch_grid
 from ..configuration.configuration_llava import AnyresLayout, MLPLlavaConfig, anyres_layout
-from .modeling_bridged import Bridge, BridgedModel
+from .modeling_bridge import Bridge
+from .modeling_bridged import BridgedModel
 
 
 def pool_patches(patch_features: torch.Tensor, rows: int, columns: int, pooling: str, factor: int) -> torch.Tensor:

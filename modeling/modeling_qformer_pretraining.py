@@ -14,60 +14,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from ..compat import ACT2FN, BeamHooks, accepts_cache, cache_argument, can_return_tuple
 from ..compat import initialization as init
 from ..configuration.configuration_qformer import QFormerBlip2PreTrainingConfig, QFormerConfig
-from .modeling_bridged import Bridge, BridgedModel
-from .modeling_qformer import QFormer
-
-
-# ---------------------------------------------------------------------- several processes
-
-
-def _num_processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-class _Gather(torch.autograd.Function):
-    """All processes' tensors, one after the other along the first dimension; gradients go back to where they belong."""
-
-    @staticmethod
-    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
-        everyone = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyone, tensor.contiguous())
-        return torch.cat(everyone)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def gather(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensors of all processes, `(processes * batch, ...)`, with gradients; of one process the tensor itself."""
-    return tensor if _num_processes() == 1 else _Gather.apply(tensor)
-
-
-def _gather_texts(input_ids: torch.Tensor, attention_mask: torch.Tensor, pad_token_id: int):
-    """Texts of all processes, filled up to the longest.
-
-    Raises:
-        ValueError: The processes have batches of different sizes.
-    """
-    if _num_processes() == 1:
-        return input_ids, attention_mask
-    shapes = gather(torch.tensor([input_ids.shape], device=input_ids.device))  # (processes, 2)
-    if shapes[:, 0].min() != shapes[:, 0].max():
-        raise ValueError(
-            f"The processes have batches of {shapes[:, 0].tolist()} pairs; stage 1 compares all with all and needs equal "
-            "ones. Drop the last, smaller batch (dataloader_drop_last=True)."
-        )
-    missing = int(shapes[:, 1].max()) - input_ids.shape[1]
-    input_ids = nn.functional.pad(input_ids, (0, missing), value=pad_token_id)
-    return gather(input_ids), gather(nn.functional.pad(attention_mask, (0, missing)))
+from ..processing.processing_parts import load_image_processor
+from ..processing.processing_qformer import QFormerBlip2PreTrainingProcessor, bert_tokenizer, end_of_text
+from .modeling_bridge import Bridge
+from .modeling_bridged import BridgedModel
+from .modeling_contrastive import draw_negatives, gather, gather_texts, num_processes, similarities_of
+from .modeling_parts import resolve_part
+from .modeling_qformer_layers import QFormer
 
 
 # ---------------------------------------------------------------------- parts
@@ -135,51 +93,6 @@ class QFormerPreTrainingBridge(Bridge):
         return self.itm_head(self.multimodal_features(normed, input_ids, attention_mask)).float().mean(dim=1)
 
 
-def similarities_of(image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
-    """Cosine similarity of every image and every text: that of the query that is closest to the text.
-
-    Args:
-        image_features: `(num_images, num_query_tokens, embed_dim)`, unit vectors.
-        text_features: `(num_texts, embed_dim)`, unit vectors.
-
-    Returns:
-        `(num_images, num_texts)`.
-    """
-    return torch.einsum("iqd,td->itq", image_features, text_features).amax(dim=-1)
-
-
-def draw_negatives(
-    logits: torch.Tensor, positives: torch.Tensor, floor: float = 0.0, generator: torch.Generator | None = None
-) -> torch.Tensor:
-    """Draw one hard negative per row: the more similar, the likelier.
-
-    Args:
-        logits: `(rows, candidates)`, similarities over the temperature.
-        positives: Bool, `(rows, candidates)`: what must not be drawn.
-        floor: Added to every candidate's probability, so that far ones are drawn at times.
-        generator: Where randomness comes from; the default one of the device where `None`.
-
-    Returns:
-        Indices of candidates, `(rows,)`.
-
-    Raises:
-        ValueError: A row has no negatives.
-    """
-    if bool(positives.all(dim=1).any()):
-        raise ValueError(
-            "No negatives to draw from: image-text matching needs at least two pairs in the batch, of different images. "
-            "Use a larger batch, or itm_weight=0."
-        )
-    logits = logits.detach().float()
-    if floor:
-        weights = (logits.softmax(dim=1) + floor).masked_fill(positives, 0.0)
-    else:
-        weights = logits.masked_fill(positives, -torch.inf).softmax(dim=1)
-    if generator is not None:
-        weights = weights.to(generator.device)
-    return torch.multinomial(weights, 1, generator=generator)[:, 0].to(logits.device)
-
-
 @dataclass
 class QFormerBlip2PreTrainingOutput(CausalLMOutputWithPast):
     """Output of stage 1.
@@ -208,39 +121,6 @@ class QFormerBlip2PreTrainingOutput(CausalLMOutputWithPast):
     text_features: torch.Tensor | None = None
     image_negatives: torch.Tensor | None = None
     text_negatives: torch.Tensor | None = None
-
-
-@dataclass
-class QFormerBlip2RetrievalOutput(ModelOutput):
-    """Scores of images and texts.
-
-    Args:
-        itc_scores: Cosine similarities, `(num_images, num_texts)`.
-        itm_logits: Scores of no match and match of pairs, `(batch, 2)`.
-        image_features: Unit vectors, `(num_images, num_query_tokens, embed_dim)`.
-        text_features: Unit vectors, `(num_texts, embed_dim)`.
-    """
-
-    itc_scores: torch.Tensor | None = None
-    itm_logits: torch.Tensor | None = None
-    image_features: torch.Tensor | None = None
-    text_features: torch.Tensor | None = None
-
-
-@dataclass
-class RankingOutput(ModelOutput):
-    """Many images against many texts.
-
-    Args:
-        itc_scores: Cosine similarities, `(num_images, num_texts)`.
-        image_to_text: Score of each text for an image, `(num_images, num_texts)`: similarity and matching score for the
-            `top_k` most similar ones, minus infinity for the rest.
-        text_to_image: Score of each image for a text, likewise, `(num_texts, num_images)`.
-    """
-
-    itc_scores: torch.Tensor | None = None
-    image_to_text: torch.Tensor | None = None
-    text_to_image: torch.Tensor | None = None
 
 
 # ---------------------------------------------------------------------- models
@@ -306,10 +186,7 @@ class QFormerBlip2Stage1Model(BridgedModel):
         Raises:
             ValueError: Parts that do not fit together.
         """
-        from ..compose import _image_processor, _resolve
-        from ..processing.processing_qformer import QFormerBlip2PreTrainingProcessor, bert_tokenizer, end_of_text
-
-        vision_model, name, pin = _resolve("vision_model", vision, dtype)
+        vision_model, name, pin = resolve_part("vision_model", vision, dtype)
         tokenizer = bert_tokenizer(copy.deepcopy(tokenizer))
         qformer = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
         config = QFormerBlip2PreTrainingConfig(
@@ -321,7 +198,7 @@ class QFormerBlip2Stage1Model(BridgedModel):
             frozen_parts={"vision_model": pin},
             **options,
         )
-        image_processor = _image_processor(image_processor, name, config.vision_config)
+        image_processor = load_image_processor(image_processor, name, config.vision_config)
         processor = QFormerBlip2PreTrainingProcessor.from_config(
             config, image_processor, tokenizer, max_length=max_length
         )
@@ -498,8 +375,8 @@ class QFormerBlip2ForPreTraining(BeamHooks, QFormerBlip2Stage1Model):
             raise ValueError(f"{batch} images, but {input_ids.shape[0]} texts; expected pairs.")
         all_ids, all_masks = input_ids, attention_mask
         first = 0  # of this process' pairs among all
-        if return_loss and _num_processes() > 1:
-            all_ids, all_masks = _gather_texts(input_ids, attention_mask, config.pad_token_id)
+        if return_loss and num_processes() > 1:
+            all_ids, all_masks = gather_texts(input_ids, attention_mask, config.pad_token_id)
             first = dist.get_rank() * batch
             input_ids, attention_mask = all_ids[first : first + batch], all_masks[first : first + batch]
         gathered = gather if return_loss else nn.Identity()
@@ -570,8 +447,8 @@ class QFormerBlip2ForPreTraining(BeamHooks, QFormerBlip2Stage1Model):
             targets = decoder_ids.masked_fill(attention_mask == 0, -100)
         labels = nn.functional.pad(targets[:, 1:], (0, logits.shape[1] - targets.shape[1]), value=-100)
         count = (labels != -100).sum()
-        if _num_processes() > 1:
-            count = gather(count[None]).sum() / _num_processes()
+        if num_processes() > 1:
+            count = gather(count[None]).sum() / num_processes()
         total = nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(),
             labels.flatten(),
@@ -660,119 +537,9 @@ class QFormerBlip2ForPreTraining(BeamHooks, QFormerBlip2Stage1Model):
         return torch.where(cut_off, log_probs * (length / (length + 1)) ** length_penalty, log_probs)
 
 
-class QFormerBlip2ForImageTextRetrieval(QFormerBlip2Stage1Model):
-    """Scores of images and texts: by similarity of their features, and by reading them together.
-
-    Args:
-        config: Configuration.
-        vision_model: An encoder that exists already; it is used as it is.
-    """
-
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        patch_features: torch.Tensor | None = None,
-        use_image_text_matching_head: bool = False,
-    ) -> QFormerBlip2RetrievalOutput:
-        """Compare images and texts.
-
-        Args:
-            pixel_values: `(num_images, channels, height, width)`.
-            input_ids: `(num_texts, text_tokens)`.
-            attention_mask: `(num_texts, text_tokens)`, 0 for padding.
-            patch_features: `(num_images, num_patches, vision_dim)` instead of pixels.
-            use_image_text_matching_head: Read the first image with the first text and so on, as many of one as of the
-                other; else compare features, all with all.
-
-        Raises:
-            ValueError: Matching, and there are not as many images as texts.
-        """
-        normed = self._normed(pixel_values, patch_features)
-        if attention_mask is None:
-            attention_mask = (input_ids != self.config.pad_token_id).long()
-        bridge = self.bridge
-        if use_image_text_matching_head:
-            if normed.shape[0] != input_ids.shape[0]:
-                raise ValueError(f"{normed.shape[0]} images, but {input_ids.shape[0]} texts; matching takes pairs.")
-            return QFormerBlip2RetrievalOutput(itm_logits=bridge.itm_logits(normed, input_ids, attention_mask))
-        image_features = bridge.image_features(bridge.qformer(normed))
-        text_features = bridge.text_features(bridge.qformer(None, input_ids, attention_mask))
-        return QFormerBlip2RetrievalOutput(
-            itc_scores=similarities_of(image_features, text_features),
-            image_features=image_features,
-            text_features=text_features,
-        )
-
-    @torch.no_grad()
-    def rank(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        patch_features: torch.Tensor | None = None,
-        top_k: int = 128,
-        batch_size: int = 32,
-    ) -> RankingOutput:
-        """Rank many texts for many images and the other way round: all by similarity, the best again by matching.
-
-        Args:
-            pixel_values: `(num_images, channels, height, width)`; on any device, as the rest.
-            input_ids: `(num_texts, text_tokens)`.
-            attention_mask: `(num_texts, text_tokens)`, 0 for padding.
-            patch_features: `(num_images, num_patches, vision_dim)` instead of pixels.
-            top_k: How many of the most similar ones to read together with what they are ranked for; 0 for none.
-            batch_size: Images, texts or pairs at a time.
-
-        Returns:
-            A `RankingOutput`, on the CPU. With `top_k=0` its scores are the similarities.
-
-        Source: `lavis/models/blip2_models/blip2.py`, `compute_sim_matrix`.
-        """
-        device = self.bridge.temperature.device
-        if attention_mask is None:
-            attention_mask = (input_ids != self.config.pad_token_id).long()
-        patches, image_features, text_features = [], [], []
-        for batch in (pixel_values if patch_features is None else patch_features).split(batch_size):
-            batch = batch.to(device)
-            batch = self.get_patch_features(batch) if patch_features is None else batch
-            image_features.append(self.get_image_features(patch_features=batch).pooler_output)
-            patches.append(batch.cpu())
-        for ids, mask in zip(input_ids.split(batch_size), attention_mask.split(batch_size)):
-            text_features.append(self.get_text_features(ids.to(device), mask.to(device)).pooler_output)
-        texts, patches = torch.cat(text_features), torch.cat(patches)
-        itc_scores = torch.cat([similarities_of(images, texts).cpu() for images in image_features])
-        if top_k == 0:
-            return RankingOutput(itc_scores=itc_scores, image_to_text=itc_scores, text_to_image=itc_scores.T)
-
-        chosen = [torch.zeros(itc_scores.shape, dtype=torch.bool) for _ in range(2)]
-        for dim, mask in zip((1, 0), chosen):
-            best = itc_scores.topk(min(top_k, itc_scores.shape[dim]), dim=dim).indices
-            mask.scatter_(dim, best, True)
-        scores = itc_scores.clone()
-        pairs = (chosen[0] | chosen[1]).nonzero()  # (pairs, 2): which image, which text
-        for images, ids in (part.unbind(dim=1) for part in pairs.split(batch_size)):
-            logits = self.get_itm_logits(
-                patch_features=patches[images].to(device),
-                input_ids=input_ids[ids.to(input_ids.device)].to(device),
-                attention_mask=attention_mask[ids.to(attention_mask.device)].to(device),
-            )
-            scores[images, ids] += logits[:, 1].cpu()
-        image_to_text, text_to_image = (scores.masked_fill(~mask, -torch.inf) for mask in chosen)
-        return RankingOutput(itc_scores=itc_scores, image_to_text=image_to_text, text_to_image=text_to_image.T)
-
-
 __all__ = [
-    "QFormerBlip2ForImageTextRetrieval",
     "QFormerBlip2ForPreTraining",
     "QFormerBlip2PreTrainingOutput",
-    "QFormerBlip2RetrievalOutput",
     "QFormerBlip2Stage1Model",
     "QFormerPreTrainingBridge",
-    "RankingOutput",
-    "draw_negatives",
-    "gather",
-    "similarities_of",
 ]

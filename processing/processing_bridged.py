@@ -11,7 +11,7 @@ from transformers import ProcessorMixin
 
 from ..compat import MultiModalData, ProcessorHooks, get_image_size
 from ..configuration.configuration_bridged import BridgedConfig, num_patches
-from ..hub import add_code, push_folder, push_options
+from ..extensions import publisher, take_push_options
 
 
 # Puts lists of text and images together, so that a language model's own template, which expects strings, can be used.
@@ -360,13 +360,15 @@ class BridgedProcessor(ProcessorHooks, ProcessorMixin):
         Returns:
             Paths of the files with settings.
         """
-        hub = push_options(kwargs)
+        hub = take_push_options(kwargs)
         repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
         files = super().save_pretrained(os.fspath(save_directory), **kwargs)
         if with_code:
-            add_code(save_directory, {"AutoProcessor": type(self)})
+            publisher("with_code").add_code(Path(save_directory), type(self))
         if push_to_hub:
-            push_folder(save_directory, repo_id, **{"commit_message": "Upload processor", **hub})
+            publisher("push_to_hub").upload(
+                Path(save_directory), repo_id, **{"commit_message": "Upload processor", **hub}
+            )
         return files
 
     def push_to_hub(self, repo_id: str, *, with_code: bool = False, **kwargs):
@@ -381,12 +383,14 @@ class BridgedProcessor(ProcessorHooks, ProcessorMixin):
         Returns:
             The commit.
         """
-        hub = push_options(kwargs)
+        hub = take_push_options(kwargs)
         if kwargs:
             raise TypeError(f"push_to_hub has no argument {', '.join(sorted(kwargs))}.")
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, with_code=with_code)
-            return push_folder(folder, repo_id, **{"commit_message": "Upload processor", **hub})
+            return publisher("push_to_hub").upload(
+                Path(folder), repo_id, **{"commit_message": "Upload processor", **hub}
+            )
 
 
 __all__ = ["BridgedProcessor"]

@@ -253,7 +253,7 @@ class LocalHub:
             home: Its `HF_HOME`: an empty folder for an empty cache.
             more: Further variables, such as `HF_HUB_OFFLINE="1"`.
         """
-        from vlbridge.demo import cache_dir
+        from vlbridge.files import cache_dir
 
         kept = {
             name: value
@@ -293,7 +293,7 @@ class LocalHub:
         from huggingface_hub import close_session, constants
         from huggingface_hub.utils import _http
 
-        import vlbridge.hub
+        import vlbridge.files
 
         environment = self.environment(home)
         for name in set(os.environ) - set(environment):
@@ -316,7 +316,7 @@ class LocalHub:
         monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(home / "modules"))
         self.point_at(monkeypatch, self.endpoint)
         clock = {name: getattr(time, name) for name in dir(time) if not name.startswith("_")}
-        for module in (_http, huggingface_hub.file_download, vlbridge.hub):
+        for module in (_http, huggingface_hub.file_download, vlbridge.files):
             if hasattr(module, "time"):
                 monkeypatch.setattr(module, "time", SimpleNamespace(**{**clock, "sleep": self.waits.append}))
         close_session()  # connections, and proxies that were read from the environment

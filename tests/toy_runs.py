@@ -21,7 +21,7 @@ from tiny import (
 from transformers import AutoModel, TrainingArguments
 
 import vlbridge
-from vlbridge.modeling.modeling_checkpoint import build_part
+from vlbridge.modeling.modeling_parts import build_part
 from vlbridge.training.training_encoding import encoder_for
 from vlbridge.training.training_trainer import BridgeTrainer, Samples, SampleStream
 

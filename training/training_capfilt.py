@@ -32,7 +32,8 @@ from transformers import (
 
 from ..cli import answer
 from ..images import ImageError, load_image
-from ..modeling.modeling_qformer_pretraining import QFormerBlip2ForImageTextRetrieval, QFormerBlip2ForPreTraining
+from ..modeling.modeling_qformer_pretraining import QFormerBlip2ForPreTraining
+from ..modeling.modeling_qformer_retrieval import QFormerBlip2ForImageTextRetrieval
 from .training_rows import FORMATS, as_object, json_rows, read_json, read_rows
 
 

@@ -43,9 +43,9 @@ from transformers import BatchFeature, TrainerCallback
 from transformers.utils import logging
 
 from ..compat import process_images
-from ..hub import cache_dir
+from ..files import cache_dir
 from ..images import ImageError
-from ..modeling.modeling_checkpoint import tensor_digest
+from ..modeling.modeling_pins import tensor_digest
 from .training_records import open_image
 
 

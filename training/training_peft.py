@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 from transformers import Conv1D
 
-from ..modeling.modeling_bridged import BridgedModel, TokenRows, num_embeddings
+from ..modeling.modeling_bridge import TokenRows, num_embeddings
+from ..modeling.modeling_bridged import BridgedModel
 from ..modeling.modeling_flamingo import TanhGate
 
 

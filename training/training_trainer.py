@@ -59,11 +59,12 @@ from ..compat import (
     take,
     unset_hf_deepspeed_config,
 )
+from ..extensions import where_to_load
 from ..hub import push_folder
 from ..images import ImageError
-from ..modeling.modeling_bridged import TokenRows
-from ..modeling.modeling_checkpoint import FROZEN_PARTS, frozen_parts_of, where_to_load
+from ..modeling.modeling_bridge import TokenRows
 from ..modeling.modeling_flamingo import GatedCrossAttentionLayer
+from ..modeling.modeling_pins import FROZEN_PARTS, frozen_parts_of
 from ..processing.processing_qformer import bert_tokenizer
 from .training_encoding import IGNORED, Encoder, SampleError, Stage1Encoder, encoder_for
 from .training_features import FeatureCache, FlushFeatures, PreparedEncoder

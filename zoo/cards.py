@@ -27,7 +27,7 @@ from .configuration import BridgedConfig
 from .configuration.configuration_classification import ClassificationConfigMixin
 from .convert.convert_certificate import card_section, read_certificate
 from .families import FAMILIES
-from .modeling.modeling_checkpoint import FrozenPartError, checkpoint_files, frozen_parts_of
+from .modeling.modeling_pins import FrozenPartError, checkpoint_files, frozen_parts_of
 
 
 logger = logging.getLogger(__name__)

@@ -279,7 +279,7 @@ def fetch(part: File | str | None) -> str | None:
         return hf_hub_download(part.where, part.name, revision=part.revision)
     from torch.hub import download_url_to_file
 
-    from .demo import cache_dir
+    from .files import cache_dir
 
     path = cache_dir() / "releases" / part.where.rsplit("/", 1)[-1]
     if not path.exists():

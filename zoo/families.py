@@ -30,6 +30,7 @@ from .modeling import (
     PerceiverFlamingoForImageClassification,
     QFormerBlip2ForConditionalGeneration,
     QFormerBlip2ForImageClassification,
+    QFormerBlip2ForImageTextRetrieval,
     QFormerBlip2ForPreTraining,
 )
 from .processing import (
@@ -51,7 +52,6 @@ class Family:
         model_class: Its generating model.
         processor_class: Its processor.
         classifier_class: Its bridge with a classifier on top, for images.
-        special_tokens: Tokens that are really read or written, whose rows are trained with the bridge.
     """
 
     name: str
@@ -59,7 +59,11 @@ class Family:
     model_class: type[BridgedModel]
     processor_class: type[BridgedProcessor]
     classifier_class: type[BridgedForImageClassification]
-    special_tokens: tuple[str, ...] = ()
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Tokens that are really read or written, whose rows are trained with the bridge."""
+        return self.model_class.special_tokens
 
 
 FAMILIES = {
@@ -85,7 +89,6 @@ FAMILIES = {
             PerceiverFlamingoForConditionalGeneration,
             PerceiverFlamingoProcessor,
             PerceiverFlamingoForImageClassification,
-            special_tokens=("<image>", "<|endofchunk|>"),
         ),
     )
 }
@@ -107,3 +110,14 @@ def register() -> None:
     for auto_class in (AutoModel, AutoModelForPreTraining):
         auto_class.register(stage1, QFormerBlip2ForPreTraining, exist_ok=True)
     AutoProcessor.register(stage1, QFormerBlip2PreTrainingProcessor, exist_ok=True)
+
+
+def class_named(name: str) -> type[BridgedModel] | None:
+    """The model class of that name, as a saved configuration's `architectures` names it; `None` for an unknown one."""
+    classes = [QFormerBlip2ForPreTraining, QFormerBlip2ForImageTextRetrieval]
+    for family in FAMILIES.values():
+        classes += [family.model_class, family.classifier_class]
+    return {cls.__name__: cls for cls in classes}.get(name)
+
+
+__all__ = ["FAMILIES", "Family", "class_named", "register"]

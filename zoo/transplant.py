@@ -33,9 +33,10 @@ from transformers import (
 from .cards import SUMMARY, card_of_folder
 from .compat import bytes_to_unicode
 from .compose import Part, compose
+from .extensions import where_to_load
 from .families import FAMILIES, Family
-from .modeling.modeling_bridged import Bridge, BridgedModel
-from .modeling.modeling_checkpoint import where_to_load
+from .modeling.modeling_bridge import Bridge
+from .modeling.modeling_bridged import BridgedModel
 from .modeling.modeling_flamingo import FeedForward, GatedCrossAttentionLayer, PerceiverBridge
 from .modeling.modeling_llava import MLPBridge
 from .modeling.modeling_qformer import QFormerBridge

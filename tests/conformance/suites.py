@@ -17,8 +17,8 @@ import tiny
 import torch
 import transformers
 
-from vlbridge.demo import cache_dir
 from vlbridge.families import FAMILIES
+from vlbridge.files import cache_dir
 
 
 PACKAGE = "transformers_tests"  # the folder is `tests` in the sdist, a name that every project has

@@ -13,7 +13,7 @@ from transformers import SiglipVisionConfig
 from transformers.models.auto import modeling_auto
 
 from vlbridge.families import FAMILIES, Family
-from vlbridge.modeling.modeling_bridged import fill_vision_geometry
+from vlbridge.modeling.modeling_bridge import fill_vision_geometry
 
 
 ModelTesterMixin = suites.load("test_modeling_common").ModelTesterMixin

@@ -34,7 +34,7 @@ from transformers import (
 )
 
 import vlbridge
-from vlbridge.modeling.modeling_checkpoint import weights_sha256
+from vlbridge.modeling.modeling_pins import weights_sha256
 
 
 AUTO_CLASSES = [AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM]

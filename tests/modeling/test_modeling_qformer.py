@@ -43,8 +43,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import vlbridge
 from vlbridge.compat import ALL_ATTENTION_FUNCTIONS
-from vlbridge.modeling.modeling_qformer import QFormer, joint_attention_mask
-from vlbridge.modeling.modeling_qformer_pretraining import draw_negatives
+from vlbridge.modeling.modeling_contrastive import draw_negatives
+from vlbridge.modeling.modeling_qformer_layers import QFormer, joint_attention_mask
 
 
 ATOL = 2e-5  # fp32, three layers; the order of summation differs

@@ -18,11 +18,9 @@ from vlbridge.convert import convert_blip2
 from vlbridge.convert.convert_tables import invert, plan
 from vlbridge.convert.convert_transformers import PORTS, port_config, port_of, port_table
 from vlbridge.modeling import QFormerBlip2ForConditionalGeneration
-from vlbridge.modeling.modeling_qformer_pretraining import (
-    QFormerBlip2ForImageTextRetrieval,
-    QFormerBlip2ForPreTraining,
-    similarities_of,
-)
+from vlbridge.modeling.modeling_contrastive import similarities_of
+from vlbridge.modeling.modeling_qformer_pretraining import QFormerBlip2ForPreTraining
+from vlbridge.modeling.modeling_qformer_retrieval import QFormerBlip2ForImageTextRetrieval
 
 
 FAMILY = "blip2"

@@ -21,8 +21,9 @@ from typer.testing import CliRunner
 import vlbridge
 from vlbridge.cli import app
 from vlbridge.convert import convert_openflamingo
-from vlbridge.hub import auto_map_of, flat_code, push_folder
-from vlbridge.modeling.modeling_checkpoint import weights_sha256
+from vlbridge.hub import push_folder
+from vlbridge.modeling.modeling_pins import weights_sha256
+from vlbridge.remote_code import auto_map_of, flat_code
 
 
 families = pytest.mark.parametrize("bridge", vlbridge.FAMILIES)

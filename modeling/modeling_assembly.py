@@ -1,0 +1,116 @@
+"""A model and its processor, put together from a vision encoder, a language model and a fresh bridge."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from ..processing.processing_bridged import BridgedProcessor
+from ..processing.processing_parts import add_tokens, load_image_processor, load_tokenizer
+from .modeling_bridge import fill_vision_geometry
+from .modeling_bridged import BridgedModel
+from .modeling_parts import Part, resolve_part
+
+
+# fields of a configuration that are found out, not chosen
+_FOUND_OUT = {"vision_config", "text_config", "image_token_id", "special_token_ids", "frozen_parts", "bridge_only"}
+
+
+def options_of(model_class: type[BridgedModel], processor_class: type[BridgedProcessor]) -> set[str]:
+    """Names of what can be chosen about a family's bridge: configuration fields and options of model and processor."""
+    fields = set(model_class.config_class.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
+    return (fields - _FOUND_OUT) | {*processor_class.compose_options, *model_class.compose_options}
+
+
+def assemble(
+    model_class: type[BridgedModel],
+    processor_class: type[BridgedProcessor],
+    vision: Part,
+    language: Part,
+    *,
+    tokenizer=None,
+    image_processor=None,
+    chat_template: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device_map=None,
+    **options,
+) -> tuple[BridgedModel, BridgedProcessor]:
+    """Put a fresh bridge of one family between a vision encoder and a language model.
+
+    Args:
+        model_class: The family's model.
+        processor_class: The family's processor.
+        vision: Vision encoder: Hub id, folder, configuration (random weights) or loaded model.
+        language: Language model, given in the same ways.
+        tokenizer: The language model's tokenizer, where it is not found beside it: object, Hub id or folder.
+        image_processor: The encoder's image processor, where it is not found beside it: object, Hub id or folder.
+        chat_template: Jinja template; the default is made from the tokenizer's own.
+        dtype: Of all parts; `None` keeps what the checkpoints have, the bridge being in float32.
+        device_map: `"auto"`, a device or a dict, as in `from_pretrained`.
+        options: `revision`, `token`, `cache_dir` and `local_files_only` for the Hub; and those of `options_of`.
+
+    Returns:
+        Model (in eval mode) and processor.
+
+    Raises:
+        ValueError: Parts that do not fit together.
+        TypeError: A part is none of what it may be.
+    """
+    hub_names = ("revision", "token", "cache_dir", "local_files_only")
+    hub_kwargs = {name: options.pop(name) for name in hub_names if name in options}
+    hub_kwargs = {name: value for name, value in hub_kwargs.items() if value}
+    for_processor = {name: options.pop(name) for name in processor_class.compose_options if name in options}
+    for_model = {name: options.pop(name) for name in model_class.compose_options if name in options}
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    vision_model, vision_name, vision_source = resolve_part("vision_model", vision, wanted, **hub_kwargs)
+    language_model, language_name, language_source = resolve_part("language_model", language, wanted, **hub_kwargs)
+    model_class.check_language_model(language_model)
+
+    tokenizer = load_tokenizer(tokenizer, language_name, **hub_kwargs)
+    tokens = model_class.special_tokens or ("<image>",)
+    token_ids = add_tokens(tokenizer, tokens)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokens[-1]
+    # only what is in init_kwargs is saved with a tokenizer
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+
+    config = model_class.config_class(
+        vision_config=vision_model.config,
+        text_config=language_model.config,
+        image_token_id=token_ids[0],
+        special_token_ids=token_ids if model_class.special_tokens else None,
+        frozen_parts={"vision_model": vision_source, "language_model": language_source},
+        **options,
+    )
+    fill_vision_geometry(config)
+    processor_class.complete_config(config, **for_processor)
+    image_processor = load_image_processor(image_processor, vision_name, config.vision_config, **hub_kwargs)
+    processor = processor_class.from_config(
+        config, image_processor, tokenizer, chat_template=chat_template, **for_processor
+    )
+    model = model_class(config, vision_model=vision_model, language_model=language_model)
+    if for_model:
+        model.init_bridge(**for_model, **{name: value for name, value in hub_kwargs.items() if name != "revision"})
+    if isinstance(wanted, torch.dtype):
+        model.bridge.to(wanted)
+    _set_generation_defaults(model, tokenizer)
+    model.eval()
+    if device_map is not None:
+        model.dispatch(device_map)
+    return model, processor
+
+
+def _set_generation_defaults(model: BridgedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say what pads, and where generation ends."""
+    defaults = model.generation_config
+    if defaults.pad_token_id is None:
+        defaults.pad_token_id = tokenizer.pad_token_id
+    if defaults.eos_token_id is None:
+        defaults.eos_token_id = tokenizer.eos_token_id
+    if "<|endofchunk|>" in model.special_tokens:
+        ends = defaults.eos_token_id if isinstance(defaults.eos_token_id, list) else [defaults.eos_token_id]
+        ends = [end for end in ends if end is not None] + [tokenizer.convert_tokens_to_ids("<|endofchunk|>")]
+        defaults.eos_token_id = list(dict.fromkeys(ends))
+
+
+__all__ = ["assemble", "options_of"]

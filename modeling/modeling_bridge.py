@@ -1,0 +1,166 @@
+"""What every family's bridge has in common, and what it has to know of its vision encoder."""
+
+from __future__ import annotations
+
+import copy
+from typing import ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..configuration.configuration_bridged import BridgedConfig
+from .modeling_parts import build_part
+
+
+class TokenRows(nn.Module):
+    """Embedding rows of special tokens that are trained while the language model's own tables stay as they are.
+
+    Args:
+        token_ids: Ids that the rows stand for; they may lie beyond the language model's tables.
+        input_size: Width of the input embeddings.
+        output_size: Width of the output layer's input; `None` where it shares its table with the input embeddings.
+    """
+
+    def __init__(self, token_ids: list[int], input_size: int, output_size: int | None):
+        super().__init__()
+        self.token_ids = list(token_ids)
+        self.input_rows = nn.Parameter(torch.zeros(len(self.token_ids), input_size))
+        self.output_rows = None if output_size is None else nn.Parameter(torch.zeros(len(self.token_ids), output_size))
+
+    def fill(self, inputs_embeds: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """Put the rows where their tokens stand: `(batch, tokens, text_dim)` of both."""
+        for row, token_id in zip(self.input_rows, self.token_ids):
+            inputs_embeds = torch.where((input_ids == token_id)[..., None], row.to(inputs_embeds), inputs_embeds)
+        return inputs_embeds
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Scores of the special tokens, `(..., len(token_ids))`, from the output layer's input."""
+        rows = self.input_rows if self.output_rows is None else self.output_rows
+        return hidden_states @ rows.to(hidden_states).T
+
+
+def num_embeddings(embedding: nn.Module) -> int:
+    """Rows of a table, where PEFT has put a wrapper around it too."""
+    return next(module.num_embeddings for module in embedding.modules() if hasattr(module, "num_embeddings"))
+
+
+class Bridge(nn.Module):
+    """Base of every family's bridge: all that is trained, and nothing else.
+
+    Args:
+        config: The family's configuration.
+        language_model: Used to read widths only; no reference is kept. `None` for a family that has none.
+    """
+
+    adapter_targets: ClassVar[str] = r".*"  # which linear layers adapters reach: a regular expression for their names
+
+    def __init__(self, config: BridgedConfig, language_model: PreTrainedModel | None):
+        super().__init__()
+        self.token_rows = None
+        if language_model is None:
+            return
+        embedding = language_model.get_input_embeddings()
+        self.text_dim = embedding.embedding_dim
+        if config.special_token_ids:
+            head = language_model.get_output_embeddings()
+            tied = bool(getattr(language_model.config, "tie_word_embeddings", False))
+            # `in_features` of the head, read off its weight: some heads are not nn.Linear
+            self.token_rows = TokenRows(
+                config.special_token_ids, self.text_dim, None if tied or head is None else head.weight.shape[-1]
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        parameter = next(self.parameters(), None)  # a bridge may have none
+        return torch.get_default_dtype() if parameter is None else parameter.dtype
+
+    def init_parameters(self, config: BridgedConfig) -> None:
+        """Fill this module's own fresh parameters (sub-modules are initialised by the model)."""
+
+
+def patch_features_of(vision_outputs, layer: int | list[int] | None) -> torch.Tensor:
+    """The encoder's features as a sequence, prefix tokens included: `(num_images, tokens, channels)`."""
+    if layer is None:
+        chosen = [vision_outputs.last_hidden_state]
+    else:
+        chosen = [vision_outputs.hidden_states[index] for index in (layer if isinstance(layer, list) else [layer])]
+    # a CNN's (num_images, channels, rows, columns) becomes (num_images, rows * columns, channels)
+    sequences = [states.flatten(2).transpose(1, 2) if states.ndim == 4 else states for states in chosen]
+    lengths = {states.shape[1] for states in sequences}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"vision_feature_layer={layer} picks layers with {sorted(lengths)} tokens; only layers of one length can "
+            "be concatenated."
+        )
+    return torch.cat(sequences, dim=-1)
+
+
+def fill_vision_geometry(config: BridgedConfig, vision_model: PreTrainedModel | None = None) -> None:
+    """Find out, on the meta device, what the vision encoder gives for an image, and write it into `config`.
+
+    Args:
+        config: Its `vision_layout`, `vision_hidden_size`, `patch_size`, `num_prefix_tokens` and `image_size` are filled
+            in where they are `None`.
+        vision_model: Where it exists already: it is copied to the meta device rather than built again.
+
+    Raises:
+        ValueError: The encoder is none that turns `pixel_values` into patch features.
+    """
+    names = ("vision_layout", "vision_hidden_size", "patch_size", "num_prefix_tokens", "image_size")
+    if all(getattr(config, name) is not None for name in names):
+        return
+    vision_config = config.vision_config
+    size = config.image_size or getattr(vision_config, "image_size", None)
+    if size is None:  # timm's own description, else what nearly every CNN was trained at
+        size = (getattr(vision_config, "pretrained_cfg", None) or {}).get("input_size", [3, 224, 224])[-1]
+    if isinstance(size, (list, tuple)):
+        if len(set(size)) > 1:
+            raise ValueError(f"The vision encoder takes {size} pixels; only square images are supported so far.")
+        size = size[0]
+    channels = getattr(vision_config, "num_channels", 3)
+    kind = type(vision_config).__name__
+    try:
+        with torch.device("meta"), torch.no_grad():
+            probe = build_part("vision_model", copy.deepcopy(vision_config)).eval()
+            outputs = probe(
+                pixel_values=torch.zeros(1, channels, size, size),
+                output_hidden_states=config.vision_feature_layer is not None,
+                return_dict=True,
+            )
+            layer = config.vision_feature_layer
+            states = (
+                outputs.last_hidden_state
+                if layer is None
+                else outputs.hidden_states[layer[0] if isinstance(layer, list) else layer]
+            )
+    except (AttributeError, TypeError, IndexError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{kind} can't serve as vision encoder: it does not turn `pixel_values` of {size}x{size} pixels into patch "
+            f"features ({error}). Encoders that do: CLIP, SigLIP, ViT, DINOv2, BLIP-2's ViT, ResNet, any timm model."
+        ) from error
+    if states.ndim == 4:
+        found = {"vision_layout": "grid", "vision_hidden_size": states.shape[1], "num_prefix_tokens": 0}
+        found["patch_size"] = round(size / states.shape[-1])
+    elif states.ndim == 3:
+        patch_size = getattr(vision_config, "patch_size", None)
+        if patch_size is None:  # the largest square that fits leaves the prefix
+            patch_size = size // int(states.shape[1] ** 0.5)
+        patch_size = patch_size if isinstance(patch_size, int) else patch_size[0]
+        prefix = states.shape[1] - (size // patch_size) ** 2
+        if prefix < 0:
+            raise ValueError(
+                f"{kind} gives {states.shape[1]} tokens for {size}x{size} pixels, fewer than its "
+                f"{(size // patch_size) ** 2} patches of {patch_size} pixels: it pools them, and can't serve as is."
+            )
+        found = {"vision_layout": "sequence", "vision_hidden_size": states.shape[2], "num_prefix_tokens": prefix}
+        found["patch_size"] = patch_size
+    else:
+        raise ValueError(f"{kind} gives features of shape {tuple(states.shape)}; expected 3 or 4 dimensions.")
+    found["image_size"] = size
+    for name, value in found.items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+
+
+__all__ = ["Bridge", "TokenRows", "fill_vision_geometry", "num_embeddings", "patch_features_of"]

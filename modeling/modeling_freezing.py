@@ -1,0 +1,75 @@
+"""What is trained: the bridge always, the frozen parts where they are asked for."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import GradientCheckpointingLayer
+
+
+class FreezingMixin:
+    """`freeze()`, and frozen parts that stay in eval mode."""
+
+    def freeze(self, vision_model: bool = True, language_model: bool = True):
+        """Choose what is trained. The bridge always is.
+
+        Args:
+            vision_model: Freeze the vision encoder: no gradients, and always in eval mode.
+            language_model: Freeze the language model in the same way.
+
+        Returns:
+            The model itself.
+        """
+        self.config.freeze_vision_model, self.config.freeze_language_model = vision_model, language_model
+        parts = ((vision_model, self.vision_model), (language_model, self.language_model), (False, self.bridge))
+        for frozen, part in parts:
+            for parameter in part.parameters() if part is not None else ():
+                if parameter.is_floating_point():  # quantised weights are integers and never trained
+                    parameter.requires_grad_(not frozen)
+        return self.train(self.training)
+
+    def train(self, mode: bool = True):
+        """Set the training mode of what is trained. Frozen parts stay in eval mode: no dropout, no running statistics."""
+        for part in (self.vision_model, self.language_model):
+            restore_dropout(part)
+        super().train(mode)
+        for frozen, part in (
+            (self.config.freeze_vision_model, self.vision_model),
+            (self.config.freeze_language_model, self.language_model),
+        ):
+            if not frozen or part is None:
+                continue
+            part.eval()
+            for layer in part.modules() if mode else ():
+                if hasattr(layer, "base_layer"):  # a PEFT adapter around a frozen layer: the adapter is in training
+                    layer.training = True
+                    for name, child in layer.named_children():
+                        if name != "base_layer":
+                            child.train()
+                # A layer recomputes its activations in train mode only. Its children stay in eval mode, and dropout
+                # that the layer applies by itself (OPT) is switched off by value.
+                if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
+                    layer.training = True
+                    suspend_dropout(layer)
+        return self
+
+    def checkpointing_changed(self) -> None:
+        """Called when gradient checkpointing was switched on or off."""
+        self.train(self.training)
+
+
+def suspend_dropout(layer: nn.Module) -> None:
+    """Set a layer's own dropout probabilities to 0.0, until `restore_dropout`."""
+    found = {name: value for name, value in vars(layer).items() if "drop" in name and isinstance(value, float)}
+    vars(layer).setdefault("_suspended_dropout", found)
+    for name in found:
+        setattr(layer, name, 0.0)
+
+
+def restore_dropout(part: nn.Module | None) -> None:
+    """Give the layers of a part the dropout probabilities back that `suspend_dropout` took."""
+    for layer in part.modules() if part is not None else ():
+        for name, value in vars(layer).pop("_suspended_dropout", {}).items():
+            setattr(layer, name, value)
+
+
+__all__ = ["FreezingMixin"]

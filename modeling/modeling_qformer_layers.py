@@ -1,0 +1,430 @@
+"""The Q-Former: learned queries that read an image through cross-attention, and text beside them.
+
+Source: BLIP-2 (arXiv 2301.12597, section 3.1), InstructBLIP (arXiv 2305.06500, section 2.3);
+`lavis/models/blip2_models/{Qformer,blip2}.py` of the official code.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+from transformers import BertForMaskedLM, GradientCheckpointingLayer, PreTrainedModel
+
+from ..compat import ACT2FN, ALL_ATTENTION_FUNCTIONS, attention_of, is_flash_attention_requested
+from ..compat import initialization as init
+from ..configuration.configuration_qformer import QFormerBlip2Config, QFormerConfig
+from .modeling_pins import summary
+
+
+Objective = Literal["itc", "itm", "itg"]
+KeyValues = list[tuple[torch.Tensor, torch.Tensor]]  # of every layer
+
+
+def joint_attention_mask(objective: Objective, num_queries: int, text_mask: torch.Tensor) -> torch.Tensor:
+    """Who sees whom in the self-attention over queries and text.
+
+    Args:
+        objective: `"itc"`: queries see queries, text sees text (the paper's unimodal mask). `"itm"`: all see all
+            (bidirectional). `"itg"`: queries see queries, text sees queries and the text so far (multimodal causal).
+        num_queries: Query tokens in front of the text.
+        text_mask: `(batch, text_tokens)`, 0 for padding, which nobody sees.
+
+    Returns:
+        Bool, `(batch, 1, num_queries + text_tokens, num_queries + text_tokens)`, true where attention is allowed.
+
+    Source: BLIP-2, figure 2.
+    """
+    length = num_queries + text_mask.shape[1]
+    is_text = torch.arange(length, device=text_mask.device) >= num_queries
+    allowed = torch.ones(length, length, dtype=torch.bool, device=text_mask.device)
+    if objective == "itc":
+        allowed = is_text[:, None] == is_text[None]
+    elif objective == "itg":
+        allowed = ~is_text[None] | allowed.tril() & is_text[:, None]
+    elif objective != "itm":
+        raise ValueError(f"objective is {objective!r}; expected 'itc', 'itm' or 'itg'.")
+    attended = nn.functional.pad(text_mask.bool(), (num_queries, 0), value=True)  # (batch, length)
+    allowed = allowed & attended[:, None, None]
+    # a row that may see nothing (text that is all padding) would come out as NaN: let it see everything
+    return allowed | ~allowed.any(dim=-1, keepdim=True)
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention written out, as an interface of `ALL_ATTENTION_FUNCTIONS`."""
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, dropout)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class QFormerAttention(nn.Module):
+    """BERT's attention and the residual layer norm behind it, by the configuration's `attn_implementation`.
+
+    Args:
+        config: The Q-Former's configuration.
+        key_value_size: Width of what is attended to; `None` for self-attention.
+    """
+
+    def __init__(self, config: QFormerConfig, key_value_size: int | None = None):
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.scaling = (config.hidden_size // config.num_attention_heads) ** -0.5
+        self.dropout_prob = config.attention_probs_dropout_prob
+        key_value_size = key_value_size or config.hidden_size
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(key_value_size, config.hidden_size)
+        self.value = nn.Linear(key_value_size, config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        key_value_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key: torch.Tensor | None = None,
+        past_value: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Attend.
+
+        Args:
+            hidden_states: `(batch, queries, hidden_size)`.
+            key_value_states: `(batch, keys, key_value_size)`; `None` for self-attention.
+            attention_mask: As the implementation takes it, see `QFormer.self_attention_mask`.
+            past_key: `(batch, heads, past_keys, head_dim)`: keys of tokens in front of these, computed earlier.
+            past_value: Their values, likewise.
+            is_causal: For flash attention: the last token sees all, the one before it all but the last, and so on.
+
+        Returns:
+            Hidden states, `(batch, queries, hidden_size)`, and the keys and values of these tokens alone.
+        """
+        key_value_states = hidden_states if key_value_states is None else key_value_states
+        query, key, value = (
+            projection(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (batch, heads, tokens, head_dim)
+            for projection, states in (
+                (self.query, hidden_states),
+                (self.key, key_value_states),
+                (self.value, key_value_states),
+            )
+        )
+        keys = key if past_key is None else torch.cat((past_key, key), dim=2)
+        values = value if past_value is None else torch.cat((past_value, value), dim=2)
+        dropout = self.dropout_prob if self.training else 0.0
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention_of(self.config) or "sdpa", eager_attention)
+        attended, _ = attend(
+            self, query, keys, values, attention_mask, scaling=self.scaling, dropout=dropout, is_causal=is_causal
+        )
+        attended = attended.flatten(2)  # (batch, queries, hidden_size)
+        return self.layer_norm(hidden_states + self.dropout(self.dense(attended))), key, value
+
+
+class QFormerFeedForward(nn.Module):
+    """BERT's feed-forward and the residual layer norm behind it."""
+
+    def __init__(self, config: QFormerConfig):
+        super().__init__()
+        self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.dense = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden = self.dense(self.activation(self.intermediate(hidden_states)))
+        return self.layer_norm(hidden_states + self.dropout(hidden))
+
+
+class QFormerLayer(GradientCheckpointingLayer):
+    """Self-attention, in every `cross_attention_frequency`-th block cross-attention to the image, feed-forward.
+
+    Queries and text share the self-attention. Only queries read the image, and each kind has its own feed-forward.
+
+    Args:
+        config: The Q-Former's configuration.
+        index: Which block this is.
+        vision_dim: Channels of the patch features.
+    """
+
+    def __init__(self, config: QFormerConfig, index: int, vision_dim: int):
+        super().__init__()
+        self.attention = QFormerAttention(config)
+        reads_image = index % config.cross_attention_frequency == 0
+        self.cross_attention = QFormerAttention(config, vision_dim) if reads_image else None
+        self.feed_forward_query = QFormerFeedForward(config)
+        self.feed_forward_text = QFormerFeedForward(config) if config.use_text else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        patch_features: torch.Tensor | None,
+        num_queries: int,
+        attention_mask: torch.Tensor | None = None,
+        past_key: torch.Tensor | None = None,
+        past_value: torch.Tensor | None = None,
+        return_key_values: bool = False,
+        is_causal: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Run the block.
+
+        Args:
+            hidden_states: `(batch, num_queries + text_tokens, hidden_size)`.
+            patch_features: `(batch, num_patches, vision_dim)`; not needed without queries.
+            num_queries: How many tokens in front are queries; 0 for text alone.
+            attention_mask: See `QFormerAttention`, as the next two.
+            past_key: Of the self-attention.
+            past_value: Of the self-attention.
+            return_key_values: Return the self-attention's keys and values of these tokens too.
+            is_causal: Of the self-attention.
+        """
+        hidden_states, key, value = self.attention(hidden_states, None, attention_mask, past_key, past_value, is_causal)
+        queries, text = hidden_states[:, :num_queries], hidden_states[:, num_queries:]
+        parts = []
+        if num_queries:
+            if self.cross_attention is not None:
+                queries, _, _ = self.cross_attention(queries, patch_features)
+            parts.append(self.feed_forward_query(queries))
+        if text.shape[1]:
+            parts.append(self.feed_forward_text(text))
+        hidden_states = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return (hidden_states, key, value) if return_key_values else hidden_states
+
+
+class QFormer(nn.Module):
+    """The Querying Transformer.
+
+    Args:
+        config: Its configuration.
+        vision_dim: Channels of the patch features.
+    """
+
+    # name in BERT's checkpoint -> names here; `{}` is a layer's number, a trailing dot stands for weight and bias
+    bert_names: ClassVar[dict[str, tuple[str, ...]]] = {
+        "bert.embeddings.word_embeddings.weight": ("word_embeddings.weight",),
+        "bert.embeddings.position_embeddings.weight": ("position_embeddings.weight",),
+        "bert.embeddings.LayerNorm.": ("layer_norm.",),
+        "bert.encoder.layer.{}.attention.self.query.": ("layers.{}.attention.query.",),
+        "bert.encoder.layer.{}.attention.self.key.": ("layers.{}.attention.key.",),
+        "bert.encoder.layer.{}.attention.self.value.": ("layers.{}.attention.value.",),
+        "bert.encoder.layer.{}.attention.output.dense.": ("layers.{}.attention.dense.",),
+        "bert.encoder.layer.{}.attention.output.LayerNorm.": ("layers.{}.attention.layer_norm.",),
+        "bert.encoder.layer.{}.intermediate.dense.": (
+            "layers.{}.feed_forward_text.intermediate.",
+            "layers.{}.feed_forward_query.intermediate.",
+        ),
+        "bert.encoder.layer.{}.output.dense.": (
+            "layers.{}.feed_forward_text.dense.",
+            "layers.{}.feed_forward_query.dense.",
+        ),
+        "bert.encoder.layer.{}.output.LayerNorm.": (
+            "layers.{}.feed_forward_text.layer_norm.",
+            "layers.{}.feed_forward_query.layer_norm.",
+        ),
+    }
+
+    def __init__(self, config: QFormerConfig, vision_dim: int):
+        super().__init__()
+        self.config = config
+        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.hidden_size))
+        self.word_embeddings = self.position_embeddings = None
+        if config.use_text:
+            self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+            self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layers = nn.ModuleList(
+            QFormerLayer(config, index, vision_dim) for index in range(config.num_hidden_layers)
+        )
+
+    def init_parameters(self, config: QFormerBlip2Config) -> None:
+        # Zero in transformers' port; LAVIS draws them, which breaks the symmetry between queries.
+        init.normal_(self.query_tokens, mean=0.0, std=config.initializer_range)
+
+    def embed_text(self, input_ids: torch.LongTensor, first_position: int = 0) -> torch.Tensor:
+        """Word and position embeddings, before the layer norm: `(batch, text_tokens, hidden_size)`.
+
+        Raises:
+            ValueError: The Q-Former has no text side, or the text is too long for it.
+        """
+        if self.word_embeddings is None:
+            raise ValueError(
+                "This Q-Former reads images only: text needs one made with qformer_config={'use_text': True}."
+            )
+        end, longest = first_position + input_ids.shape[1], self.position_embeddings.num_embeddings
+        if end > longest:
+            raise ValueError(f"The text for the Q-Former has {end} tokens; it takes {longest} at most. Truncate it.")
+        positions = torch.arange(first_position, end, device=input_ids.device)
+        return self.word_embeddings(input_ids) + self.position_embeddings(positions)
+
+    def check_precision(self) -> None:
+        """Refuse flash attention in float32, which it has not.
+
+        Raises:
+            ValueError: Neither is the Q-Former in half precision, nor is there autocast.
+        """
+        dtype, device = self.query_tokens.dtype, self.query_tokens.device.type
+        if is_flash_attention_requested(self.config) and dtype not in (torch.float16, torch.bfloat16):
+            if not torch.is_autocast_enabled(device):
+                raise ValueError(
+                    f"The Q-Former is in {dtype}; {attention_of(self.config)} needs float16 or bfloat16. Give dtype= to "
+                    "compose or from_pretrained, train under autocast (bf16=True), or leave the Q-Former at SDPA: "
+                    "attn_implementation={'qformer_config': 'sdpa', ...}."
+                )
+
+    def self_attention_mask(
+        self, objective: Objective, num_queries: int, past: int, text_mask: torch.Tensor
+    ) -> tuple[torch.Tensor | None, bool]:
+        """The mask over queries and text, as the attention implementation takes it.
+
+        Args:
+            objective: See `joint_attention_mask`.
+            num_queries: Query tokens in front of the text in this call.
+            past: Keys of queries and text that were computed earlier.
+            text_mask: `(batch, text_tokens)`, earlier text included, 0 for padding.
+
+        Returns:
+            The mask and whether it is causal. Of SDPA bool, `(batch, 1, tokens of this call, all tokens)`, true where
+            attention is allowed; of flash attention `(batch, all tokens)`, 0 for padding, or `None`; of others additive,
+            shaped as SDPA's.
+
+        Raises:
+            ValueError: Flash attention has no such mask.
+        """
+        implementation = attention_of(self.config) or "sdpa"
+        if is_flash_attention_requested(requested_attention_implementation=implementation):
+            if past and objective == "itg":
+                return None, True  # behind the text there is padding only, which no word looks at
+            if not past and (not num_queries or objective == "itm"):
+                return nn.functional.pad(text_mask, (num_queries, 0), value=1), objective == "itg"
+            raise ValueError(
+                f"{implementation} has no mask for {objective!r} over queries and text in one pass. Run the queries first "
+                "(return_key_values=True) and the text behind them, or use attn_implementation='sdpa'."
+            )
+        first = self.query_tokens.shape[1] if past else num_queries
+        mask = joint_attention_mask(objective, first, text_mask)[:, :, past:]
+        if implementation == "sdpa":
+            return mask, False
+        dtype = self.query_tokens.dtype
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
+            ~mask, torch.finfo(dtype).min
+        ), False
+
+    def forward(
+        self,
+        patch_features: torch.Tensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        objective: Objective = "itm",
+        past_key_values: KeyValues | None = None,
+        return_key_values: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, KeyValues]:
+        """Read images, text, or both together.
+
+        Args:
+            patch_features: `(batch, num_patches, vision_dim)`, behind the layer norm; `None` for text without queries.
+            input_ids: `(batch, text_tokens)`; `None` for queries alone.
+            attention_mask: `(batch, text_tokens)`, 0 for padding. With `past_key_values` it covers the earlier text too.
+            objective: Which mask, where there are queries and text; see `joint_attention_mask`.
+            past_key_values: Keys and values per layer of the queries and the text before `input_ids` (`"itg"` only:
+                elsewhere queries look at text, and have to run with it).
+            return_key_values: Return those of this call's tokens too.
+
+        Returns:
+            `(batch, tokens, hidden_size)`, queries in front; then, if asked for, keys and values per layer.
+
+        Raises:
+            ValueError: Nothing to read, text for a Q-Former without a text side, or what flash attention can't do.
+
+        Source: `lavis/models/blip2_models/Qformer.py`, `BertModel.forward`.
+        """
+        if patch_features is None and input_ids is None:
+            raise ValueError("The Q-Former needs patch_features, input_ids or both.")
+        num_all_queries = self.query_tokens.shape[1]
+        past = 0 if past_key_values is None else past_key_values[0][0].shape[2]
+        num_queries = num_all_queries if patch_features is not None else 0
+        embedded = []
+        if num_queries:
+            embedded.append(self.query_tokens.expand(patch_features.shape[0], -1, -1))
+        self.check_precision()
+        mask, is_causal = None, False
+        if input_ids is not None:
+            embedded.append(self.embed_text(input_ids, max(past - num_all_queries, 0)))
+            text_length = input_ids.shape[1] + max(past - num_all_queries, 0)
+            if attention_mask is None:
+                attention_mask = input_ids.new_ones(input_ids.shape[0], text_length)
+            elif attention_mask.shape[1] != text_length:
+                raise ValueError(f"The text has {text_length} tokens, but its mask {attention_mask.shape[1]}.")
+            mask, is_causal = self.self_attention_mask(objective, num_queries, past, attention_mask)
+        hidden_states = self.dropout(self.layer_norm(torch.cat(embedded, dim=1)))
+        key_values = []
+        for layer, (past_key, past_value) in zip(self.layers, past_key_values or [(None, None)] * len(self.layers)):
+            # by position: reentrant checkpointing sees gradients of positional arguments only
+            outputs = layer(
+                hidden_states, patch_features, num_queries, mask, past_key, past_value, return_key_values, is_causal
+            )
+            hidden_states, *key_value = outputs if return_key_values else (outputs,)
+            key_values.append(tuple(key_value))
+        return (hidden_states, key_values) if return_key_values else hidden_states
+
+    @torch.no_grad()
+    def load_bert(self, source: str | os.PathLike | PreTrainedModel, **hub_kwargs) -> dict[str, torch.Tensor]:
+        """Take over everything that BERT has. Query tokens and cross-attention stay as they are.
+
+        Both feed-forwards begin as BERT's one. Rows of the word embeddings beyond BERT's vocabulary (`[DEC]`) stay fresh.
+
+        Args:
+            source: Hub id, folder, or a loaded `BertForMaskedLM`.
+            hub_kwargs: `revision`, `token` and the like.
+
+        Returns:
+            BERT's language modelling head, by its names there: the Q-Former itself has none.
+
+        Raises:
+            ValueError: It is not a BERT of this size, or its checkpoint lacks something.
+
+        Source: `lavis/models/blip2_models/blip2.py`, `init_Qformer`; `blip2_qformer.py`, `__init__`.
+        """
+        bert, missing = source, []
+        if isinstance(source, PreTrainedModel) and not isinstance(source, BertForMaskedLM):
+            raise ValueError(f"The Q-Former begins as a BertForMaskedLM, not as a {type(source).__name__}.")
+        if not isinstance(source, PreTrainedModel):
+            bert, info = BertForMaskedLM.from_pretrained(os.fspath(source), output_loading_info=True, **hub_kwargs)
+            missing = sorted(info["missing_keys"])
+        weights, own = bert.state_dict(), self.state_dict()
+        problems, copies = [f"{name} is not in the checkpoint" for name in missing], {}
+        for name, tensor in weights.items():
+            number = "".join(re.findall(r"\.layer\.(\d+)\.", name))
+            stem = name.replace(f".layer.{number}.", ".layer.{}.")
+            kind = "" if stem in self.bert_names else stem.rpartition(".")[2]
+            # not there: token types and the head
+            for target in self.bert_names.get(stem.removesuffix(kind), ()):
+                target = target.replace("{}", number) + kind
+                if target not in own:
+                    if not re.search("feed_forward_text|word_embeddings|position_embeddings", target):
+                        problems.append(f"there is no room for {name}")
+                    continue
+                room = own[target]
+                if target == "word_embeddings.weight" and len(tensor) < len(room):
+                    room = room[: len(tensor)]
+                if room.shape != tensor.shape:
+                    problems.append(f"{name} has shape {list(tensor.shape)}, expected {list(room.shape)}")
+                copies[target] = tensor
+        fresh = {name for name in own if "cross_attention" in name} | {"query_tokens"}
+        problems += [f"nothing for {name}" for name in sorted(own.keys() - copies.keys() - fresh)]
+        if problems:
+            name = type(source).__name__ if isinstance(source, PreTrainedModel) else source
+            raise ValueError(f"The Q-Former can't begin as the BERT in {name}: {summary(problems)}.")
+        for target, tensor in copies.items():
+            self.get_parameter(target)[: len(tensor)].copy_(tensor)
+        return {name.removeprefix("cls.predictions."): t for name, t in weights.items() if name.startswith("cls.")}
+
+
+__all__ = ["Objective", "QFormer", "joint_attention_mask"]

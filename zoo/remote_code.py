@@ -1,0 +1,125 @@
+"""Code that travels with a model, so that transformers alone loads it with `trust_remote_code=True`.
+
+Source: `transformers/dynamic_module_utils.py` for what such files must look like: they lie side by side in one folder, and
+only `from .name import ...` between them is followed.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from .compat import PROCESSOR_MAPPING
+from .files import write_json, write_text
+
+
+def _rewritten(module: str, followed: set[str]) -> str:
+    """A module's source with imports that work in a flat folder.
+
+    Relative imports of modules in `followed` become `from .name import`; other modules of this package are asked of an
+    installed vlbridge. What is imported inside functions is not needed by everyone: `try` around it keeps transformers from
+    counting it as a requirement.
+    """
+    source = inspect.getsource(importlib.import_module(module))
+    tree, lines = ast.parse(source), source.splitlines()
+    attempted = {id(inner) for node in ast.walk(tree) if isinstance(node, ast.Try) for inner in ast.walk(node)}
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    for node in sorted(imports, key=lambda node: -node.lineno):
+        first = node.lineno - 1
+        statement = lines[first : node.end_lineno]
+        target = _target(module, node)
+        if target is not None:
+            name = "." + target.rpartition(".")[2] if target in followed else target
+            statement[0] = re.sub(r"from\s+\.[\w.]*\s+import", f"from {name} import", statement[0])
+        if target not in followed and node not in tree.body and id(node) not in attempted:
+            indent = " " * node.col_offset
+            failed = ["except ImportError:", "    raise"]
+            if target is not None:
+                message = 'raise ImportError("This needs vlbridge itself: pip install vlbridge") from error'
+                failed = ["except ImportError as error:", f"    {message}"]
+            inside = [f"    {line}" for line in statement]
+            statement = [f"{indent}try:", *inside, *(f"{indent}{line}" for line in failed)]
+        lines[first : node.end_lineno] = statement
+    if not lines[0].startswith("# Part of vlbridge"):
+        lines.insert(0, "# Part of vlbridge (Apache-2.0), laid flat: this copy belongs to the model beside it.")
+    return "\n".join(lines) + "\n"
+
+
+def _target(module: str, node: ast.stmt) -> str | None:
+    """Full name of the module that a relative import in `module` means; `None` for other statements."""
+    if not isinstance(node, ast.ImportFrom) or not node.level:
+        return None
+    return importlib.util.resolve_name("." * node.level + (node.module or ""), module.rpartition(".")[0])
+
+
+def flat_code(classes: Iterable[type]) -> dict[str, str]:
+    """The code that classes need, as files that work side by side in one folder, without this package.
+
+    Args:
+        classes: Of this package.
+
+    Returns:
+        Contents by file name.
+
+    Raises:
+        ValueError: Two modules have one name, or a module imports a whole package.
+    """
+    todo, found = sorted({cls.__module__ for cls in classes}), []
+    while todo:
+        module = todo.pop()
+        if module in found:
+            continue
+        found.append(module)
+        loaded = importlib.import_module(module)
+        if hasattr(loaded, "__path__"):
+            raise ValueError(f"{module} is a package; only single modules can be laid flat.")
+        tree = ast.parse(inspect.getsource(loaded))
+        todo += [target for node in tree.body if (target := _target(module, node)) is not None]
+    names = [module.rpartition(".")[2] for module in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"Several modules are called {', '.join(twice)}; in one folder they would overwrite each other."
+        )
+    return {f"{name}.py": _rewritten(module, set(found)) for name, module in sorted(zip(names, found))}
+
+
+def auto_map_of(config_class: type, model_class: type, processor_class: type | None = None) -> dict[str, type]:
+    """What `add_code` takes.
+
+    Args:
+        config_class: Of the model.
+        model_class: Its `auto_classes` tell which Auto classes are to give it.
+        processor_class: `None` takes the one that is registered for the configuration.
+    """
+    auto_map = {"AutoConfig": config_class, **dict.fromkeys(model_class.auto_classes, model_class)}
+    processor_class = processor_class or PROCESSOR_MAPPING.get(config_class, None)
+    return auto_map if processor_class is None else {**auto_map, "AutoProcessor": processor_class}
+
+
+def add_code(folder: str | os.PathLike, auto_map: dict[str, type]) -> None:
+    """Put code beside a saved model, so that transformers alone can load it with `trust_remote_code=True`.
+
+    Args:
+        folder: Of the model, or of the processor alone.
+        auto_map: Names of Auto classes, and the class that each of them is to give.
+    """
+    folder = Path(folder)
+    for name, source in flat_code(auto_map.values()).items():
+        write_text(folder / name, source)
+    references = {name: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for name, cls in auto_map.items()}
+    processors = {name: reference for name, reference in references.items() if name == "AutoProcessor"}
+    for file, wanted in (("config.json", references), ("processor_config.json", processors)):
+        if wanted and (path := folder / file).is_file():
+            about = json.loads(path.read_text(encoding="utf-8"))
+            about["auto_map"] = {**about.get("auto_map", {}), **wanted}
+            write_json(path, about, sort_keys=True)
+
+
+__all__ = ["add_code", "auto_map_of", "flat_code"]
