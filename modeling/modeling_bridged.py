@@ -29,7 +29,6 @@ from transformers.modeling_outputs import (
 )
 
 from ..compat import (
-    ModelHooks,
     accepts_cache,
     cache_argument,
     cache_of,
@@ -39,6 +38,7 @@ from ..compat import (
     torch_compilable_check,
 )
 from ..compat import initialization as init
+from ..compat_hooks import ModelHooks
 from ..configuration.configuration_bridged import BridgedConfig
 from .modeling_bridge import Bridge, TokenRows, fill_vision_geometry, num_embeddings, patch_features_of
 from .modeling_checkpoint import BridgeCheckpointMixin

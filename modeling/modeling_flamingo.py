@@ -16,8 +16,9 @@ from transformers import GradientCheckpointingLayer, PreTrainedConfig, PreTraine
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
-from ..compat import HOOKS_ARE_RECOMPUTED, build_from_config
+from ..compat import build_from_config
 from ..compat import initialization as init
+from ..compat_hooks import HOOKS_ARE_RECOMPUTED
 from ..configuration.configuration_flamingo import PerceiverFlamingoConfig
 from .modeling_bridge import Bridge
 from .modeling_bridged import BridgedModel

@@ -29,7 +29,6 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ..compat import (
-    ModelHooks,
     accepts_cache,
     attention_of,
     cache_argument,
@@ -40,6 +39,7 @@ from ..compat import (
     merge_with_config_defaults,
     set_attention,
 )
+from ..compat_hooks import ModelHooks
 from ..configuration.configuration_mpt import MosaicGPTConfig, MptSettings
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
-from ..compat import ACT2FN, BeamHooks, accepts_cache, cache_argument, can_return_tuple
+from ..compat import ACT2FN, accepts_cache, cache_argument, can_return_tuple
 from ..compat import initialization as init
 from ..configuration.configuration_qformer import QFormerBlip2PreTrainingConfig, QFormerConfig
 from ..processing.processing_parts import load_image_processor
@@ -121,6 +122,29 @@ class QFormerBlip2PreTrainingOutput(CausalLMOutputWithPast):
     text_features: torch.Tensor | None = None
     image_negatives: torch.Tensor | None = None
     text_negatives: torch.Tensor | None = None
+
+
+@dataclass
+class Pairs:
+    """A batch of pairs, beside those of all processes.
+
+    Args:
+        normed: Patch features behind the layer norm, `(batch, num_patches, vision_dim)`.
+        input_ids: This process's texts, `(batch, text_tokens)`.
+        attention_mask: `(batch, text_tokens)`, 0 for padding.
+        all_ids: Texts of all processes, `(processes * batch, text_tokens)`.
+        all_masks: Their mask.
+        first: Place of this process's first pair among all.
+        gather: Turns this process's tensor into that of all processes.
+    """
+
+    normed: torch.Tensor
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    all_ids: torch.Tensor
+    all_masks: torch.Tensor
+    first: int
+    gather: Callable[[torch.Tensor], torch.Tensor]
 
 
 # ---------------------------------------------------------------------- models
@@ -303,7 +327,7 @@ class QFormerBlip2Stage1Model(BridgedModel):
         return self.bridge.itm_logits(self._normed(pixel_values, patch_features), input_ids, attention_mask)
 
 
-class QFormerBlip2ForPreTraining(BeamHooks, QFormerBlip2Stage1Model):
+class QFormerBlip2ForPreTraining(QFormerBlip2Stage1Model):
     """Stage 1: contrastive, matching and generation loss over image-text pairs, and captions.
 
     Args:
@@ -362,69 +386,35 @@ class QFormerBlip2ForPreTraining(BeamHooks, QFormerBlip2Stage1Model):
             return self._caption_step(input_ids, attention_mask, cache, use_cache)
         if input_ids is None:
             raise ValueError("Stage 1 needs pairs: input_ids are missing. Images alone: get_image_features.")
-        config, bridge = self.config, self.bridge
+        config = self.config
         if attention_mask is None:
             attention_mask = (input_ids != config.pad_token_id).long()
+        pairs = self._pairs(self._normed(pixel_values, patch_features), input_ids, attention_mask, return_loss)
         itc, itm, itg = (bool(return_loss and w) for w in (config.itc_weight, config.itm_weight, config.itg_weight))
         drawn = itm and (image_negatives is None or text_negatives is None)
         compared = itc or drawn or not return_loss
 
-        normed = self._normed(pixel_values, patch_features)  # (batch, num_patches, vision_dim)
-        batch = normed.shape[0]
-        if input_ids.shape[0] != batch:
-            raise ValueError(f"{batch} images, but {input_ids.shape[0]} texts; expected pairs.")
-        all_ids, all_masks = input_ids, attention_mask
-        first = 0  # of this process' pairs among all
-        if return_loss and num_processes() > 1:
-            all_ids, all_masks = gather_texts(input_ids, attention_mask, config.pad_token_id)
-            first = dist.get_rank() * batch
-            input_ids, attention_mask = all_ids[first : first + batch], all_masks[first : first + batch]
-        gathered = gather if return_loss else nn.Identity()
-        output = QFormerBlip2PreTrainingOutput()
-
-        key_values = None
+        output, queries, key_values = QFormerBlip2PreTrainingOutput(), None, None
         if compared or itg:
-            queries, key_values = bridge.qformer(normed, return_key_values=True)
+            queries, key_values = self.bridge.qformer(pairs.normed, return_key_values=True)
         if compared:
             with torch.set_grad_enabled(torch.is_grad_enabled() and (itc or not return_loss)):
-                image_features = bridge.image_features(queries)  # (batch, num_query_tokens, embed_dim)
-                text_features = bridge.text_features(bridge.qformer(None, input_ids, attention_mask))
-                image_to_text = similarities_of(image_features, gathered(text_features))  # (batch, texts)
-                text_to_image = similarities_of(gathered(image_features), text_features).T  # (batch, images)
-            output.similarities = image_to_text
-            output.image_features, output.text_features = image_features, text_features
-            temperature = bridge.temperature.float()
-            positives = self._positives(
-                image_ids, batch, first, gathered, normed.device
-            )  # (batch, pairs of all processes)
+                scores = self._compare(pairs, queries, output)  # of both directions
+            positives = self._positives(image_ids, pairs)
         if itc:
-            targets = positives.float() / positives.sum(dim=1, keepdim=True)
-            losses = [
-                nn.functional.cross_entropy(scores / temperature, targets, label_smoothing=config.label_smoothing)
-                for scores in (image_to_text, text_to_image)
-            ]
-            output.loss_itc = sum(losses) / 2
+            output.loss_itc = self._contrastive_loss(scores, positives)
         if itm:
-            with torch.no_grad():
+            if drawn:
                 options = {"floor": config.negatives_floor, "generator": generator}
+                image_to_text, text_to_image = (each.detach() for each in scores)
                 if image_negatives is None:
-                    image_negatives = draw_negatives(text_to_image / temperature, positives, **options)
+                    image_negatives = draw_negatives(text_to_image, positives, **options)
                 if text_negatives is None:
-                    text_negatives = draw_negatives(image_to_text / temperature, positives, **options)
-            # pairs; texts with other images; images with other texts
-            images = torch.cat((normed, gathered(normed)[image_negatives], normed))
-            ids = torch.cat((input_ids, input_ids, all_ids[text_negatives]))
-            masks = torch.cat((attention_mask, attention_mask, all_masks[text_negatives]))
-            output.itm_logits = bridge.itm_logits(images, ids, masks)  # (3 * batch, 2)
-            matches = (torch.arange(3 * batch, device=ids.device) < batch).long()
-            output.loss_itm = nn.functional.cross_entropy(output.itm_logits, matches)
+                    text_negatives = draw_negatives(image_to_text, positives, **options)
             output.image_negatives, output.text_negatives = image_negatives, text_negatives
+            self._match(pairs, output)
         if itg:
-            decoder_ids = input_ids.clone()
-            decoder_ids[:, 0] = config.bos_token_id
-            hidden = bridge.qformer(None, decoder_ids, attention_mask, "itg", key_values)
-            output.logits = bridge.lm_head(hidden)  # (batch, text_tokens, vocab_size)
-            output.loss_itg = self._generation_loss(output.logits, decoder_ids, attention_mask, itg_targets)
+            self._write_captions(pairs, key_values, itg_targets, output)
         terms = (
             (config.itc_weight, output.loss_itc),
             (config.itm_weight, output.loss_itm),
@@ -434,12 +424,71 @@ class QFormerBlip2ForPreTraining(BeamHooks, QFormerBlip2Stage1Model):
         output.loss = sum(weighted) if weighted else None
         return QFormerBlip2PreTrainingOutput(**output)
 
+    def _pairs(self, normed: torch.Tensor, input_ids, attention_mask, return_loss: bool) -> Pairs:
+        """Put this process's pairs beside those of all processes.
+
+        Raises:
+            ValueError: There are not as many texts as images.
+        """
+        batch = len(normed)
+        if input_ids.shape[0] != batch:
+            raise ValueError(f"{batch} images, but {input_ids.shape[0]} texts; expected pairs.")
+        if not return_loss:
+            return Pairs(normed, input_ids, attention_mask, input_ids, attention_mask, 0, nn.Identity())
+        if num_processes() == 1:
+            return Pairs(normed, input_ids, attention_mask, input_ids, attention_mask, 0, gather)
+        all_ids, all_masks = gather_texts(input_ids, attention_mask, self.config.pad_token_id)
+        first = dist.get_rank() * batch
+        own = slice(first, first + batch)
+        return Pairs(normed, all_ids[own], all_masks[own], all_ids, all_masks, first, gather)
+
+    def _compare(self, pairs: Pairs, queries: torch.Tensor, output) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compare images and texts: similarities over the temperature, image to text and text to image.
+
+        Returns:
+            `(batch, texts of all processes)` and `(batch, images of all processes)`.
+        """
+        bridge = self.bridge
+        image_features = bridge.image_features(queries)  # (batch, num_query_tokens, embed_dim)
+        text_features = bridge.text_features(bridge.qformer(None, pairs.input_ids, pairs.attention_mask))
+        image_to_text = similarities_of(image_features, pairs.gather(text_features))
+        text_to_image = similarities_of(pairs.gather(image_features), text_features).T
+        output.similarities = image_to_text
+        output.image_features, output.text_features = image_features, text_features
+        temperature = bridge.temperature.float()
+        return image_to_text / temperature, text_to_image / temperature
+
+    def _contrastive_loss(self, scores: tuple[torch.Tensor, torch.Tensor], positives: torch.Tensor) -> torch.Tensor:
+        targets = positives.float() / positives.sum(dim=1, keepdim=True)
+        smoothing = self.config.label_smoothing
+        losses = [nn.functional.cross_entropy(each, targets, label_smoothing=smoothing) for each in scores]
+        return sum(losses) / 2
+
+    def _match(self, pairs: Pairs, output) -> None:
+        """Matching loss of the pairs, the texts with other images, and the images with other texts."""
+        normed, batch = pairs.normed, len(pairs.normed)
+        images = torch.cat((normed, pairs.gather(normed)[output.image_negatives], normed))
+        ids = torch.cat((pairs.input_ids, pairs.input_ids, pairs.all_ids[output.text_negatives]))
+        masks = torch.cat((pairs.attention_mask, pairs.attention_mask, pairs.all_masks[output.text_negatives]))
+        output.itm_logits = self.bridge.itm_logits(images, ids, masks)  # (3 * batch, 2)
+        matches = (torch.arange(3 * batch, device=ids.device) < batch).long()
+        output.loss_itm = nn.functional.cross_entropy(output.itm_logits, matches)
+
+    def _write_captions(self, pairs: Pairs, key_values, targets, output) -> None:
+        """Generation loss of the captions, behind the queries' keys and values."""
+        decoder_ids = pairs.input_ids.clone()
+        decoder_ids[:, 0] = self.config.bos_token_id
+        hidden = self.bridge.qformer(None, decoder_ids, pairs.attention_mask, "itg", key_values)
+        output.logits = self.bridge.lm_head(hidden)  # (batch, text_tokens, vocab_size)
+        output.loss_itg = self._generation_loss(output.logits, decoder_ids, pairs.attention_mask, targets)
+
     @staticmethod
-    def _positives(image_ids, batch: int, first: int, gathered, device) -> torch.Tensor:
+    def _positives(image_ids: torch.Tensor | None, pairs: Pairs) -> torch.Tensor:
         """Bool, `(batch, pairs of all processes)`: which pairs show the same image."""
         if image_ids is None:
-            image_ids = torch.arange(first, first + batch, device=device)
-        return image_ids[:, None] == gathered(image_ids)[None]
+            batch = len(pairs.normed)
+            image_ids = torch.arange(pairs.first, pairs.first + batch, device=pairs.normed.device)
+        return image_ids[:, None] == pairs.gather(image_ids)[None]
 
     def _generation_loss(self, logits, decoder_ids, attention_mask, targets) -> torch.Tensor:
         """Next-token loss over all processes' tokens: each counts as much as any other."""
@@ -529,12 +578,6 @@ class QFormerBlip2ForPreTraining(BeamHooks, QFormerBlip2Stage1Model):
             "use_cache": use_cache,
             **cache_argument(cache),
         }
-
-    def scores_of_ended_beams(self, sequences, log_probs, length: int, length_penalty: float) -> torch.Tensor:
-        # transformers 4.26, which the official results come from, counts one token more in captions that `max_length` cuts
-        # off than in those that end by themselves; they come out ahead more often there
-        cut_off = sequences[:, :, length] != self.config.eos_token_id
-        return torch.where(cut_off, log_probs * (length / (length + 1)) ** length_penalty, log_probs)
 
 
 __all__ = [

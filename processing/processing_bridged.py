@@ -9,7 +9,8 @@ from typing import ClassVar
 
 from transformers import ProcessorMixin
 
-from ..compat import MultiModalData, ProcessorHooks, get_image_size
+from ..compat import MultiModalData, get_image_size
+from ..compat_hooks import ProcessorHooks
 from ..configuration.configuration_bridged import BridgedConfig, num_patches
 from ..extensions import publisher, take_push_options
 

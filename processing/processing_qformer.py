@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
-from ..compat import ProcessorHooks, optional_file
+from ..compat import optional_file
+from ..compat_hooks import ProcessorHooks
 from ..configuration.configuration_bridged import BridgedConfig
 from ..configuration.configuration_qformer import QFormerBlip2Config, QFormerBlip2PreTrainingConfig
 from .processing_bridged import BridgedProcessor

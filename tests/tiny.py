@@ -167,8 +167,9 @@ def tiny_stage1(seed: int = 0, cls=vlbridge.QFormerBlip2ForPreTraining, **option
     """A tiny model of stage 1 of Q-Former BLIP-2 and its processor."""
     torch.manual_seed(seed)
     qformer_config = {**QFORMER, "max_position_embeddings": 40, **options.pop("qformer_config", {})}
+    vision = options.pop("vision", None) or VISION["clip"]()
     model, processor = cls.from_vision(
-        VISION["clip"](), bert_like_tokenizer(), qformer_config=qformer_config, **{"embed_dim": 16, **options}
+        vision, bert_like_tokenizer(), qformer_config=qformer_config, **{"embed_dim": 16, **options}
     )
     spread_weights(model)
     return model, processor

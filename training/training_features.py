@@ -42,7 +42,7 @@ from tqdm import tqdm
 from transformers import BatchFeature, TrainerCallback
 from transformers.utils import logging
 
-from ..compat import process_images
+from ..compat_hooks import process_images
 from ..files import cache_dir
 from ..images import ImageError
 from ..modeling.modeling_pins import tensor_digest

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -27,165 +27,13 @@ from .configuration import BridgedConfig
 from .configuration.configuration_classification import ClassificationConfigMixin
 from .convert.convert_certificate import card_section, read_certificate
 from .families import FAMILIES
+from .licences import ASKS, HUB_ID, LICENCES, UNKNOWN, Licence, licence_conflicts, licence_of, strictest
 from .modeling.modeling_pins import FrozenPartError, checkpoint_files, frozen_parts_of
 
 
 logger = logging.getLogger(__name__)
 
 SUMMARY = "training_summary.json"
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-
-
-# ---------------------------------------------------------------------- licences
-
-PERMISSIVE, CONDITIONS_OF_USE, SHARE_ALIKE, NON_COMMERCIAL, UNKNOWN = range(5)
-ASKS = (
-    "permissive",
-    "conditions of use",
-    "derived works under the same licence",
-    "no commercial use",
-    "not known: ask the publisher",
-)
-
-
-@dataclass(frozen=True)
-class Licence:
-    """A licence of weights.
-
-    Args:
-        id: The Hub's identifier; `"other"` for one that the Hub has none for.
-        strictness: `PERMISSIVE` to `UNKNOWN`: the highest of all parts is what holds for the whole.
-        share_alike: What is made from it must have the same licence.
-        name: Of a licence whose identifier is `"other"`.
-        link: Its text, likewise.
-    """
-
-    id: str
-    strictness: int
-    share_alike: bool = False
-    name: str | None = None
-    link: str | None = None
-
-    @property
-    def label(self) -> str:
-        return self.name or self.id
-
-
-def _licences(strictness: int, *ids: str, share_alike: bool = False) -> dict[str, Licence]:
-    return {name: Licence(name, strictness, share_alike) for name in ids}
-
-
-# Those that ask for less come first
-LICENCES = {
-    **_licences(PERMISSIVE, "cc0-1.0", "unlicense", "mit", "isc", "zlib", "bsd-2-clause", "bsd-3-clause"),
-    **_licences(PERMISSIVE, "cc-by-3.0", "cc-by-4.0", "apache-2.0"),
-    **_licences(
-        CONDITIONS_OF_USE, "openrail", "openrail++", "bigscience-openrail-m", "bigscience-bloom-rail-1.0",
-        "creativeml-openrail-m", "bigcode-openrail-m", "gemma", "llama3.3", "llama3.2", "llama3.1", "llama3", "llama2",
-    ),
-    **_licences(SHARE_ALIKE, "mpl-2.0", "lgpl-2.1", "lgpl-3.0", share_alike=True),
-    **_licences(SHARE_ALIKE, "cc-by-sa-3.0", "cc-by-sa-4.0", "gpl-2.0", "gpl-3.0", "agpl-3.0", share_alike=True),
-    **_licences(NON_COMMERCIAL, "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-nd-4.0"),
-    **_licences(NON_COMMERCIAL, "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", share_alike=True),
-    "opt": Licence(
-        "other", NON_COMMERCIAL, name="opt-175b",
-        link="https://github.com/facebookresearch/metaseq/blob/main/projects/OPT/MODEL_LICENSE.md",
-    ),
-    "llama": Licence(
-        "other", NON_COMMERCIAL, name="llama-1",
-        link="https://github.com/facebookresearch/llama/blob/llama_v1/MODEL_CARD.md",
-    ),
-    "unknown": Licence("other", UNKNOWN, name="unknown"),
-}  # fmt: skip
-
-# Full matches, the first one counts. CLIP's and EVA's weights have the licence of their code.
-PART_LICENCES = (
-    (r"openai/clip-vit-.*|EVA-CLIP .*|openai-community/gpt2.*", "mit"),
-    (r"google/siglip2?-.*|google/vit-.*|facebook/dinov2-.*|microsoft/resnet-.*", "apache-2.0"),
-    (r"timm/tf_efficientnet_lite0\..*|HuggingFaceTB/SmolLM.*", "apache-2.0"),
-    (r"google/flan-t5-.*|google-t5/.*|google-bert/.*", "apache-2.0"),
-    (r"(anas-awadalla|mosaicml)/mpt-1b-redpajama-200b-dolly", "cc-by-sa-3.0"),
-    (r"(anas-awadalla|mosaicml)/mpt-(1b-redpajama-200b|7b)", "apache-2.0"),
-    (r"togethercomputer/RedPajama-INCITE-.*|EleutherAI/(pythia|gpt-neox)-.*", "apache-2.0"),
-    (r"mistralai/Mistral-7B-.*|NousResearch/Nous-Hermes-2-Yi-34B|Qwen/Qwen3-.*", "apache-2.0"),
-    (r"lmsys/vicuna-.*-v1\.5(-16k)?|meta-llama/Llama-2-.*", "llama2"),
-    (r"lmsys/vicuna-.*|LLaMA-\d+B", "llama"),
-    (r"meta-llama/(Meta-)?Llama-3-.*", "llama3"),
-    (r"meta-llama/(Meta-)?Llama-3\.1-.*", "llama3.1"),
-    (r"meta-llama/Llama-3\.2-.*", "llama3.2"),
-    (r"meta-llama/Llama-3\.3-.*", "llama3.3"),
-    (r"google/gemma-.*", "gemma"),
-    (r"facebook/opt-.*", "opt"),
-)
-
-
-def licence_of(name: str) -> Licence:
-    """The licence of a part.
-
-    Args:
-        name: Its Hub id, or what else it is called.
-
-    Returns:
-        From the table of known parts; else from the part's own card, where that is in a local folder or in the Hub's
-        cache (the Hub is not asked); else `LICENCES["unknown"]`.
-    """
-    for pattern, licence in PART_LICENCES:
-        if re.fullmatch(pattern, name):
-            return LICENCES[licence]
-    from huggingface_hub import try_to_load_from_cache
-
-    path = Path(name) / "README.md"
-    if not path.is_file() and HUB_ID.fullmatch(name):
-        found = try_to_load_from_cache(name, "README.md")
-        path = Path(found) if isinstance(found, str) else path
-    if path.is_file():
-        try:
-            data = ModelCard.load(path, ignore_metadata_errors=True).data
-        except ValueError:  # a card that is none
-            return LICENCES["unknown"]
-        if data.license in LICENCES:
-            return LICENCES[data.license]
-        if data.license:
-            return Licence("other", UNKNOWN, name=data.license_name or str(data.license), link=data.license_link)
-    return LICENCES["unknown"]
-
-
-def strictest(licences: Iterable[Licence]) -> Licence:
-    """The licence that asks most. Without any, the unknown one."""
-    order = list(LICENCES.values())
-
-    def demands(licence: Licence) -> tuple[int, int]:
-        return licence.strictness, order.index(licence) if licence in order else len(order)
-
-    return max(licences, key=demands, default=LICENCES["unknown"])
-
-
-def licence_conflicts(parts: Mapping[str, Licence], claimed: str | None = None) -> list[str]:
-    """What does not go together, in sentences; nothing where all is well.
-
-    Args:
-        parts: Licences by the names of the parts.
-        claimed: What the model itself is said to be under.
-    """
-    found = []
-    for name, licence in parts.items():
-        others = [
-            f"{other} ({its.label})"
-            for other, its in parts.items()
-            if its.strictness not in (PERMISSIVE, UNKNOWN) and its.label != licence.label
-        ]
-        if licence.share_alike and others:
-            found.append(
-                f"{name} asks for {licence.label} on all that is made from it, which no model can have that is also made from "
-                f"{' and '.join(others)}."
-            )
-    if claimed is not None:
-        whole = strictest(parts.values())
-        claim = LICENCES.get(claimed, LICENCES["unknown"])
-        if claim.strictness < whole.strictness != UNKNOWN:
-            which = next(name for name, licence in parts.items() if licence == whole)
-            found.append(f"It is said to be under {claimed}, but {which} allows no more than {whole.label} does.")
-    return found
 
 
 # ---------------------------------------------------------------------- training summary
@@ -495,6 +343,38 @@ def _saved(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def _training_of(summary: Mapping[str, Any]) -> dict[str, str]:
+    """What a card's table tells about the training."""
+    return {
+        name: value
+        for name, value in (
+            ("Recipe", summary.get("recipe")),
+            ("Data", ", ".join(map(str, summary.get("datasets", [])))),
+            ("Steps", f"{summary['steps']:,}" if "steps" in summary else None),
+            ("Time", f"{summary['seconds'] / 60:,.1f} minutes" if "seconds" in summary else None),
+            ("Hardware", summary.get("hardware")),
+            *((f"`{key}`", f"`{value}`") for key, value in sorted(summary.get("arguments", {}).items())),
+        )
+        if value
+    }
+
+
+def _results_of(summary: Mapping[str, Any], task: str) -> list[EvalResult]:
+    """The evaluations of a training summary, as the Hub reads them."""
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=_slug(result["dataset"]),
+            dataset_name=result["dataset"],
+            dataset_split=result.get("split"),
+            metric_type=_slug(result["metric"]),
+            metric_name=result["metric"] + (f", {result['task']}" if result.get("task") else ""),
+            metric_value=result["value"],
+        )
+        for result in summary.get("evaluation", [])
+    ]
+
+
 def _about_folder(folder: Path, title: str, source: str) -> _About:
     config = AutoConfig.from_pretrained(folder)
     if not isinstance(config, BridgedConfig):
@@ -521,30 +401,7 @@ def _about_folder(folder: Path, title: str, source: str) -> _About:
     trained = [ROLES[part] for part in frozen_parts_of(config) if not getattr(config, f"freeze_{part}")]
     if trained:
         facts["Trained with the bridge"] = " and ".join(trained)
-    training = {
-        name: value
-        for name, value in (
-            ("Recipe", summary.get("recipe")),
-            ("Data", ", ".join(map(str, summary.get("datasets", [])))),
-            ("Steps", f"{summary['steps']:,}" if "steps" in summary else None),
-            ("Time", f"{summary['seconds'] / 60:,.1f} minutes" if "seconds" in summary else None),
-            ("Hardware", summary.get("hardware")),
-            *((f"`{key}`", f"`{value}`") for key, value in sorted(summary.get("arguments", {}).items())),
-        )
-        if value
-    }
-    results = [
-        EvalResult(
-            task_type=task,
-            dataset_type=_slug(result["dataset"]),
-            dataset_name=result["dataset"],
-            dataset_split=result.get("split"),
-            metric_type=_slug(result["metric"]),
-            metric_name=result["metric"] + (f", {result['task']}" if result.get("task") else ""),
-            metric_value=result["value"],
-        )
-        for result in summary.get("evaluation", [])
-    ]
+    results = _results_of(summary, task)
     if release is not None:
         results += published_results(release)
     generation = {
@@ -571,7 +428,7 @@ def _about_folder(folder: Path, title: str, source: str) -> _About:
         generation=generation,
         datasets=list(map(str, summary.get("datasets", []))),
         language=summary.get("language"),
-        training=training,
+        training=_training_of(summary),
         training_notes=summary.get("notes", ""),
         results=results,
         evaluation_notes=summary.get("evaluation_notes", ""),

@@ -469,6 +469,22 @@ def transplant(
         for each in (old, model):
             _check_stream(each)
 
+    to_new, to_new_output, report = _maps_between(old, old_processor, model, processor)
+    ADAPTED_BY[type(old.bridge)](copy.deepcopy(old.bridge).cpu(), model.bridge, to_new, to_new_output)
+    if device_map is not None:
+        model.dispatch(device_map)
+    logger.info(describe(report))
+    return Transplant(model, processor, report)
+
+
+def _maps_between(
+    old: BridgedModel, old_processor: BridgedProcessor, model: BridgedModel, processor: BridgedProcessor
+) -> tuple[EmbeddingMap, EmbeddingMap | None, dict[str, Any]]:
+    """Fit the maps from one language model's embeddings to another's, on the tokens that both vocabularies have.
+
+    Returns:
+        The map between input embeddings; between output embeddings, where the bridge has rows there; and the report.
+    """
     tables = [each.get_input_embeddings() for each in (old, model)]
     tokens = [
         token_strings(each.tokenizer, table.num_embeddings)
@@ -479,7 +495,7 @@ def transplant(
     intercept = getattr(old.config, "projector_bias", True)
     to_new = fit_embedding_map(*(_rows(table, rows) for table, rows in zip(tables, ids, strict=True)), intercept)
     report = {
-        "from": _name_of(old.config.text_config, pins.get("language_model")),
+        "from": _name_of(old.config.text_config, (old.config.frozen_parts or {}).get("language_model")),
         "to": _name_of(model.config.text_config, model.config.frozen_parts["language_model"]),
         "shared_tokens": len(shared),
         "fitted_on": to_new.num_tokens,
@@ -491,11 +507,7 @@ def transplant(
         heads = [each.get_output_embeddings().weight.cpu() for each in (old, model)]
         to_new_output = fit_embedding_map(*(head[rows] for head, rows in zip(heads, ids, strict=True)))
         report["explained_variance_output"] = round(to_new_output.explained_variance, 6)
-    ADAPTED_BY[type(old.bridge)](copy.deepcopy(old.bridge).cpu(), model.bridge, to_new, to_new_output)
-    if device_map is not None:
-        model.dispatch(device_map)
-    logger.info(describe(report))
-    return Transplant(model, processor, report)
+    return to_new, to_new_output, report
 
 
 __all__ = ["EmbeddingMap", "Transplant", "describe", "fit_embedding_map", "token_strings", "transplant"]

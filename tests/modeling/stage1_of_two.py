@@ -19,7 +19,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from test_modeling_qformer import NEGATIVES, pictures_and_captions  # noqa: E402
 from tiny import tiny_stage1  # noqa: E402
 
-from vlbridge.modeling.modeling_contrastive import gather
+from vlbridge.modeling.modeling_contrastive import gather  # noqa: E402
 
 
 def refused(model, data: dict, rank: int) -> str:

@@ -19,6 +19,7 @@ from tiny import (
     spread_weights,
     tiny_image,
     tiny_model,
+    tiny_stage1,
     tiny_tokenizer,
 )
 from transformers import (
@@ -424,3 +425,34 @@ def test_lora_on_the_language_model_and_a_trained_bridge(bridge, language, tmp_p
     merged = again.merge_and_unload()
     assert [name for name, _ in merged.named_children()] == ["vision_model", "language_model", "bridge"]
     torch.testing.assert_close(logits_of(merged, processor), after, atol=1e-4, rtol=1e-4)
+
+
+@combinations
+def test_a_bridge_is_loaded_without_being_drawn_first(parts, tmp_path, bridge, language):
+    model, processor = compose_from(parts, bridge, language)
+    spread_weights(model.bridge)
+    model.save_pretrained(tmp_path, bridge_only=True)
+    state = torch.get_rng_state()
+    again = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not [name for name, tensor in again.state_dict().items() if tensor.is_meta]
+    assert not [name for name, tensor in again.named_buffers() if tensor.is_meta]
+    assert torch.equal(logits_of(again, processor), logits_of(model, processor))
+
+
+def test_stage_1_is_loaded_with_its_tied_table(parts, tmp_path):
+    model, _ = tiny_stage1(vision=str(parts / "clip"))
+    model.save_pretrained(tmp_path, bridge_only=True)
+    bridge = AutoModel.from_pretrained(tmp_path).bridge
+    assert bridge.lm_head.decoder.weight is bridge.qformer.word_embeddings.weight
+    for name, tensor in model.bridge.state_dict().items():
+        assert torch.equal(bridge.state_dict()[name], tensor), name
+
+
+def test_a_bridge_in_a_pickled_file_is_loaded(parts, tmp_path):
+    model, processor = compose_from(parts, "mlp", "llama")
+    model.save_pretrained(tmp_path, bridge_only=True)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    again = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(logits_of(again, processor), logits_of(model, processor))

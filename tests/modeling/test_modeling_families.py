@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import weakref
 
 import pytest
 import torch
 from tiny import (
+    BRIDGE_OPTIONS,
     COMBINATIONS,
     LANGUAGE,
     NUM_PATCHES,
@@ -512,3 +516,62 @@ def test_special_tokens_live_in_the_bridge():
         rows.output_rows[1] = final[0, -1] * 10
     found = new_tokens(model, batch_of(processor, [0]), max_new_tokens=4)
     assert found[0].tolist() == [end]
+
+
+# ---------------------------------------------------------------------- a language model that outlives its bridges
+
+
+@pytest.mark.parametrize("bridge", ["mlp", "qformer", "perceiver"])
+def test_deleted_models_leave_nothing_on_a_shared_language_model(bridge):
+    language = AutoModelForCausalLM.from_config(LANGUAGE["llama"]())
+    gone = []
+    for _ in range(3):
+        model, _ = vlbridge.compose(
+            VISION["clip"](), language, bridge, tokenizer=tiny_tokenizer(), **BRIDGE_OPTIONS[bridge]
+        )
+        gone.append(weakref.ref(model))
+    last = copy.deepcopy(model)
+    del model
+    gc.collect()
+    assert [reference() for reference in gone] == [None] * 3
+    for module in language.modules():
+        assert not module._forward_pre_hooks and not module._forward_hooks
+    # the copy has hooks of its own, which call the copy
+    copied = [hook for module in last.language_model.modules() for hook in module._forward_pre_hooks.values()]
+    assert all(hook._model() is last for hook in copied) and bool(copied) == (bridge == "perceiver")
+
+
+def test_a_pickled_model_keeps_its_conditioning():
+    model, processor = tiny_model("perceiver")
+    spread_weights(model)
+    inputs = batch_of(processor)
+    again = pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+def test_checkpointing_gives_the_language_model_its_dropout_back():
+    model, _ = tiny_model("perceiver", "opt")
+    layer = model.language_model.model.decoder.layers[0]
+    layer.dropout = 0.1
+    checkpoint_activations(model)
+    model.train()
+    assert layer.dropout == 0.0 and layer.training  # frozen: it recomputes, but drops nothing
+    model.train()
+    model.freeze(language_model=False)
+    assert layer.dropout == 0.1 and layer.training
+    model.freeze()
+    assert layer.dropout == 0.0
+    model.eval()
+    assert layer.dropout == 0.1
+
+
+@torch.no_grad()
+@combinations
+def test_logits_to_keep(bridge, language):
+    model, processor = tiny_model(bridge, language)
+    spread_weights(model)
+    inputs = with_decoder_inputs(model, batch_of(processor))
+    logits = model(**inputs).logits
+    for keep, expected in ((2, logits[:, -2:]), (torch.tensor([0, 2]), logits[:, [0, 2]])):
+        torch.testing.assert_close(model(**inputs, logits_to_keep=keep).logits, expected, atol=ATOL, rtol=0)

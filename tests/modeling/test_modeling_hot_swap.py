@@ -26,7 +26,7 @@ from tiny import (
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
 
 import vlbridge
-from vlbridge.compat import HOOKS_ARE_RECOMPUTED
+from vlbridge.compat_hooks import HOOKS_ARE_RECOMPUTED
 
 
 families = pytest.mark.parametrize("family", vlbridge.FAMILIES)

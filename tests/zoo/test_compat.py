@@ -27,7 +27,9 @@ from vlbridge.modeling.modeling_bridged import BridgedOutput
 pytestmark = pytest.mark.core
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("zoo", "configuration", "modeling", "processing", "convert", "training")
-SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py")) if path.name != "compat.py"]
+SOURCES = [
+    path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py")) if not path.name.startswith("compat")
+]
 
 
 # ---------------------------------------------------------------------- tripwires
