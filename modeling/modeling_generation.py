@@ -113,6 +113,8 @@ class BridgeGenerationMixin:
             if encoded is not None:
                 raise ValueError("Give pixel_values (or patch_features) or mm_encoder_outputs, not both.")
             encoded = self.get_image_features(**images, return_dict=True)
+        if encoded is not None and self._generation_setting("prefill_chunk_size", generation_config, kwargs):
+            raise ValueError("prefill_chunk_size can't be used with images: a chunk does not know which images it shows.")
         if cache is not None:
             kwargs.update(cache_argument(cache))
         if self.config.is_encoder_decoder:
@@ -194,8 +196,11 @@ class BridgeGenerationMixin:
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if visual_states is not None:
-            reads_prompt = is_first_iteration or not kwargs.get("use_cache", True)
-            arguments["visual_states"] = visual_states.prompt if reads_prompt else visual_states.decoding
+            if is_first_iteration or not kwargs.get("use_cache", True):
+                arguments["visual_states"] = visual_states.prompt
+            else:
+                visual_states.prompt = None  # frees what was made of all images but the last
+                arguments["visual_states"] = visual_states.decoding
         if self.num_logits_to_generate > self.num_logits:
             arguments["num_logits"] = self.num_logits_to_generate
         return arguments

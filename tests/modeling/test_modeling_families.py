@@ -575,3 +575,22 @@ def test_logits_to_keep(bridge, language):
     logits = model(**inputs).logits
     for keep, expected in ((2, logits[:, -2:]), (torch.tensor([0, 2]), logits[:, [0, 2]])):
         torch.testing.assert_close(model(**inputs, logits_to_keep=keep).logits, expected, atol=ATOL, rtol=0)
+
+
+@combinations
+def test_chunked_prefill_with_images_is_refused(bridge, language):
+    model, processor = tiny_model(bridge, language)
+    with pytest.raises(ValueError, match="prefill_chunk_size can't be used with images"):
+        model.generate(**batch_of(processor), max_new_tokens=2, prefill_chunk_size=4)
+
+
+def test_the_prompts_states_are_let_go_while_decoding(monkeypatch):
+    """A prompt of many shots has the keys and values of many images, which no written token sees."""
+    model, processor = tiny_model("perceiver")
+    seen, make = [], model.visual_states_for_generation
+    monkeypatch.setattr(model, "visual_states_for_generation", lambda *args: seen.append(make(*args)) or seen[-1])
+    model.generate(**batch_of(processor, [2]), max_new_tokens=3, min_new_tokens=3)
+    (states,) = seen
+    assert states.prompt is None
+    one_image = model.config.num_latents
+    assert states.decoding.key_states[0].shape[2] == one_image
