@@ -32,7 +32,7 @@ from vlbridge.training.training_data import (
     skip_broken,
     structure_problem,
 )
-from vlbridge.training.training_sources import _placed
+from vlbridge.training.training_sources_common import content_of_text
 
 
 IMAGE = {"type": "image", "text": None}
@@ -145,7 +145,7 @@ def test_llava(suffix, tmp_path):
 @given(st.lists(st.text("ab <>\n", max_size=8), min_size=1, max_size=5))
 def test_placeholders_become_images_and_no_text_is_lost(pieces):
     whole = "<image>".join(pieces)
-    content = _placed(whole)
+    content = content_of_text(whole)
     assert sum(item == IMAGE for item in content) == whole.count("<image>")
     again = "".join("<image>" if item == IMAGE else item["text"] for item in content)
     assert again.replace("\n", "") == whole.replace("\n", "")
