@@ -77,6 +77,7 @@ class Encoder:
 
     default_end: ClassVar[str | None] = None  # `None`: the language model's end of sequence
     caption_end_stops: ClassVar[bool] = True  # generation ends there too
+    max_images: int | None = None
 
     def __init__(
         self,
@@ -381,7 +382,7 @@ class Encoder:
         spans = self._moved(spans, (inputs.pop("text_replacement_offsets", None) or [[]])[0])
         ids = inputs["input_ids"][0]
         learned = torch.tensor([any(start <= first < end for start, end in spans) for first, last in offsets])
-        # special tokens that the tokenizer adds have no characters: behind a learned text they are learned with it
+        # special tokens that the tokenizer adds have no characters: after a learned text they are learned with it
         learned &= torch.tensor([last > first for first, last in offsets])
         learned &= ids != self.image_token_id
         sample = {"input_ids": ids, "labels": ids.masked_fill(~learned, IGNORED)}

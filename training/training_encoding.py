@@ -69,7 +69,7 @@ class MLPLlavaEncoder(Encoder):
 
 
 class QFormerBlip2Encoder(Encoder):
-    """Captions behind a prompt; conversations and, for an instruction-aware Q-Former, their questions."""
+    """Captions after a prompt; conversations and, for an instruction-aware Q-Former, their questions."""
 
     def answer_spans(self, messages: list[dict]) -> tuple[str, list[Span]]:
         """The answers of a conversation; if its template does not end the last one, it ends as captions do.
@@ -98,7 +98,7 @@ class PerceiverFlamingoEncoder(Encoder):
         ]
         text = " ".join(part for part in parts if part).replace(self.chunk_end, "", 1)
         text = re.sub(rf"\s*({re.escape(self.chunk_end)}|{re.escape(self.image_token)})\s*", r"\1", self.ended(text))
-        # nothing before the first image, nor behind the last chunk
+        # nothing before the first image, nor after the last chunk
         return text, [(max(text.find(self.image_token), 0), len(text) - len(self.end))]
 
 

@@ -106,6 +106,8 @@ class PreparedEncoder:
         Raises:
             vlbridge.images.ImageError: One of them can't be read.
         """
+        if record.get("document") is not None:
+            record = self.encoder.with_few_images(record)
         keys = [None] * len(record.get("images") or [])
         if self.store is not None:
             keys = [image_key(image) for image in record.get("images") or []]

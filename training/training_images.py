@@ -99,7 +99,7 @@ def image_inputs(processor, images: list[PreparedImage]) -> tuple[dict[str, torc
     """
     if len(shapes := {image.pixel_shape for image in images}) > 1:
         raise ValueError(
-            f"images of one record have {sorted(shapes)} pixels behind the image processor; expected one size"
+            f"images of one record have {sorted(shapes)} pixels after the image processor; expected one size"
         )
     name = "pixel_values" if images[0].patch_features is None else "patch_features"
     inputs = {name: torch.cat([getattr(image, name) for image in images])}

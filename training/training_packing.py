@@ -87,7 +87,7 @@ def _complete(sample: dict) -> dict[str, torch.Tensor]:
         "branch_ids": sample.get("branch_ids", zeros),
         "segment_ids": sample.get("segment_ids", zeros),
     }
-    begins = torch.ones(len(ids) + 1, dtype=torch.bool)  # of a branch or segment; one more behind the last token
+    begins = torch.ones(len(ids) + 1, dtype=torch.bool)  # of a branch or segment; one more after the last token
     begins[1:-1] = (row["branch_ids"].diff() != 0) | (row["segment_ids"].diff() != 0)
     row["next_ids"] = torch.nn.functional.pad(labels[1:], (0, 1), value=IGNORED).masked_fill(begins[1:], IGNORED)
     kept = ~(begins[1:] & (labels != IGNORED))

@@ -175,10 +175,10 @@ def _options(model, language, bridge, tokens, options) -> dict:
     if bridge not in (None, "full", "adapter"):
         raise ValueError(f"bridge is {bridge!r}; expected 'full', 'adapter' or None.")
     names = language_targets(model, language) if language is not None else []
-    whole = ["bridge"] if bridge == "full" else []
+    full_modules = ["bridge"] if bridge == "full" else []
     if bridge == "adapter":
         names += bridge_targets(model)
-        whole += small_modules(model)
+        full_modules += small_modules(model)
     extra = []
     if more := options.pop("target_modules", None):
         if not isinstance(more, str):
@@ -192,12 +192,12 @@ def _options(model, language, bridge, tokens, options) -> dict:
             "There is nothing to adapt: language and bridge are both without adapters. Training the full bridge alone "
             "needs no adapter."
         )
-    whole += options.pop("modules_to_save", None) or []
+    full_modules += options.pop("modules_to_save", None) or []
     rows = {"trainable_token_indices": _embedding_rows(model, tokens)} if tokens else {}
     return {
         "names": names,
         "extra_patterns": extra,
-        "modules_to_save": whole or None,
+        "modules_to_save": full_modules or None,
         **rows,
         **options,
     }

@@ -120,6 +120,7 @@ def test_documents_with_more_images_than_are_kept(bridge, options, tmp_path):
         assert torch.equal(sample["input_ids"], expected["input_ids"])
         assert torch.equal(sample["pixel_values"], expected["pixel_values"])
     cache.fill([record])
+    record["images"][1] = {"path": "none.png", "bytes": None}  # not needed
     assert len(PreparedEncoder(encoder, cache.store).encode(record)["patch_features"]) == len(expected["pixel_values"])
 
 
