@@ -25,9 +25,8 @@ from .training_images import PreparedImage
 logger = logging.get_logger(__name__)
 
 SHARD_BYTES = 64 * 2**20
-
-SAME_TIME_NS = 2 * 10**9  # file systems count time in steps of up to two seconds
 OPEN_SHARDS = 64  # kept open at a time
+SAME_TIME_NS = 2 * 10**9  # file systems count time in steps of up to two seconds
 
 
 class FeatureStore:
