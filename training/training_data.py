@@ -1,6 +1,6 @@
 """Data for training: published layouts in, records of one form out.
 
-A record is a row of a `datasets.Dataset`, or of an `IterableDataset` where data is streamed. Its columns (`FEATURES`):
+A record is a row of a `datasets.Dataset`, or of an `IterableDataset` if data is streamed. Its columns (`FEATURES`):
 
 - `id`: text, not always unique: LLaVA's mixtures have several conversations under one.
 - `source`: text, where the record is from.
@@ -10,7 +10,7 @@ A record is a row of a `datasets.Dataset`, or of an `IterableDataset` where data
   - `caption`: text about the one image;
   - `document`: images and text as they alternate, `[{"type", "text"}, ...]`;
   or none of them in image folders that have classes only.
-- more where a source has it: `answers` (VQAv2), `label` and `notes` (image folders).
+- more if a source has it: `answers` (VQAv2), `label` and `notes` (image folders).
 
 Items of `content` and `document` have both keys: `{"type": "image", "text": None}` stands for the next of `images`,
 `{"type": "text", "text": "..."}` is text. A data set has the column of its own kind only; a mixture of kinds has

@@ -46,7 +46,7 @@ def share_prefix(sequences: list[tuple[list[int], list[int]]]) -> dict[str, torc
         `input_ids`, `labels`, `position_ids` and `branch_ids` (0 for the shared prefix, else the sequence's number from
         1), each `(tokens,)`.
     """
-    # the token before the first learned one stays in its branch, which predicts from there
+    # the token before the first learned one stays in its branch, as it predicts that one
     shared = common_prefix([ids for ids, _ in sequences])
     for ids, labels in sequences:
         first = next((place for place, label in enumerate(labels) if label != IGNORED), len(ids))
