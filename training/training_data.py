@@ -1,6 +1,6 @@
 """Data for training: published layouts in, records of one form out.
 
-A record is a row of a `datasets.Dataset`, or of an `IterableDataset` where data is streamed. Its columns (`FEATURES`):
+A record is a row of a `datasets.Dataset`, or of an `IterableDataset` if data is streamed. Its columns (`FEATURES`):
 
 - `id`: text, not always unique: LLaVA's mixtures have several conversations under one.
 - `source`: text, where the record is from.
@@ -10,13 +10,13 @@ A record is a row of a `datasets.Dataset`, or of an `IterableDataset` where data
   - `caption`: text about the one image;
   - `document`: images and text as they alternate, `[{"type", "text"}, ...]`;
   or none of them in image folders that have classes only.
-- more where a source has it: `answers` (VQAv2), `label` and `notes` (image folders).
+- more if a source has it: `answers` (VQAv2), `label` and `notes` (image folders).
 
 Items of `content` and `document` have both keys: `{"type": "image", "text": None}` stands for the next of `images`,
-`{"type": "text", "text": "..."}` is text. A data set has the column of its own kind only; a mixture of kinds has several,
-of which all but one are `None` in each record, so ask with `kind_of(record)`.
+`{"type": "text", "text": "..."}` is text. A data set has the column of its own kind only; a mixture of kinds has
+several, of which all but one are `None` in each record, so ask with `kind_of(record)`.
 
-    load(source, path, split=None, streaming=False, **options) -> Dataset | IterableDataset    # source: a key of SOURCES
+    load(source, path, split=None, streaming=False, **options) -> Dataset | IterableDataset  # source: a key of SOURCES
     mix(datasets, weights=None, seed=0, stopping="all_exhausted") -> Dataset | IterableDataset
     skip_broken(dataset, max_broken=0.01, num_proc=None, log=None) -> (dataset, BrokenReport)
         # report.num_records, .num_broken, .entries(), .check(), str(report)
@@ -53,7 +53,8 @@ from .training_records import (
     problem_of,
     structure_problem,
 )
-from .training_sources import CODE, SOURCES, load
+from .training_sources import SOURCES, load
+from .training_sources_common import CODE
 
 
 STOPPING = ("first_exhausted", "all_exhausted", "all_exhausted_without_replacement")
@@ -71,15 +72,19 @@ def mix(
     """Draw from several data sets, with the same draws for the same seed.
 
     Args:
-        datasets: Of records. If any is streamed, the mixture is; its `state_dict()` and `load_state_dict()` continue it at
-            the next record (not exactly behind `shuffle(buffer_size=...)`: `datasets` does not save what the buffer holds).
+        datasets: Data sets of records. If one is streamed, so is the mixture; its `state_dict()` and
+            `load_state_dict()` continue it at the next record (not exactly after `shuffle(buffer_size=...)`: `datasets`
+            does not save what the buffer holds).
         weights: How often to draw from each, relative to each other; by default in turn.
-        seed: Of the draws.
-        stopping: One of `STOPPING`: end with the first data set that does, or start those that end again until each has
+        seed: Seed of the draws.
+        stopping: One of `STOPPING`: end with the first data set that ends, or start those that end again until each has
             ended once, or go on without them.
 
+    Returns:
+        The mixture.
+
     Raises:
-        ValueError: Weights or `stopping` are not as expected, or a column is of two types.
+        ValueError: Weights or `stopping` are not as expected, or a column has different types.
     """
     datasets = list(datasets)
     if not datasets:
@@ -119,9 +124,13 @@ class BrokenReport:
     Each worker counts in its own row of shared memory; names and reasons go to a file that all append to.
 
     Args:
-        max_broken: Largest share (below 1) or number of broken records. Of a stream, a share is asked for when
-            `1000` records were seen or more than that share of `1000` are broken: one in the first ten says nothing.
-        log: The file, JSON Lines with `id`, `file`, `reason`; by default a temporary one.
+        max_broken: Largest share (below 1) or number of broken records. The share of a stream is checked once
+            `first_records` records were seen, or more than that share of `first_records` are broken: one in the first
+            ten says nothing.
+        log: JSON Lines file to write, with `id`, `file`, `reason`; by default a temporary one.
+
+    Raises:
+        ValueError: `max_broken` is neither a share nor a whole number.
     """
 
     max_workers = 256
@@ -150,7 +159,7 @@ class BrokenReport:
         return int(self.counts[:, 1].sum())
 
     def entries(self) -> list[dict]:
-        """The broken records, each once, in the order in which they were met."""
+        """The broken records, each once, in the order in which they were found."""
         found = {}
         if os.path.exists(self.log):
             with open(self.log, encoding="utf-8") as file:
@@ -160,10 +169,14 @@ class BrokenReport:
         return list(found.values())
 
     def count(self, record_id, problem: tuple[str, str] | None) -> None:
-        """Note what came of one record.
+        """Count one record.
+
+        Args:
+            record_id: Its `id`.
+            problem: The file and the reason, if it is broken.
 
         Raises:
-            BrokenDataError: It was one too many.
+            BrokenDataError: More records are broken than allowed.
         """
         info = get_worker_info()
         row = self.counts[(0 if info is None else info.id + 1) % self.max_workers]
@@ -174,21 +187,21 @@ class BrokenReport:
         entry = {"id": record_id, "file": problem[0], "reason": problem[1]}
         with open(self.log, "a", encoding="utf-8") as file:  # one short write in append mode: lines don't mix
             file.write(json.dumps(entry) + "\n")
-        self.check(pad_logits=self.first_records)
+        self.check(min_records=self.first_records)
 
-    def check(self, pad_logits: int = 1) -> None:
-        """Refuse the data set if too much of it is broken.
+    def check(self, min_records: int = 1) -> None:
+        """Raise an error if too many records are broken.
 
         Args:
-            pad_logits: Records that a share is of, however few were seen.
+            min_records: Number of records that a share is taken of if fewer were seen.
 
         Raises:
-            BrokenDataError: It is.
+            BrokenDataError: More records are broken than allowed.
         """
         if self.max_broken >= 1 or self.max_broken == 0:
             too_many = len(self.entries()) > self.max_broken if self.num_broken > self.max_broken else False
         else:
-            too_many = self.num_broken > self.max_broken * max(self.num_records, pad_logits)
+            too_many = self.num_broken > self.max_broken * max(self.num_records, min_records)
         if too_many:
             raise BrokenDataError(
                 f"{self}\nMore than max_broken={self.max_broken} allows; repair or remove them, or raise max_broken."
@@ -218,28 +231,28 @@ def skip_broken(
     num_proc: int | None = None,
     log: str | os.PathLike | None = None,
 ) -> tuple[Dataset | IterableDataset, BrokenReport]:
-    """Leave out records with a missing or broken image, or whose structure is wrong.
+    """Leave out records with a missing or broken image, or with a wrong structure.
 
     Whether a record is left out depends on nothing but the record, so that order and resuming stay exact, whatever the
-    number of workers. A map-style data set is gone through here, in advance, and what remains keeps its order; `datasets`
-    remembers the outcome as long as no image file changes size or time. A stream is checked as it flows, where it is read:
-    the report counts for all workers of this process, and at the end `report.check()` asks for the share once more.
+    number of workers. A map-style data set is checked here, in advance, and what remains keeps its order; `datasets`
+    remembers the outcome as long as no image file changes its size or time. A stream is checked while it is read: the
+    report counts for all workers of this process, and `report.check()` at the end checks the share once more.
 
     Args:
-        dataset: Of records.
-        max_broken: See `BrokenReport`.
-        num_proc: Processes that open images, for a map-style data set.
-        log: See `BrokenReport`.
+        dataset: The records.
+        max_broken: Largest share (below 1) or number of broken records, see `BrokenReport`.
+        num_proc: Number of processes that open images, for a map-style data set.
+        log: JSON Lines file for the broken records, see `BrokenReport`.
 
     Returns:
         The data set without broken records, and the report, which is complete for a map-style data set.
 
     Raises:
-        BrokenDataError: More are broken than allowed; of a stream, while it is read.
+        BrokenDataError: More records are broken than allowed; of a stream, while it is read.
     """
     report = BrokenReport(max_broken, log)
     if isinstance(dataset, IterableDataset):
-        return dataset.filter(partial(_whole, report=report)), report
+        return dataset.filter(partial(_is_usable, report=report)), report
     verdicts = dataset.map(
         _verdict,
         remove_columns=dataset.column_names,
@@ -260,7 +273,7 @@ def skip_broken(
     return dataset.select([index for index in range(len(dataset)) if index not in left_out]), report
 
 
-def _whole(record: dict, report: BrokenReport) -> bool:
+def _is_usable(record: dict, report: BrokenReport) -> bool:
     problem = problem_of(record)
     report.count(record["id"], problem)
     return problem is None
@@ -278,7 +291,7 @@ def _verdict(record: dict, code: str, images: str) -> dict:
 
 @lru_cache(maxsize=1 << 18)
 def _file_problem(path: str, images: str) -> tuple[str, str] | None:
-    """As `image_problem`; captions and questions about one image come in dozens, as long as `images` is the same."""
+    """The same as `image_problem` for a file, remembered as long as `images` does not change."""
     return image_problem({"path": path, "bytes": None})
 
 

@@ -1,15 +1,16 @@
 """Packing: several samples in one row, each as if it stood alone.
 
-- Samples stand one after the other, each with its own images. A token sees its own sample only, and positions begin anew.
-- Questions about one picture share what they have in common, the picture above all: behind the shared prefix every
-  question is a branch, which sees the prefix and itself.
+- Samples stand one after the other, each with its own images. A token sees its own sample only, and positions start
+  anew in each.
+- Questions about one picture share what they have in common, mainly the picture: every question is a branch after the
+  shared prefix, and sees the prefix and itself.
 
-A batch that is packed gives the loss and the gradients that it gives unpacked: the same samples, the same learned tokens,
-with less or no padding. So batches are what they were, and only become fewer rows: a `per_device_train_batch_size` of 64
+A packed batch gives the loss and the gradients that it gives unpacked: the same samples, the same learned tokens, with
+less padding or none. So batches stay as they were, and only become fewer rows: a `per_device_train_batch_size` of 64
 with `max_tokens: 2048` may be 64 samples in 5 rows.
 
-Rows need a mask that says who sees whom, which PyTorch's SDPA takes. Flash attention takes lengths of samples instead
-(`cu_seq_lens_q` in transformers) and can't express branches: it is refused, not approximated.
+Rows need a mask that says which token sees which, and PyTorch's SDPA takes one. Flash attention takes lengths of
+samples instead (`cu_seq_lens_q` in transformers) and can't express branches: it is refused, not approximated.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ def common_prefix(sequences: list[list[int]]) -> int:
 
 
 def share_prefix(sequences: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
-    """Several sequences that begin alike as one sample: the prefix once, and a branch for each.
+    """Several sequences with the same beginning as one sample: the shared prefix once, and a branch for each.
 
     Args:
         sequences: `(input_ids, labels)` of each, the labels as long as the ids and -100 where nothing is learned.
 
     Returns:
-        `input_ids`, `labels`, `position_ids` and `branch_ids` (0 for the shared prefix, else the sequence's number from 1),
-        each `(tokens,)`.
+        `input_ids`, `labels`, `position_ids` and `branch_ids` (0 for the shared prefix, else the sequence's number from
+        1), each `(tokens,)`.
     """
-    # the token before the first learned one stays in its branch, which predicts from there
+    # the token before the first learned one stays in its branch, as it predicts that one
     shared = common_prefix([ids for ids, _ in sequences])
     for ids, labels in sequences:
         first = next((place for place, label in enumerate(labels) if label != IGNORED), len(ids))
@@ -62,21 +63,21 @@ def share_prefix(sequences: list[tuple[list[int], list[int]]]) -> dict[str, torc
 
 
 def append_pairs(pairs: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
-    """Prompts that begin alike, and their answers, as one sample.
+    """Prompts with the same beginning, and their answers, as one sample.
 
     Args:
         pairs: Token ids of `(prompt, answer)`. The answer's tokens are learned, the prompt's are not.
 
     Returns:
-        See `share_prefix`.
+        The sample, see `share_prefix`.
     """
     return share_prefix([([*prompt, *answer], [IGNORED] * len(prompt) + list(answer)) for prompt, answer in pairs])
 
 
 def _complete(sample: dict) -> dict[str, torch.Tensor]:
-    """What a row says of each token of one sample, `(tokens,)` each; `next_ids` is what it predicts.
+    """What a row holds of each token of one sample, `(tokens,)` each; `next_ids` is what the token predicts.
 
-    The last token of a branch or sample predicts nothing and is seen by nobody: where it was learned, it is left out.
+    The last token of a branch or sample predicts nothing and no other token sees it: if it was learned, it is left out.
     """
     ids, labels = sample["input_ids"], sample["labels"]
     tokens, zeros = torch.arange(len(ids)), torch.zeros(len(ids), dtype=torch.long)
@@ -86,7 +87,7 @@ def _complete(sample: dict) -> dict[str, torch.Tensor]:
         "branch_ids": sample.get("branch_ids", zeros),
         "segment_ids": sample.get("segment_ids", zeros),
     }
-    begins = torch.ones(len(ids) + 1, dtype=torch.bool)  # of a branch or segment; one more behind the last token
+    begins = torch.ones(len(ids) + 1, dtype=torch.bool)  # of a branch or segment; one more after the last token
     begins[1:-1] = (row["branch_ids"].diff() != 0) | (row["segment_ids"].diff() != 0)
     row["next_ids"] = torch.nn.functional.pad(labels[1:], (0, 1), value=IGNORED).masked_fill(begins[1:], IGNORED)
     kept = ~(begins[1:] & (labels != IGNORED))
@@ -97,10 +98,10 @@ def _complete(sample: dict) -> dict[str, torch.Tensor]:
 
 
 def first_fit(lengths: list[int], max_tokens: int | None) -> list[list[int]]:
-    """Share samples out among rows: each goes to the first row that has room for it.
+    """Put samples in rows: each goes to the first row that has room for it.
 
     Args:
-        lengths: Tokens of each sample.
+        lengths: Number of tokens of each sample.
         max_tokens: Longest row; a longer sample has a row of its own. `None`: all in one row.
 
     Returns:
@@ -121,7 +122,7 @@ def first_fit(lengths: list[int], max_tokens: int | None) -> list[list[int]]:
 
 
 def packed_mask(segment_ids: torch.Tensor, branch_ids: torch.Tensor) -> torch.Tensor:
-    """Who sees whom: what came before in the same sample, of that the prefix and the same branch.
+    """Which tokens a token sees: earlier ones of the same sample, in its shared prefix and in the same branch.
 
     Args:
         segment_ids: `(batch, tokens)`: the sample that a token belongs to, -1 for padding.
@@ -136,10 +137,13 @@ def packed_mask(segment_ids: torch.Tensor, branch_ids: torch.Tensor) -> torch.Te
 
 
 class PackedCollator:
-    """Samples to packed rows; logits are computed where something is learned, nowhere else.
+    """Makes packed rows of samples; logits are computed only where something is learned.
 
     Args:
         max_tokens: Longest row, in tokens; `None` puts all samples in one row.
+
+    Raises:
+        ValueError: `max_tokens` is not positive.
     """
 
     def __init__(self, max_tokens: int | None = None):
@@ -155,16 +159,16 @@ class PackedCollator:
         return first_fit([len(_complete(sample)["input_ids"]) for sample in samples], self.max_tokens)
 
     def rows(self, samples: list[dict], order: list[list[int]]) -> dict[str, torch.Tensor]:
-        """All of a batch but its images.
+        """Everything of a batch except its images.
 
         Args:
-            samples: With `input_ids` and `labels`, `(tokens,)`, and what `share_prefix` gives.
-            order: From `order`.
+            samples: Samples with `input_ids` and `labels`, `(tokens,)`, and what `share_prefix` gives.
+            order: The samples of each row, from `order`.
 
         Returns:
-            `input_ids`, `position_ids` and `segment_ids`, `(rows, tokens)`; `attention_mask`, `(rows, 1, tokens, tokens)`;
-            `logits_to_keep`, the columns where a row learns something; `shift_labels` and `labels`, what is predicted
-            there, `(rows, columns)`.
+            `input_ids`, `position_ids` and `segment_ids`, `(rows, tokens)`; `attention_mask`, `(rows, 1, tokens,
+            tokens)`; `logits_to_keep`, the columns where a row learns something; `shift_labels` and `labels`, what is
+            predicted there, `(rows, columns)`.
         """
         fillers = {"input_ids": 0, "position_ids": 0, "branch_ids": 0, "segment_ids": -1, "next_ids": IGNORED}
         columns: dict[str, list] = {name: [] for name in fillers}
@@ -214,8 +218,9 @@ class PackedCollator:
         """What packing has saved so far, in all workers of this process.
 
         Returns:
-            `batches`, `samples` (a question each), `rows`, `tokens`, `padding`: places of the packed rows without a token,
-            and `places_saved`: the share of the places that the same batches, unpacked and padded, would have had.
+            `batches`, `samples` (one per question), `rows`, `tokens`, `padding`: places of the packed rows without a
+            token, and `places_saved`: the share of the places that the same batches would have had, unpacked and
+            padded.
         """
         batches, samples, rows, tokens, places, unpacked = self._counts.sum(dim=0).tolist()
         return {
@@ -239,14 +244,14 @@ def _lengths_alone(sample: dict) -> list[int]:
 
 
 def check_packable(model, max_tokens: int | None = None) -> None:
-    """Refuse models that would not give packed samples what they get alone.
+    """Refuse models whose results for packed samples would differ from those for single ones.
 
     Args:
         model: The model.
         max_tokens: Longest row, in tokens.
 
     Raises:
-        ValueError: It is one of them, and why.
+        ValueError: The model can't be trained on packed rows; the message says why.
     """
     config = model.config
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -260,30 +265,30 @@ def check_packable(model, max_tokens: int | None = None) -> None:
     text_config = base.language_model.config.get_text_config()
     if "position_ids" not in base._language_model_arguments or getattr(text_config, "alibi", False):
         raise ValueError(
-            f"{name} does not go by position_ids: it would count positions from the row's beginning, not from the sample's. Leave "
-            "packing out."
+            f"{name} does not use position_ids: it would count positions from the row's beginning, not from the "
+            "sample's. Leave packing out."
         )
     if (attention := attention_of(text_config)) != "sdpa":
         raise ValueError(
-            f"The language model's attn_implementation is {attention!r}: packed rows need a mask of their own, which only 'sdpa' "
-            "takes. Call model.language_model.set_attn_implementation('sdpa'), or leave packing out."
+            f"The language model's attn_implementation is {attention!r}: packed rows need a mask of their own, which "
+            "only 'sdpa' takes. Call model.language_model.set_attn_implementation('sdpa'), or leave packing out."
         )
     window = getattr(text_config, "sliding_window", None)
     slides = "sliding_attention" in (getattr(text_config, "layer_types", None) or ["sliding_attention"])
     if window and slides and getattr(text_config, "use_sliding_window", True) and window < (max_tokens or window + 1):
         raise ValueError(
-            f"{name} has attention over a window of {window} tokens, which packed rows do not have. Set max_tokens to {window} at "
-            "most, or leave packing out."
+            f"{name} has attention over a window of {window} tokens, which packed rows do not have. Set max_tokens to "
+            f"{window} at most, or leave packing out."
         )
 
 
 def independent(record: dict) -> list[dict]:
     """The questions of a conversation as conversations of their own.
 
-    Each has the system's message and the images that were shown up to it, in front.
+    Each begins with the system's message and the images that were shown up to it.
 
     Args:
-        record: With `messages`, system first where there is one, then user and assistant in turn.
+        record: A record with `messages`: the system's first, if there is one, then user and assistant in turn.
     """
     messages = record["messages"]
     system = messages[:1] if messages[0]["role"] == "system" else []
@@ -303,9 +308,9 @@ class PackedEncoder(PreparedEncoder):
         encoder: The model's encoder, from `encoder_for`.
         model: The model; it is only read.
         max_tokens: Longest row, in tokens; a longer sample has a row of its own.
-        independent_turns: The questions of a conversation do not know of each other: each is answered from the images
-            alone. They stand behind the images as branches.
-        store: Features of images, see `FeatureCache`.
+        independent_turns: The questions of a conversation don't see each other: each is answered from the images alone.
+            They follow the images as branches.
+        store: Where features of images are, see `FeatureCache`.
 
     Raises:
         ValueError: The model can't be trained on packed rows, see `check_packable`.
@@ -337,7 +342,8 @@ class PackedEncoder(PreparedEncoder):
         return samples[0] if len(samples) == 1 else self.merge(samples)
 
     def merge(self, samples: list[dict]) -> dict:
-        """Samples about the same images as one: behind a shared prefix, where the images are in it, else in turn."""
+        """Samples about the same images as one: branches after a shared prefix that holds the images, or else in
+        turn."""
         sequences = [(sample["input_ids"].tolist(), sample["labels"].tolist()) for sample in samples]
         shared = share_prefix(sequences)
         own = {name: value for name, value in samples[0].items() if name not in ROW_NAMES}

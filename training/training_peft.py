@@ -34,13 +34,13 @@ KEYS_AND_VALUES = re.compile(r"(k|v|kv|qkv)(_proj)?|key|value|key_value|query_ke
 
 
 def _adapted(module: nn.Module) -> nn.Module | None:
-    """The layer that PEFT has put this one around."""
+    """The layer that PEFT's wrapper `module` holds; `None` if it is not a wrapper."""
     children = dict(module.named_children())
     return children.get("base_layer", children.get("original_module"))
 
 
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules as they are without adapters, whether there are some already or not."""
+    """Names and modules as they are without adapters, whether there are adapters or not."""
     while (inner := _adapted(module)) is not None:
         module = inner
     yield prefix, module
@@ -53,8 +53,9 @@ def linear_layers(module: nn.Module, prefix: str) -> list[str]:
     return [name for name, layer in walk(module, prefix) if isinstance(layer, (nn.Linear, Conv1D))]
 
 
-def kind_of(name: str) -> str | None:
-    """`"attention"` or `"mlp"`: what a linear layer belongs to; `None` outside of lists of layers (heads, embeddings)."""
+def layer_kind(name: str) -> str | None:
+    """`"attention"` or `"mlp"`: the block that a linear layer belongs to; `None` outside lists of layers (heads,
+    embeddings)."""
     components = re.split(r"\.\d+\.", name, maxsplit=1)[1:]
     components = components[0].split(".") if components else []
     if any(map(FEED_FORWARD.fullmatch, components)) and components[-1] not in ROUTERS:
@@ -73,21 +74,27 @@ def language_targets(model: BridgedModel, layers: LanguageLayers) -> list[str]:
         ValueError: There are none.
     """
     wanted = ("attention", "mlp") if layers == "all" else (layers,)
-    chosen = [name for name in linear_layers(model.language_model, "language_model") if kind_of(name) in wanted]
+    chosen = [name for name in linear_layers(model.language_model, "language_model") if layer_kind(name) in wanted]
     if not chosen:
         found = sorted(
             {re.sub(r"\.\d+\.", ".N.", name) for name in linear_layers(model.language_model, "language_model")}
         )
         raise ValueError(
-            f"language={layers!r} finds no linear layers in {type(model.language_model).__name__}; it has {', '.join(found)}. "
-            "Name those that you mean: lora_config(model, language=None, ..., target_modules=<a regular expression>)."
+            f"language={layers!r} finds no linear layers in {type(model.language_model).__name__}; it has "
+            f"{', '.join(found)}. Name those that you mean: lora_config(model, language=None, ..., target_modules=<a "
+            "regular expression>)."
         )
     return chosen
 
 
 def bridge_targets(model: BridgedModel) -> list[str]:
-    """Full names of the bridge's linear layers that adapters reach; of the Q-Former those of its attention and the second
-    of each feed-forward (`query`, `key`, `value`, `dense`), as well as the projection to the language model.
+    """Full names of the bridge's linear layers that adapters are put on.
+
+    In the Q-Former these are the layers of its attention and the second of each feed-forward (`query`, `key`, `value`,
+    `dense`), and the projection to the language model.
+
+    Args:
+        model: The model.
 
     Raises:
         ValueError: There are none.
@@ -100,18 +107,20 @@ def bridge_targets(model: BridgedModel) -> list[str]:
 
 
 def bridge_of(model: BridgedModel) -> nn.Module:
-    """The bridge itself, where PEFT has put a wrapper around it too."""
+    """The bridge itself, without the wrapper that PEFT may have put around it."""
     return next(walk(model.bridge))[1]
 
 
 def small_modules(model: BridgedModel) -> list[str]:
-    """Full names of the bridge's modules without linear layers that are trained in full beside adapters: Flamingo's gates
-    and the rows of special tokens."""
+    """Full names of the bridge's modules without linear layers that are trained in full beside adapters.
+
+    These are Flamingo's gates and the rows of special tokens.
+    """
     return [name for name, module in walk(model.bridge, "bridge") if isinstance(module, (TanhGate, TokenRows))]
 
 
 def pattern_of(names: Iterable[str]) -> str:
-    """A regular expression that matches these names in full; layers' numbers are left open."""
+    """A regular expression that matches these names in full, with any number in place of a layer's."""
     leaves: dict[str, list[str]] = {}
     for name in names:
         parent, _, leaf = re.sub(r"(?<=\.)\d+(?=\.)", "#", name).rpartition(".")
@@ -135,8 +144,8 @@ def _embedding_rows(model: BridgedModel, tokens: Iterable[int]) -> dict[str, lis
     rows = num_embeddings(embedding)
     if own := [token for token in tokens if token in (model.config.special_token_ids or [])]:
         raise ValueError(
-            f"Tokens {own} have their rows in the bridge (config.special_token_ids), which are read instead of the language "
-            "model's: they are trained with the bridge, bridge='full' or 'adapter'."
+            f"Tokens {own} have their rows in the bridge (config.special_token_ids), which are read instead of the "
+            "language model's: they are trained with the bridge, bridge='full' or 'adapter'."
         )
     wrong = [token for token in tokens if not 0 <= token < rows or token == model.config.image_token_id]
     if wrong:
@@ -150,8 +159,8 @@ def _embedding_rows(model: BridgedModel, tokens: Iterable[int]) -> dict[str, lis
         )
     if model.config.special_token_ids and model.config.tie_word_embeddings:
         raise ValueError(
-            "Rows of this language model's table can't be trained: it is the output layer's too, which PEFT would compute by "
-            "itself, without the special tokens whose rows are in the bridge."
+            "Rows of this language model's table can't be trained: it is the output layer's too, which PEFT would "
+            "compute by itself, without the special tokens whose rows are in the bridge."
         )
     names = [name for name, module in model.named_modules() if module is embedding]
     return {names[0]: tokens}
@@ -167,10 +176,10 @@ def _options(model, language, bridge, tokens, options) -> dict:
     if bridge not in (None, "full", "adapter"):
         raise ValueError(f"bridge is {bridge!r}; expected 'full', 'adapter' or None.")
     names = language_targets(model, language) if language is not None else []
-    whole = ["bridge"] if bridge == "full" else []
+    full_modules = ["bridge"] if bridge == "full" else []
     if bridge == "adapter":
         names += bridge_targets(model)
-        whole += small_modules(model)
+        full_modules += small_modules(model)
     extra = []
     if more := options.pop("target_modules", None):
         if not isinstance(more, str):
@@ -181,15 +190,15 @@ def _options(model, language, bridge, tokens, options) -> dict:
         extra.append(f"({more})")
     if not names and not extra:
         raise ValueError(
-            "There is nothing to adapt: language and bridge are both without adapters. To train the bridge alone and whole no "
-            "adapter is needed."
+            "There is nothing to adapt: language and bridge are both without adapters. Training the full bridge alone "
+            "needs no adapter."
         )
-    whole += options.pop("modules_to_save", None) or []
+    full_modules += options.pop("modules_to_save", None) or []
     rows = {"trainable_token_indices": _embedding_rows(model, tokens)} if tokens else {}
     return {
         "names": names,
         "extra_patterns": extra,
-        "modules_to_save": whole or None,
+        "modules_to_save": full_modules or None,
         **rows,
         **options,
     }
@@ -202,28 +211,30 @@ def lora_config(
     tokens: Iterable[int] | None = None,
     **options,
 ) -> LoraConfig:
-    """A LoRA configuration that reaches what is named and nothing else, for `peft.get_peft_model` or `model.add_adapter`.
+    """A LoRA configuration that reaches what is named and nothing else, for `peft.get_peft_model` or
+    `model.add_adapter`.
 
-    Names are read off the model, so every language model of transformers will do, quantised ones (QLoRA) too. The vision
-    encoder is left alone. The rows of Flamingo's special tokens lie in the bridge and are trained with it.
+    Names are read from the model, so every language model of transformers works, quantised ones (QLoRA) too. The vision
+    encoder is left alone. The rows of Flamingo's special tokens are in the bridge and are trained with it.
 
     Args:
         model: The model, or a `PeftModel` of it.
         language: Layers of the language model to adapt: `"attention"`, `"mlp"`, `"all"`, or `None`.
-        bridge: `"full"` trains it whole, as a copy that travels with the adapter (`modules_to_save`); `"adapter"` adapts its
-            linear layers and trains Flamingo's gates and token rows in full, its other parameters (norms, query tokens,
-            latents, `image_newline`) staying as they are; `None` leaves it alone.
+        bridge: `"full"` trains all of it, as a copy that is saved with the adapter (`modules_to_save`); `"adapter"`
+            adapts its linear layers and trains Flamingo's gates and token rows in full, while its other parameters
+            (norms, query tokens, latents, `image_newline`) stay as they are; `None` leaves it alone.
         tokens: Ids of further tokens whose rows in the language model's own table are trained
-            (`trainable_token_indices`); its output rows are too, where the two tables are one.
-        options: Of PEFT's `LoraConfig`: `r`, `lora_alpha`, `lora_dropout`, `use_dora=True` and so on. Of
-            `target_modules` a regular expression is matched too, and `modules_to_save` is trained too.
+            (`trainable_token_indices`); if the table is the output layer's too, so are their output rows.
+        options: Arguments of PEFT's `LoraConfig`: `r`, `lora_alpha`, `lora_dropout`, `use_dora=True` and so on.
+            `target_modules` is a regular expression for further modules to adapt, `modules_to_save` names further
+            modules to train.
 
     Returns:
         A `peft.LoraConfig`.
 
     Raises:
         ValueError: Nothing matches, or a token can't be trained.
-        TypeError: `model` is no bridged model, or `target_modules` no regular expression.
+        TypeError: `model` is not a bridged model, or `target_modules` is not a regular expression.
     """
     from peft import LoraConfig
 
@@ -240,20 +251,22 @@ def ia3_config(
 ) -> IA3Config:
     """An IA3 configuration: keys and values are scaled, and what the last layer of each feed-forward receives.
 
-    PEFT (0.21) loads, but can't merge an IA3 adapter that brings whole modules: the bridge, or rows of special tokens.
+    PEFT (0.21) loads, but can't merge an IA3 adapter that brings complete modules: the bridge, or rows of special
+    tokens.
 
     Args:
-        model: As for `lora_config`.
-        language: Likewise.
-        bridge: Likewise. A bridge without attention (MLP) has the outputs of all its layers scaled.
-        options: Of PEFT's `IA3Config`.
+        model: The model, or a `PeftModel` of it.
+        language: Layers of the language model to adapt: `"attention"`, `"mlp"`, `"all"`, or `None`.
+        bridge: `"full"` trains all of it, `"adapter"` scales its layers, `None` leaves it alone. In a bridge without
+            attention (MLP), the outputs of all layers are scaled.
+        options: Arguments of PEFT's `IA3Config`.
 
     Returns:
         A `peft.IA3Config`.
 
     Raises:
         ValueError: Nothing matches.
-        TypeError: As for `lora_config`.
+        TypeError: `model` is not a bridged model, or `target_modules` is not a regular expression.
     """
     from peft import IA3Config
 
@@ -261,7 +274,7 @@ def ia3_config(
     feed_forward, scaled, plain = {}, [], []
     for name in arguments.pop("names"):
         parent, _, leaf = name.rpartition(".")
-        if kind_of(name) == "mlp":
+        if layer_kind(name) == "mlp":
             feed_forward[parent] = name  # the last one of each stays
         elif KEYS_AND_VALUES.fullmatch(leaf):
             scaled.append(name)

@@ -31,13 +31,13 @@ def open_image(value: dict) -> PILImage.Image:
     """Open one of a record's images.
 
     Args:
-        value: `{"path", "bytes"}`; bytes go first.
+        value: `{"path", "bytes"}`; bytes are used if there are any.
 
     Returns:
         The image in mode `"RGB"`, upright, see `vlbridge.images.load_image`.
 
     Raises:
-        vlbridge.images.ImageError: It is missing, broken, or an address of something that is not on this machine.
+        vlbridge.images.ImageError: It is missing or broken, or the path is a web address.
     """
     path, data = (value or {}).get("path"), (value or {}).get("bytes")
     if data is not None:
@@ -50,10 +50,10 @@ def open_image(value: dict) -> PILImage.Image:
 
 
 def kind_of(record: dict) -> str | None:
-    """Which of `KINDS` a record is; `None` where it only has a class.
+    """Which of `KINDS` a record is; `None` if it only has a class.
 
     Raises:
-        ValueError: It is several at once, or nothing.
+        ValueError: It is several at once, or none.
     """
     kinds = [kind for kind in KINDS if record.get(kind) is not None]
     if len(kinds) > 1 or (not kinds and record.get("label") is None):
@@ -77,8 +77,11 @@ def items_of(record: dict) -> list[dict]:
 def structure_problem(record: dict) -> tuple[str, str] | None:
     """What is wrong with a record before any image is opened.
 
+    Args:
+        record: The record.
+
     Returns:
-        Kind of the problem, one of `STRUCTURE`, and the reason in one line; or `None`.
+        The kind of problem, one of `STRUCTURE`, and the reason in one line; or `None`.
     """
     try:
         kind, items = kind_of(record), items_of(record)
@@ -128,7 +131,7 @@ def problem_of(record: dict, image_problem=image_problem) -> tuple[str, str] | N
 
     Args:
         record: The record.
-        image_problem: What opens them.
+        image_problem: Function that opens an image, and gives what is wrong with it.
 
     Returns:
         The file (or the record's id) and the reason, or `None`.

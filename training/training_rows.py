@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,21 +18,25 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """Rows of a table, in order.
 
     Args:
-        path: One of `FORMATS`; JSON holds a list of objects (or one object). All but Parquet may be gzipped (`.jsonl.gz`).
+        path: A file in one of `FORMATS`; JSON holds a list of objects, or one object. All but Parquet may be gzipped
+            (`.jsonl.gz`).
 
     Yields:
         Where the row is, for errors; and the row.
 
     Raises:
-        ValueError: The file is of another kind or not in UTF-8, or a row is no object.
-        OSError: It can't be read.
+        ValueError: The file has another format, is damaged or is not in UTF-8, or a row is not an object.
+        OSError: The file can't be read.
     """
     name = path.name.lower().removesuffix(".gz")
     kind = Path(name).suffix
     if kind in (".csv", ".tsv"):
         with _open(path, newline="") as file:
-            for number, row in enumerate(csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ","), 1):
-                yield f"{path}, row {number}", row
+            try:
+                for number, row in enumerate(csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ","), 1):
+                    yield f"{path}, row {number}", row
+            except csv.Error as error:
+                raise ValueError(f"{path} can't be read as a table: {error}.") from error
     elif kind in (".jsonl", ".ndjson"):
         with _open(path) as file:
             for number, line in enumerate(file, 1):
@@ -39,21 +44,36 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
                     place = f"{path}, line {number}"
                     yield place, as_object(parse_json(line, place), place)
     elif kind == ".parquet":
-        import pyarrow.parquet
-
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}, row {number}", row
+        yield from _parquet_rows(path)
     elif kind == ".json":
         yield from json_rows(read_json(path), path)
     else:
         raise ValueError(f"{path}: expected {', '.join(FORMATS)}.")
 
 
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is damaged after {number} rows, or not Parquet: {error}") from error
+
+
 def json_rows(content, path: Path) -> Iterator[tuple[str, dict]]:
-    """Rows of what a JSON file holds, as `read_rows` gives them."""
+    """Rows in the content of a JSON file, as `read_rows` gives them.
+
+    Args:
+        content: A list of objects, or one object.
+        path: The file, for errors.
+
+    Raises:
+        ValueError: A row is not an object.
+    """
     for number, row in enumerate(content if isinstance(content, list) else [content]):
         place = f"{path}, row {number}"
         yield place, as_object(row, place)
@@ -67,13 +87,15 @@ def _open(path: Path, **options):
             yield file
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not in UTF-8: {error}. Convert it first.") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
 
 
 def read_json(path: Path):
-    """What a JSON file, gzipped or not, holds.
+    """Content of a JSON file, which may be gzipped.
 
     Raises:
-        ValueError: It is no JSON.
+        ValueError: It is not JSON, or damaged.
         OSError: It can't be read.
     """
     with _open(path) as file:
@@ -81,10 +103,14 @@ def read_json(path: Path):
 
 
 def parse_json(text: str, place: str):
-    """What a JSON text holds.
+    """Content of a JSON text.
+
+    Args:
+        text: The text.
+        place: Where it came from, for the error.
 
     Raises:
-        ValueError: It is no JSON; `place` says where it came from.
+        ValueError: It is not JSON.
     """
     try:
         return json.loads(text)
@@ -93,10 +119,14 @@ def parse_json(text: str, place: str):
 
 
 def as_object(row, place: str) -> dict:
-    """The row itself.
+    """The row itself, which has to be an object.
+
+    Args:
+        row: Content of JSON.
+        place: Where it came from, for the error.
 
     Raises:
-        ValueError: It is no object.
+        ValueError: It is not an object.
     """
     if not isinstance(row, dict):
         raise ValueError(f"{place} is a {type(row).__name__}; expected an object.")

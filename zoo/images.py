@@ -30,7 +30,7 @@ _warning_filters = threading.Lock()  # `warnings.catch_warnings` changes the who
 
 
 class ImageError(ValueError):
-    """A path that gives no image.
+    """A path that no image can be read from.
 
     Args:
         path: The file, folder or glob.
@@ -49,8 +49,8 @@ class ImageError(ValueError):
 def load_image(path: str | os.PathLike) -> Image.Image:
     """Read an image file as it is meant to be seen.
 
-    Its EXIF orientation is applied, transparency is laid on white, more than 8 bits per channel are scaled to 8, and of
-    an animation the first frame is taken.
+    Its EXIF orientation is applied, transparency becomes white, more than 8 bits per channel are scaled to 8, and only
+    the first frame of an animation is read.
 
     Args:
         path: The image file.
@@ -82,8 +82,8 @@ def decode_image(data: bytes, name: str | os.PathLike) -> Image.Image:
     """Read an image file that is in memory, as `load_image` does.
 
     Args:
-        data: What the file holds.
-        name: What errors call it.
+        data: The file's content.
+        name: Its name in errors.
 
     Returns:
         The image in mode `"RGB"`.
@@ -100,7 +100,7 @@ def _decode(file: Path | io.BytesIO, name: str | os.PathLike) -> Image.Image:
     try:
         with _open(file) as image:
             image.load()
-            # Asked after loading: TIFF applies its orientation by itself, and drops the tag.
+            # Read after loading: TIFF applies its orientation by itself, and drops the tag.
             orientation = _orientation(image)
             rgb = _to_rgb(image)
     except UnidentifiedImageError as error:
@@ -139,8 +139,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _grayscale_to_8_bit(image: Image.Image) -> Image.Image:
     """Scale 16-bit, 32-bit and floating point grayscale to 8 bits; Pillow's own conversion clips it to white.
 
-    16-bit files are scaled by their full range. The range of the others is not written in the file: the smallest of
-    0..1 (floats only), 0..255 and 0..65535 that holds all values is taken, or else the range of the values themselves.
+    16-bit files are scaled by their full range. The range of the others is not stored in the file: the smallest of 0..1
+    (floats only), 0..255 and 0..65535 that holds all values is used, or else the range of the values themselves.
     """
     values = np.asarray(image).astype(np.float32)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _GRAYSCALE_16_BIT):
@@ -169,11 +169,11 @@ def expand_paths(patterns: Iterable[str | os.PathLike], recursive: bool = False)
     """Turn files, folders and globs into a list of files.
 
     A file is taken whatever its extension, and so are the files that a glob matches, as if the shell had expanded it.
-    Of a folder, the files with an extension of an image format are taken, without hidden files and folders.
+    From a folder, the files with the extension of an image format are taken, except hidden files and folders.
 
     Args:
         patterns: Files, folders and globs (`*`, `?`, `[...]`, and `**` for any depth).
-        recursive: Look into the folders of folders too.
+        recursive: Look into subfolders too.
 
     Returns:
         The files: in the order of `patterns`, sorted within a folder or glob, each file once.

@@ -13,6 +13,7 @@ from transformers import pipeline
 from vlbridge import FAMILIES
 from vlbridge.training.training_data import load
 from vlbridge.training.training_encoding import SampleError, encoder_for
+from vlbridge.training.training_images import PreparedImage
 from vlbridge.training.training_recipes import RecipeError, read_recipe
 from vlbridge.training.training_trainer import train
 
@@ -82,6 +83,19 @@ def test_records_become_batches(family, toys):
     expected = processor([tiny_image(number) for number in range(6)], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(batch["pixel_values"], expected)
     assert model(**batch).loss.isfinite()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_patch_features_take_the_place_of_pixels(family, toys):
+    model, processor = classifier(family)
+    model.eval()
+    encoder, records = encoder_for(model, processor), load("imagefolder", toys["data"])
+    samples = [encoder.encode(record) for record in records]
+    features = [model.get_patch_features(sample["pixel_values"]) for sample in samples]
+    images = [PreparedImage((3, 30, 30), (40, 33), 1, patch_features=features) for features in features]
+    cached = encoder.collate([encoder.encode(record, images=[image]) for record, image in zip(records, images)])
+    assert cached.keys() == {"patch_features", "labels"}
+    torch.testing.assert_close(model(**cached).loss, model(**encoder.collate(samples)).loss)
 
 
 def test_what_is_no_record(toys):

@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from vlbridge.images import ImageError
-from vlbridge.training import training_easy_vqa, training_records
+from vlbridge.training import training_easy_vqa, training_records, training_sources_webdataset
 from vlbridge.training.training_data import (
     FEATURES,
     SOURCES,
@@ -32,7 +32,7 @@ from vlbridge.training.training_data import (
     skip_broken,
     structure_problem,
 )
-from vlbridge.training.training_sources import _placed
+from vlbridge.training.training_sources_common import content_of_text
 
 
 IMAGE = {"type": "image", "text": None}
@@ -145,7 +145,7 @@ def test_llava(suffix, tmp_path):
 @given(st.lists(st.text("ab <>\n", max_size=8), min_size=1, max_size=5))
 def test_placeholders_become_images_and_no_text_is_lost(pieces):
     whole = "<image>".join(pieces)
-    content = _placed(whole)
+    content = content_of_text(whole)
     assert sum(item == IMAGE for item in content) == whole.count("<image>")
     again = "".join("<image>" if item == IMAGE else item["text"] for item in content)
     assert again.replace("\n", "") == whole.replace("\n", "")
@@ -354,14 +354,61 @@ def test_webdataset_with_json(tmp_path):
 
 
 def test_webdataset_samples_that_lack_something_are_counted(tmp_path):
-    members = [("0.png", png("red")), ("0.txt", b"red"), ("1.txt", b"no picture"), ("2.png", png("blue")), ("3.png", b"no"),
-               ("3.txt", b"broken")]  # fmt: skip
+    members = [
+        ("0.png", png("red")),
+        ("0.txt", b"red"),
+        ("1.txt", b"no picture"),
+        ("2.png", png("blue")),
+        ("3.png", b"no"),
+        ("3.txt", b"broken"),
+    ]
     loaded = load("webdataset", tar(tmp_path / "a.tar", members))
     kept, report = skip_broken(loaded, max_broken=0.9)
     assert list(kept["id"]) == ["0"]
     reasons = {entry["id"]: entry["reason"] for entry in report.entries()}
     assert "places for 1 images, the record has 0" in reasons["1"]
     assert reasons["2"] == "the caption is empty" and "not an image" in reasons["3"]
+
+
+def test_webdataset_samples_have_a_largest_size(tmp_path):
+    """The header alone is enough: 2 GiB are not read to find out."""
+    info = tarfile.TarInfo("0.png")
+    info.size = 2 << 30
+    path = tmp_path / "a.tar"
+    path.write_bytes(info.tobuf() + bytes(1 << 20))
+    message = r"a\.tar: sample 0 has 2,147,483,648 bytes up to its member 0\.png; at most 1,073,741,824 are read"
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=message):
+            list(load("webdataset", path, streaming=streaming))
+
+
+def test_webdataset_members_of_one_sample_count_together_and_others_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_sources_webdataset, "MAX_SAMPLE_BYTES", 1000)
+    members = [
+        ("0.png", png("red")),
+        ("0.txt", b"red"),
+        ("0.mp4", bytes(9000)),
+        ("1.png", png("blue")),
+        ("1.txt", b"b"),
+    ]
+    loaded = load("webdataset", tar(tmp_path / "a.tar", members), streaming=True)
+    assert [colors_of(record) for record in loaded] == [["red"], ["blue"]]
+    frames = [(f"clip.{number}.png", png("red")) for number in range(40)]  # one sample, as the format has it
+    with pytest.raises(ValueError, match="sample clip has 1,.* the same up to the first dot"):
+        load("webdataset", tar(tmp_path / "b.tar", frames))
+
+
+def test_a_broken_header_within_a_tar_is_an_error_not_the_end(tmp_path):
+    members = [
+        (f"{number}.{kind}", content) for number in range(3) for kind, content in (("png", png("red")), ("txt", b"a"))
+    ]
+    path = tar(tmp_path / "a.tar", members)
+    content = bytearray(path.read_bytes())
+    header = content.index(b"1.png")
+    content[header : header + 5] = b"?????"
+    path.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=r"a\.tar is damaged after 0 samples: bad checksum at byte"):
+        list(load("webdataset", path, streaming=True))
 
 
 # ---------------------------------------------------------------------- interleaved
@@ -411,7 +458,9 @@ def test_mmc4(tmp_path):
 
 def easy_vqa(folder: Path) -> Path:
     asked = [
-        ["what color is the shape?", "red", 0], ["is there a circle?", "yes", 0], ["is there not a blue shape?", "yes", 0],
+        ["what color is the shape?", "red", 0],
+        ["is there a circle?", "yes", 0],
+        ["is there not a blue shape?", "yes", 0],
         ["what shape is in the image?", "circle", 0], ["is there a teal shape?", "no", 1],
     ]  # fmt: skip
     write(folder / "train" / "questions.json", asked)
@@ -507,11 +556,16 @@ REFUSED = [
     ("llava", "a.json", "{", "is no JSON"),
     ("llava", "a.jsonl", '{"id": "a", "conversations": []}\n{"id"', "line 2 is no JSON"),
     ("llava", "a.json", '[{"id": "a", "image": "a.png"}]', "row 0 has id, image; expected 'conversations'"),
-    ("llava", "a.json", '[{"conversations": [{"from": "robot", "value": ""}]}]', "'from' is 'robot'; expected one of human"),
+    ("llava", "a.json", '[{"conversations": [{"from": "robot", "value": ""}]}]',
+     "'from' is 'robot'; expected one of human"),
     ("llava", "a.json", '[{"conversations": [{"from": "human", "value": 3}]}]', "value is a int; expected a text"),
     ("llava", "a.json", '[{"image": [3], "conversations": []}]', "image is a int; expected a text"),
     ("llava", "a.jsonl", b'{"id": "\xff"}', "is not in UTF-8"),
     ("llava", "a.bin", "", "expected .json, .jsonl"),
+    ("llava", "a.json.gz", gzip.compress(b"[]" * 99)[:-12], "is damaged: Compressed file ended"),
+    ("llava", "a.json.gz", b"no gzip", "is damaged: Not a gzipped file"),
+    ("llava", "a.csv", "id,conversations\n0," + "x" * 200_000, "can't be read as a table: field larger"),
+    ("interleaved", "a.parquet", b"no table", "is damaged after 0 rows, or not Parquet"),
     ("coco_captions", "a.json", "[]", "is a list; expected an object"),
     ("coco_captions", "a.json", {"images": []}, "has images; expected 'annotations'"),
     ("coco_captions", "a.json", {"images": [COCO_IMAGE], "annotations": [{"image_id": 4, "caption": "a"}]},
@@ -525,6 +579,9 @@ REFUSED = [
     ("interleaved", "a.jsonl", '{"url": "a"}', r"expected images and texts \(OBELICS\)"),
     ("interleaved", "a.jsonl", '{"text_list": ["a"], "image_info": [{"image_name": "a", "matched_text_index": 1}]}',
      "matched_text_index is 1; expected 0 to 0"),
+    ("interleaved", "a.jsonl",
+     '{"text_list": ["a"], "image_info": [{"image_base64": "aaaaa", "matched_text_index": 0}]}',
+     "line 1: image_base64 can't be decoded"),
     ("webdataset", "a.tar", b"", "is damaged after 0 samples|holds no samples"),
     ("webdataset", "a.tar", b"no tar at all" * 100, "is damaged after 0 samples"),
 ]  # fmt: skip

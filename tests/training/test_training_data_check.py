@@ -21,14 +21,14 @@ from vlbridge.training.training_data import FEATURES, load, open_image
 from vlbridge.training.training_data_check import (
     Cell,
     TokenCounter,
-    _histogram,
-    _wrapped,
     answer_in_question,
     check_data,
     contact_sheet,
     suspicious_encoding,
     turns_of,
 )
+from vlbridge.training.training_data_report import histogram
+from vlbridge.training.training_data_sheet import _wrapped
 
 
 FAMILIES = list(BRIDGE_OPTIONS)
@@ -119,7 +119,7 @@ def test_errors(spoil, good, tmp_path):
 
 def spoil_encoding(rows, folder):
     rows[3]["conversations"][1]["value"] = "CafÃ© table"
-    return "encoding", "id3", "'Ã©' seems to be 'é'"
+    return "encoding", "id3", "'CafÃ©' seems to be 'Café'"
 
 
 def spoil_leak(rows, folder):
@@ -215,6 +215,10 @@ def test_plain_text_is_not_suspicious(text):
         ("salt &amp; pepper", "markup: '&amp;'"),
         ("a<br />b", "markup: '<br />'"),
         ("caf\\u00e9", "nobody decoded"),
+        ("日本語 CafÃ© and more", "'CafÃ©' seems to be 'Café', UTF-8 that was read as Windows-1252"),
+        ("the cup isnâ€™t red", "'isnâ€™t' seems to be 'isn’t'"),
+        ("ÃƒÂ©", "'ÃƒÂ©' seems to be 'Ã©'"),
+        ("Æ’ and â‚¬ ßÄ", "'â‚¬' seems to be '€'"),
         ("salt & pepper; 3 < 4 > 2; R&D;", None),
         ("日本語 Ελληνικά 🙂 naïve Ångström", None),
     ],
@@ -251,7 +255,7 @@ def test_turns():
 
 @given(st.lists(st.integers(0, 5000), min_size=1))
 def test_histograms_hold_everything_once(values):
-    counts = _histogram(values)
+    counts = histogram(values)
     bounds = list(counts)
     assert sum(counts.values()) == len(values) and len(bounds) <= 11
     step = bounds[1] - bounds[0] if len(bounds) > 1 else 5000
@@ -276,9 +280,12 @@ def test_tokens_are_those_of_the_processor(bridge, options, tmp_path):
     ]
     records = [
         {"caption": "a wall", "sizes": [(90, 40)]},
-        {"document": [{"type": "text", "text": "a"}, image, {"type": "text", "text": "b"}, image], "sizes": [(40, 90), (50, 50)]},
+        {
+            "document": [{"type": "text", "text": "a"}, image, {"type": "text", "text": "b"}, image],
+            "sizes": [(40, 90), (50, 50)],
+        },
         {"messages": messages, "sizes": [(64, 64), (33, 99)]},
-    ]  # fmt: skip
+    ]
     for record in records:
         sizes = record.pop("sizes")
         images = [tiny_image(seed, size) for seed, size in enumerate(sizes)]

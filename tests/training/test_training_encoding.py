@@ -1,4 +1,4 @@
-"""Records to model inputs: what is learned, against the official rules done the slow way; rows of a batch against single."""
+"""Records to model inputs: what is learned, against the official rules done the slow way; batches and single rows."""
 
 from __future__ import annotations
 

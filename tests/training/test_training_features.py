@@ -1,4 +1,4 @@
-"""The feature cache: training on it is training without it, and nothing that happens to its files gives wrong features."""
+"""The feature cache: training with it is training without it, and whatever happens to its files, features are right."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny import BRIDGE_OPTIONS, QFORMER, clip_image_processor, tiny_image, tiny_model, tiny_stage1
+from tiny import BRIDGE_OPTIONS, QFORMER, bert_like_tokenizer, clip_image_processor, tiny_image, tiny_model, tiny_stage1
 from torch.utils.data import DataLoader
 from toy_records import assert_same, caption, document, image, loss_and_gradients, talk
 from toy_runs import save_data, save_parts
@@ -21,6 +21,7 @@ from toy_runs import save_data, save_parts
 from vlbridge.images import ImageError
 from vlbridge.training.training_encoding import encoder_for
 from vlbridge.training.training_features import FeatureCache, FeatureStore, PreparedEncoder, PreparedImage, image_key
+from vlbridge.training.training_images import prepare_image
 from vlbridge.training.training_recipes import Recipe, RecipeError
 from vlbridge.training.training_trainer import build_trainer, finish
 
@@ -106,6 +107,48 @@ def test_pooled_features_are_kept_pooled(tmp_path):
     assert_same(loss_and_gradients(model, cached), loss_and_gradients(model, expected))
 
 
+@pytest.mark.parametrize(("bridge", "options"), [("mlp", {"image_aspect_ratio": "anyres"}), ("perceiver", {})])
+def test_documents_with_more_images_than_are_kept(bridge, options, tmp_path):
+    model, processor = tiny_model(bridge, **options)
+    encoder = encoder_for(model, processor, max_images=1)
+    record = document("before", 0, "one", 1, "two")
+    expected = encoder.encode(record)
+    cache = FeatureCache(model, processor, tmp_path)
+    for store in (None, cache.store):
+        sample = PreparedEncoder(encoder, store).encode(record)
+        assert len(sample["images"]) == 1
+        assert torch.equal(sample["input_ids"], expected["input_ids"])
+        assert torch.equal(sample["pixel_values"], expected["pixel_values"])
+    cache.fill([record])
+    record["images"][1] = {"path": "none.png", "bytes": None}  # not needed
+    assert len(PreparedEncoder(encoder, cache.store).encode(record)["patch_features"]) == len(expected["pixel_values"])
+
+
+def test_instruction_aware_qformers_read_the_same_with_features(tmp_path):
+    model, processor = tiny_model("qformer", qformer_config={**QFORMER, "use_text": True, "vocab_size": 60})
+    processor.qformer_tokenizer = bert_like_tokenizer()
+    model.eval()
+    records = [talk("w1 w2", "w7", "w3", "w9"), caption("w4 w5", 1), document(0, "w6", 1, "w8")]
+    expected, cached = batches(model, processor, records, tmp_path)
+    assert cached.keys() - {"patch_features"} == expected.keys() - {"pixel_values"}
+    for name in cached.keys() - {"patch_features"}:
+        assert torch.equal(cached[name], expected[name]), name
+    assert_same(loss_and_gradients(model, cached), loss_and_gradients(model, expected))
+
+
+def test_encoders_take_prepared_images_and_leave_the_processor_alone(tmp_path, monkeypatch):
+    model, processor = tiny_model("mlp")
+    encoder = encoder_for(model, processor)
+    expected = encoder.encode(RECORDS[0])
+    prepared = [prepare_image(processor, picture) for picture in encoder.images_of(RECORDS[0])]
+    state = dict(vars(processor))
+    monkeypatch.setattr("vlbridge.training.training_encoder.open_image", lambda value: pytest.fail("a file was opened"))
+    sample = encoder.encode(RECORDS[0], images=prepared)
+    assert sample.keys() == expected.keys() and vars(processor) == state
+    for name, value in expected.items():
+        assert torch.equal(sample[name], value), name
+
+
 def test_stage_1(tmp_path):
     model, processor = tiny_stage1(qformer_config={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
     records = [caption(f"w{number} w{number + 1}", number) for number in range(3)]
@@ -177,7 +220,10 @@ def test_images_are_named_by_their_files(tmp_path):
     ]
     assert len({image_key(picture) for picture in pictures}) == 5
     assert image_key(tiny_image(0)) == image_key(tiny_image(0))
-    for wrong in (tmp_path / "none.png", {"path": None, "bytes": None}, {"path": "http://host/a.png", "bytes": None}):
+    # a device may have no end
+    for wrong in (
+        tmp_path, tmp_path / "none.png", "/dev/null", {"path": None, "bytes": None}, {"path": "http://host/a.png"},
+    ):  # fmt: skip
         with pytest.raises(ImageError):
             image_key(wrong)
 
@@ -260,7 +306,7 @@ def numbers(store: FeatureStore, count: int) -> list[int]:
 @pytest.fixture
 def warnings():
     """What the cache says."""
-    logger, said = logging.getLogger("vlbridge.training.training_features"), []
+    logger, said = logging.getLogger("vlbridge.training.training_feature_store"), []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: said.append(record.getMessage())
     logger.addHandler(handler)
@@ -286,7 +332,7 @@ def test_a_disk_that_is_full_is_reported(tmp_path, warnings, monkeypatch):
     store = FeatureStore(tmp_path, torch.float32)
     store.add(stored(0))
     store.flush()
-    monkeypatch.setattr("vlbridge.training.training_features.save_file", no_space)
+    monkeypatch.setattr("vlbridge.training.training_feature_store.save_file", no_space)
     store.add(stored(1))
     store.flush()
     assert "No space left" in warnings[0] and numbers(store, 2) == [0]
@@ -327,6 +373,54 @@ def test_what_another_process_deletes_is_gone_not_an_error(tmp_path):
     other = FeatureStore(tmp_path, torch.float32)
     (tmp_path / store._shard_of["key0"]).unlink()
     assert other.read("key0") is None and "key0" not in FeatureStore(tmp_path, torch.float32)
+
+
+def test_shards_that_can_not_be_read_are_left_alone(tmp_path, warnings, monkeypatch):
+    store = FeatureStore(tmp_path, torch.float32)
+    store.add(stored(0))
+    store.flush()
+
+    def no_memory(*args, **kwargs):
+        raise OSError(12, "Cannot allocate memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("vlbridge.training.training_feature_store.safe_open", no_memory)
+        assert store.read("key0") is None and "key0" not in FeatureStore(tmp_path, torch.float32)
+        assert "can't be read" in warnings[0]
+    assert numbers(FeatureStore(tmp_path, torch.float32), 1) == [0]
+
+
+def test_the_folder_is_listed_again_only_when_it_has_changed(tmp_path, monkeypatch):
+    first = FeatureStore(tmp_path, torch.float32)
+    first.add(stored(0))
+    first.flush()
+    listings, listdir = [], os.listdir
+    monkeypatch.setattr("os.listdir", lambda path: listings.append(path) or listdir(path))
+    for hours in (3, 2):
+        os.utime(tmp_path, (1e9 + hours, 1e9 + hours))  # long ago: what changes now has another time
+        store = FeatureStore(tmp_path, torch.float32)
+        listings.clear()
+        assert not any(f"key{number}" in store for number in range(10, 110)) and store.read("key10") is None
+        assert not listings
+        first.add(stored(hours))
+        first.flush()
+        assert f"key{hours}" in store and listings
+    listings.clear()
+    store.add(stored(5))
+    store.flush()
+    assert numbers(store, 6) == [0, 2, 3, 5]
+
+
+def test_a_change_at_the_time_of_the_last_listing_is_seen(tmp_path):
+    """File systems count time in steps: two changes can have the same time."""
+    store = FeatureStore(tmp_path, torch.float32)
+    before = os.stat(tmp_path)
+    other = FeatureStore(tmp_path, torch.float32)
+    assert "key0" not in store
+    other.add(stored(0))
+    other.flush()
+    os.utime(tmp_path, ns=(before.st_atime_ns, os.stat(tmp_path).st_mtime_ns))
+    assert "key0" in store
 
 
 def add_many(folder: str, first: int) -> None:

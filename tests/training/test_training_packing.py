@@ -262,7 +262,7 @@ def test_language_models_that_count_positions_themselves_are_refused():
     falcon = FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=VOCAB, alibi=True)
     for language in (bloom, falcon):
         model, _ = vlbridge.compose(VISION["clip"](), language, "mlp", tokenizer=tiny_tokenizer())
-        with pytest.raises(ValueError, match="does not go by position_ids"):
+        with pytest.raises(ValueError, match="does not use position_ids"):
             check_packable(model)
 
 

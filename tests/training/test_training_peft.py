@@ -28,7 +28,7 @@ from tiny import (
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, MambaConfig
 
 import vlbridge
-from vlbridge.training.training_peft import ia3_config, kind_of, language_targets, lora_config
+from vlbridge.training.training_peft import ia3_config, language_targets, layer_kind, lora_config
 
 
 OLD_ADAPTERS = Version(transformers.__version__) < Version("5.18")
@@ -125,7 +125,7 @@ def test_layers_of_the_language_model(language):
     scaled = {name for name in linear if re.fullmatch(config.feedforward_modules, name)}
     known = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(model_type, [])
     assert all(name.endswith(tuple(known)) for name in scaled) if known else scaled
-    assert {kind_of(name) for name in scaled} == {"mlp"}
+    assert {layer_kind(name) for name in scaled} == {"mlp"}
 
 
 @methods
@@ -145,8 +145,10 @@ def test_adapters_reach_the_language_model_and_nothing_else(family, language, me
 
 
 def numbers(family):
-    """Trainable parameters of every preset on LLaMA's tiny self, by hand: hidden 32, 2 layers, 4 heads of 8, 2 of them for
-    keys and values, feed-forward 48."""
+    """Trainable parameters of every preset on a tiny LLaMA, counted by hand.
+
+    Hidden size 32, 2 layers, 4 heads of 8, 2 of them for keys and values, feed-forward 48.
+    """
 
     def lora(*shapes):
         return sum(RANK * (width_in + width_out) for width_in, width_out in shapes)
@@ -223,10 +225,10 @@ def test_names_that_match_nothing_are_an_error():
 
 
 def test_routers_are_left_alone():
-    assert kind_of("language_model.model.layers.0.mlp.gate") is None
-    assert kind_of("language_model.model.layers.0.mlp.gate_proj") == "mlp"
-    assert kind_of("language_model.model.layers.0.mlp.shared_expert.up_proj") == "mlp"
-    assert kind_of("language_model.lm_head") is None
+    assert layer_kind("language_model.model.layers.0.mlp.gate") is None
+    assert layer_kind("language_model.model.layers.0.mlp.gate_proj") == "mlp"
+    assert layer_kind("language_model.model.layers.0.mlp.shared_expert.up_proj") == "mlp"
+    assert layer_kind("language_model.lm_head") is None
 
 
 # ---------------------------------------------------------------------- train, save, load, merge

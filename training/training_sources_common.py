@@ -1,0 +1,174 @@
+"""What the loaders of all layouts share: finding files, building data sets and reading fields."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from datasets import Dataset, Features, IterableDataset
+
+from .training_records import FEATURES, IMAGE_TOKEN
+
+
+def _hash_of_code() -> str:
+    folder = Path(__file__).parent
+    modules = [
+        *sorted(folder.glob("training_sources*.py")),
+        folder / "training_records.py",
+        folder / "training_rows.py",
+    ]
+    return hashlib.sha256(b"".join(module.read_bytes() for module in modules)).hexdigest()
+
+
+#: Part of every cached data set's fingerprint: records that other code has made are not reused.
+CODE = _hash_of_code()
+
+
+def build_dataset(
+    generate: Callable, files: list[str], kind: str, streaming: bool, extra: dict | None = None, **arguments
+) -> Dataset | IterableDataset:
+    """Make a data set from a generator; it is cached as long as neither the files nor this code change.
+
+    Args:
+        generate: Yields records without the columns of other kinds; its first argument is a list of files.
+        files: The files that it reads; workers of a stream share them out.
+        kind: One of `KINDS`.
+        streaming: Read the files while the data set is used, instead of once into the cache of `datasets`.
+        extra: Further columns.
+        arguments: Further arguments of `generate`; no lists, which `datasets` would share out like files.
+
+    Raises:
+        ValueError: The files hold no records.
+    """
+    features = Features({name: FEATURES[name] for name in ("id", "source", "images", kind)} | (extra or {}))
+    kwargs = {"files": files, **arguments}
+    if streaming:
+        return IterableDataset.from_generator(generate, features=features, gen_kwargs=kwargs)
+    stamps = [(os.path.abspath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+    key = json.dumps([generate.__name__, stamps, arguments, repr(features), CODE], sort_keys=True, default=str)
+    try:
+        return Dataset.from_generator(
+            generate, features=features, gen_kwargs=kwargs, fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32]
+        )
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):
+            raise
+        raise ValueError(f"{', '.join(files)}: there are no records.") from error
+
+
+def find_files(path: str | os.PathLike | Sequence | None, split: str | None, suffixes: tuple[str, ...]) -> list[str]:
+    """Absolute paths of the files that a path, a glob or a list of them names.
+
+    Args:
+        path: A file, a folder of files, a glob, or a list of these.
+        split: In a folder: take the files whose names begin with this, or those in the subfolder of this name.
+        suffixes: Endings of the files that are taken from a folder.
+
+    Raises:
+        ValueError: `path` is missing, a folder has no such files, or `split` is given for a file.
+        FileNotFoundError: There is no such file or folder.
+    """
+    if path is None:
+        raise ValueError("path is missing: say where the data is.")
+    if not isinstance(path, (str, os.PathLike)):
+        return [file for part in path for file in find_files(part, split, suffixes)]
+    path = os.path.expanduser(path)
+    if os.path.isdir(path):
+        folder, begin = path, split or ""
+        if split and os.path.isdir(os.path.join(path, split)):
+            folder, begin = os.path.join(path, split), ""
+        names = sorted(
+            name for name in os.listdir(folder) if name.startswith(begin) and name.lower().endswith(suffixes)
+        )
+        if not names:
+            of_split = f" of split {split!r}" if split else ""
+            raise ValueError(f"{path} has no file{of_split} that ends in {', '.join(suffixes)}.")
+        return [os.path.abspath(os.path.join(folder, name)) for name in names]
+    if split is not None:
+        raise ValueError(f"split is {split!r}, but {path} is no folder: give the file of that split as path.")
+    if os.path.exists(path):
+        return [os.path.abspath(path)]
+    if glob.has_magic(path) and (found := sorted(glob.glob(path, recursive=True))):
+        return [os.path.abspath(file) for file in found]
+    raise FileNotFoundError(f"{path}: no such file or folder.")
+
+
+def absolute_folder(folder: str | os.PathLike | None) -> str | None:
+    """The absolute path of a folder, with `~` expanded; `None` stays `None`."""
+    return None if folder is None else os.path.abspath(os.path.expanduser(folder))
+
+
+def text_value(value, place: str, what: str) -> str:
+    """A field that has to be text; halves of surrogate pairs, which UTF-8 can't encode, become U+FFFD.
+
+    Args:
+        value: The field's value.
+        place: Where it is, for the error.
+        what: The field's name, for the error.
+
+    Raises:
+        ValueError: It is not text.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{place}: {what} is a {type(value).__name__}; expected a text.")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return value
+
+
+def field_value(row: dict, key: str, place: str):
+    """A field that a row must have.
+
+    Args:
+        row: The row.
+        key: The field's name.
+        place: Where the row is, for the error.
+
+    Raises:
+        ValueError: The row does not have it.
+    """
+    if key not in row:
+        raise ValueError(f"{place} has {', '.join(map(str, row)) or 'nothing'}; expected {key!r} among them.")
+    return row[key]
+
+
+def content_of_text(text: str) -> list[dict]:
+    """A message's content from a text with `<image>` in it.
+
+    The line break between an image and the text beside it is left out: the chat template writes its own.
+    """
+    content = []
+    pieces = text.split(IMAGE_TOKEN)
+    for number, piece in enumerate(pieces):
+        if number:
+            content.append({"type": "image", "text": None})
+            piece = piece.removeprefix("\n")
+        if number < len(pieces) - 1:
+            piece = piece.removesuffix("\n")
+        if piece or len(pieces) == 1:
+            content.append({"type": "text", "text": piece})
+    return content
+
+
+def text_message(role: str, text: str, num_images: int = 0) -> dict:
+    """A message of so many images, followed by a text."""
+    images = [{"type": "image", "text": None}] * num_images
+    return {"role": role, "content": [*images, {"type": "text", "text": text}]}
+
+
+__all__ = [
+    "CODE",
+    "absolute_folder",
+    "build_dataset",
+    "content_of_text",
+    "field_value",
+    "find_files",
+    "text_message",
+    "text_value",
+]

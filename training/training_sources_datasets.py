@@ -1,0 +1,207 @@
+"""Data sets that `datasets` reads itself: image folders, folders of `save_to_disk`, and repositories of the Hub."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDatasetDict,
+    Value,
+    load_dataset,
+    load_from_disk,
+)
+
+from ..compat import resolve_features
+from .training_records import FEATURES, KINDS
+from .training_sources_common import CODE, content_of_text, field_value, text_message
+
+
+CAPTION_KEYS = ("caption", "text")
+
+
+def load_imagefolder(path, split=None, streaming=False, caption=None, source="imagefolder"):
+    """A folder of images with `metadata.jsonl`, `metadata.csv` or `metadata.parquet`, or with a subfolder per class.
+
+    Metadata name the image in `file_name` (several in `file_names`). A record is made of the columns `messages` or
+    `document` in the record's own form, of `question` and `answer`, or of a caption. `label` (a number, or a text: then
+    a class) and `notes` (text) stay columns; with `label` alone the record is of no kind.
+
+    Args:
+        path: The folder.
+        split: A split of the folder, as `datasets` finds it; by default `"train"`, which is everything if there are no
+            splits.
+        streaming: Read the folder while the data set is used.
+        caption: Column of the metadata that is the caption; by default the first of `CAPTION_KEYS` that there is.
+        source: What the records' column `source` says.
+
+    Raises:
+        ValueError: It is not a folder, or the metadata have none of these columns.
+
+    Source: "imagefolder" in the documentation of `datasets`.
+    """
+    if path is None or not os.path.isdir(os.path.expanduser(path)):
+        raise ValueError(f"path is {path!r}; expected a folder of images.")
+    folder = os.path.abspath(os.path.expanduser(path))
+    loaded = _without_decoding(
+        load_dataset("imagefolder", data_dir=folder, split=split or "train", streaming=streaming)
+    )
+    columns = loaded.features
+    caption = _caption_column(columns, caption, folder)
+    kind = next((name for name in ("messages", "document") if name in columns), None)
+    kind = kind or ("messages" if {"question", "answer"} <= columns.keys() else "caption" if caption else None)
+    if kind is None and "label" not in columns:
+        raise ValueError(
+            f"{folder}: the metadata have {', '.join(columns)}; expected a caption ({', '.join(CAPTION_KEYS)}, or the "
+            "option caption=COLUMN), question and answer, messages, document, or classes."
+        )
+    extra, classes = {}, None
+    if "label" in columns:
+        extra["label"] = columns["label"]
+        if getattr(columns["label"], "dtype", None) in ("string", "large_string"):
+            labels = loaded["label"] if isinstance(loaded, Dataset) else (row["label"] for row in loaded)
+            classes = sorted({label for label in labels if label is not None})
+            extra["label"] = ClassLabel(names=classes)
+    if "notes" in columns:
+        extra["notes"] = Value("string")
+    convert = partial(_folder_record, folder=folder, kind=kind, caption=caption, classes=classes, source=source)
+    return _converted(loaded, convert, kind, extra)
+
+
+def _folder_record(row, index, folder, kind, caption, classes, source, code) -> dict:
+    images = _images_of(row)
+    name = images[0].get("path") if images else None
+    place = f"{folder}, {os.path.relpath(name, folder) if name and '://' not in name else f'row {index}'}"
+    record = {
+        "id": str(row.get("id") or (os.path.relpath(name, folder) if name and "://" not in name else index)),
+        "source": source,
+        "images": images,
+    }
+    if kind == "messages" and "messages" not in row:
+        asked, answer = (str(row[key]) if row[key] is not None else "" for key in ("question", "answer"))
+        record["messages"] = [text_message("user", asked, len(images)), text_message("assistant", answer)]
+    elif kind == "messages":
+        record["messages"] = _normal_messages(row["messages"], place)
+    elif kind == "document":
+        record["document"] = _normal_content(row["document"], place)
+    elif kind == "caption":
+        record["caption"] = "" if row[caption] is None else str(row[caption])
+    record.update({name: row[name] for name in ("label", "notes") if name in row})
+    if classes is not None and record["label"] is not None:
+        record["label"] = classes.index(record["label"])  # a stream does not encode what is given back here
+    return record
+
+
+def load_hub(path, split=None, streaming=False, name=None, caption=None, source=None):
+    """A data set whose columns are a record's already: on the Hub, or saved by `datasets`.
+
+    `image` may stand for `images`; the content of messages may be a text with `<image>` in it. All further columns
+    stay.
+
+    Args:
+        path: Its name on the Hub, or a folder: one of `save_to_disk`, or of files that `load_dataset` knows.
+        split: By default `"train"`.
+        streaming: Read it while it is used.
+        name: Name of a configuration on the Hub.
+        caption: Column that is the caption.
+        source: What the column `source` says if the data set has none; by default `path`.
+
+    Raises:
+        ValueError: It has no such split, or none of a record's columns.
+    """
+    if path is None:
+        raise ValueError("path is missing: say where the data is.")
+    place = os.path.expanduser(path)
+    if os.path.isdir(place) and {"state.json", "dataset_dict.json"} & set(os.listdir(place)):
+        loaded = load_from_disk(place)
+        if isinstance(loaded, (DatasetDict, IterableDatasetDict)):
+            if (split or "train") not in loaded:
+                raise ValueError(f"{path} has no split {split or 'train'!r}; expected one of {', '.join(loaded)}.")
+            loaded = loaded[split or "train"]
+        elif split not in (None, str(loaded.split)):
+            raise ValueError(f"{path} has no splits, but split is {split!r}.")
+        loaded = loaded.to_iterable_dataset() if streaming else loaded
+    else:
+        loaded = load_dataset(
+            place if os.path.isdir(place) else path, name, split=split or "train", streaming=streaming
+        )
+    loaded = _without_decoding(resolve_features(loaded))
+    columns = loaded.features
+    kind = next((kind for kind in KINDS if kind in columns and caption is None), None)
+    caption = caption if kind else _caption_column(columns, caption, str(path))
+    kind = kind or ("caption" if caption else None)
+    if not {"image", "images"} & columns.keys() or (kind is None and "label" not in columns):
+        raise ValueError(
+            f"{path} has {', '.join(columns)}; expected images (or image), and one of {', '.join(KINDS)} (or label)."
+        )
+    extra = {key: value for key, value in columns.items() if key not in (*FEATURES, "image", caption)}
+    convert = partial(_saved_record, kind=kind, caption=caption, source=source or str(path))
+    return _converted(loaded, convert, kind, extra)
+
+
+def _saved_record(row, index, kind, caption, source, code) -> dict:
+    place = f"{source}, row {index}"
+    record = {**row, "id": str(row.get("id") if row.get("id") is not None else index), "images": _images_of(row)}
+    record["source"] = row.get("source") or source
+    if kind == "messages":
+        record["messages"] = _normal_messages(row["messages"], place)
+    elif kind == "document":
+        record["document"] = _normal_content(row["document"], place)
+    elif kind == "caption":
+        record["caption"] = "" if row[caption or "caption"] is None else str(row[caption or "caption"])
+    return {key: value for key, value in record.items() if key not in ("image", caption) or key == kind}
+
+
+def _caption_column(columns, wanted: str | None, place: str) -> str | None:
+    if wanted is not None and wanted not in columns:
+        raise ValueError(f"{place}: caption is {wanted!r}; expected one of {', '.join(columns)}.")
+    return wanted or next((key for key in CAPTION_KEYS if key in columns), None)
+
+
+def _without_decoding(loaded):
+    """Leave images as `{"path", "bytes"}`."""
+    if "image" in loaded.features:
+        loaded = loaded.cast_column("image", Image(decode=False))
+    if "images" in loaded.features:
+        loaded = loaded.cast_column("images", FEATURES["images"])
+    return loaded
+
+
+def _converted(loaded, convert, kind: str | None, extra: dict):
+    """Records made of rows."""
+    names = ("id", "source", "images", *([kind] if kind else []))
+    features = Features({name: FEATURES[name] for name in names} | extra)
+    options = {"with_indices": True, "features": features, "fn_kwargs": {"code": CODE}}
+    if isinstance(loaded, Dataset):
+        options["desc"] = "reading records"
+    return loaded.map(convert, remove_columns=[name for name in loaded.features if name not in features], **options)
+
+
+def _images_of(row: dict) -> list[dict]:
+    images = row["images"] if row.get("images") is not None else [row.get("image")]
+    return [image for image in images if image is not None]
+
+
+def _normal_messages(messages, place: str) -> list[dict]:
+    return [
+        {
+            "role": field_value(message, "role", place),
+            "content": _normal_content(field_value(message, "content", place), place),
+        }
+        for message in messages
+    ]
+
+
+def _normal_content(content, place: str) -> list[dict]:
+    """Content with both keys in every item; a text alone may have `<image>` in it."""
+    if isinstance(content, str):
+        return content_of_text(content)
+    return [{"type": field_value(item, "type", place), "text": item.get("text")} for item in content]
+
+
+__all__ = ["CAPTION_KEYS", "load_hub", "load_imagefolder"]
