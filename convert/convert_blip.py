@@ -20,78 +20,34 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .convert_files import TensorFiles, dimensions
-from .convert_parts import (
-    BUFFER,
-    EVA_TABLE,
-    Conversion,
-    assemble,
-    compare_twins,
-    expected_tensors,
-    for_grid,
-    layer_numbers,
-)
+from .convert_assembly import Conversion, assemble, compare_twins, expected_tensors
+from .convert_files import TensorFiles, dimensions, layer_numbers
+from .convert_lavis_names import BLIP_VISION_TABLE, KINDS, blip_bert_table
 from .convert_tables import ConversionError, Drop, Rename, Rule, Shapes, Twin, dropped, plan
-
-
-_KINDS = ("weight", "bias")
-VISION_TABLE: list[Rule] = [
-    # the same ViT as BLIP-2's, but with one bias for query, key and value, and a norm at the end
-    *(
-        Rename(f"visual_encoder.{rule.source}", rule.target)
-        for rule in EVA_TABLE
-        if isinstance(rule, Rename) and "norm.weight" not in rule.source
-    ),
-    Rename("visual_encoder.blocks.{}.attn.qkv.bias", "vision_model.encoder.layers.{}.self_attn.qkv.bias"),
-    *(Rename(f"visual_encoder.norm.{kind}", f"vision_model.post_layernorm.{kind}") for kind in _KINDS),
-]
-
-
-def _bert_table(prefix: str) -> list[Rule]:
-    """BLIP's BERT keeps its names in transformers."""
-    block = (
-        *(
-            f"{attention}.{part}"
-            for attention in ("attention", "crossattention")
-            for part in ("self.query", "self.key", "self.value", "output.dense", "output.LayerNorm")
-        ),
-        "intermediate.dense",
-        "output.dense",
-        "output.LayerNorm",
-    )
-    names = [
-        "embeddings.word_embeddings.weight",
-        "embeddings.position_embeddings.weight",
-        *(f"embeddings.LayerNorm.{kind}" for kind in _KINDS),
-        *(f"encoder.layer.{{}}.{name}.{kind}" for name in block for kind in _KINDS),
-    ]
-    return [
-        Drop(f"{prefix}.embeddings.position_ids", BUFFER),
-        *(Rename(f"{prefix}.{name}", f"{prefix}.{name}") for name in names),
-    ]
+from .convert_vision import for_grid
 
 
 _HEAD = "text_decoder.cls.predictions"
 CAPTION_TABLE: list[Rule] = [
-    *VISION_TABLE,
-    *_bert_table("text_decoder.bert"),
+    *BLIP_VISION_TABLE,
+    *blip_bert_table("text_decoder.bert"),
     Rename(f"{_HEAD}.bias", f"{_HEAD}.bias"),
     *(
         Rename(f"{_HEAD}.transform.{name}.{kind}", f"{_HEAD}.transform.{name}.{kind}")
         for name in ("dense", "LayerNorm")
-        for kind in _KINDS
+        for kind in KINDS
     ),
     Twin(f"{_HEAD}.decoder.weight", "text_decoder.bert.embeddings.word_embeddings.weight"),
     Twin(f"{_HEAD}.decoder.bias", f"{_HEAD}.bias"),
 ]
 _MATCHING: list[Rule] = [
-    *VISION_TABLE,
-    *_bert_table("text_encoder"),
-    *(Rename(f"{name}.{kind}", f"{name}.{kind}") for name in ("vision_proj", "text_proj") for kind in _KINDS),
+    *BLIP_VISION_TABLE,
+    *blip_bert_table("text_encoder"),
+    *(Rename(f"{name}.{kind}", f"{name}.{kind}") for name in ("vision_proj", "text_proj") for kind in KINDS),
 ]
 MATCHING_TABLE: list[Rule] = [
     *_MATCHING,
-    *(Rename(f"itm_head.{kind}", f"itm_head.{kind}") for kind in _KINDS),
+    *(Rename(f"itm_head.{kind}", f"itm_head.{kind}") for kind in KINDS),
     # retrieval checkpoints hold what contrastive training needs beside the model
     *(
         Drop(rule.source.replace(".", "_m.", 1), "the momentum copy, used in training only")
@@ -247,6 +203,3 @@ def convert_blip(
     processor = BlipProcessor(BlipImageProcessor(size={"height": side, "width": side}), bert)
     conversion.write(output, None, processor, verify)
     return conversion
-
-
-__all__ = ["CAPTION_TABLE", "MATCHING_TABLE", "convert_blip", "infer_config", "plan_conversion"]

@@ -14,10 +14,8 @@ import re
 from collections.abc import Iterable, Mapping
 
 import torch
-from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoTokenizer,
-    BertTokenizer,
     CLIPImageProcessor,
     GenerationConfig,
     PreTrainedConfig,
@@ -28,98 +26,17 @@ from transformers import (
 from ..configuration.configuration_bridged import BridgedConfig
 from ..configuration.configuration_qformer import QFormerBlip2Config, QFormerBlip2PreTrainingConfig, QFormerConfig
 from ..modeling.modeling_bridged import fill_vision_geometry
-from ..modeling.modeling_qformer import QFormerBlip2ForConditionalGeneration
-from ..modeling.modeling_qformer_pretraining import QFormerBlip2ForPreTraining
-from ..processing.processing_qformer import QFormerBlip2PreTrainingProcessor, QFormerBlip2Processor
-from .convert_files import TensorFiles, dimensions
-from .convert_parts import (
-    BUFFER,
-    LAVIS_ENCODERS,
-    Constants,
-    Conversion,
-    Merged,
-    Renamed,
-    assemble,
-    compare_twins,
-    expected_tensors,
-    for_grid,
-    language_table,
-    layer_numbers,
-    read_text_config,
-    read_vision_config,
-    resized,
-    vision_layout,
-    vision_pieces,
-)
-from .convert_tables import ConversionError, Drop, Rename, Reshape, Rule, Shapes, Twin, dropped, plan
+from .convert_assembly import Conversion, assemble, compare_twins, expected_tensors
+from .convert_blip2_transformers import convert_port, is_port
+from .convert_files import TensorFiles, dimensions, layer_numbers
+from .convert_language import language_table, read_text_config
+from .convert_lavis_names import BRIDGE_TABLE, LAVIS_LANGUAGE_MODELS
+from .convert_qformer import build_processor, load_qformer_tokenizer, model_class
+from .convert_sources import Constants, Merged, Renamed, resized
+from .convert_tables import ConversionError, Rename, Rule, Shapes, Twin, dropped, plan
+from .convert_vision import LAVIS_ENCODERS, for_grid, read_vision_config, vision_layout, vision_pieces
 
 
-# what the official classes call their language model, and the types of model that it can be
-LANGUAGE_MODELS = {"opt": ("opt",), "t5": ("t5",), "llm": ("llama",)}
-
-
-def block_names(projections: str) -> tuple[tuple[str, str], ...]:
-    """Names in one block of BERT's layout with feed-forwards for queries, and ours; each stands for a weight and a bias.
-
-    Args:
-        projections: What holds the projections of an attention: `"self"` in LAVIS, `"attention"` in transformers' port.
-    """
-    return (
-        *(
-            (f"{theirs}.{end}", f"{ours}.{name}")
-            for theirs, ours in (("attention", "attention"), ("crossattention", "cross_attention"))
-            for end, name in (
-                (f"{projections}.query", "query"),
-                (f"{projections}.key", "key"),
-                (f"{projections}.value", "value"),
-                ("output.dense", "dense"),
-                ("output.LayerNorm", "layer_norm"),
-            )
-        ),
-        ("intermediate_query.dense", "feed_forward_query.intermediate"),
-        ("output_query.dense", "feed_forward_query.dense"),
-        ("output_query.LayerNorm", "feed_forward_query.layer_norm"),
-        ("intermediate.dense", "feed_forward_text.intermediate"),
-        ("output.dense", "feed_forward_text.dense"),
-        ("output.LayerNorm", "feed_forward_text.layer_norm"),
-    )
-
-
-# outside the blocks; a name stands for its weight and its bias
-LAYERS = (
-    ("ln_vision", "bridge.vision_layer_norm"),
-    ("Qformer.bert.embeddings.LayerNorm", "bridge.qformer.layer_norm"),
-    *((f"{name}_proj", "bridge.language_projection") for name in LANGUAGE_MODELS),
-    # stage 1
-    ("vision_proj", "bridge.vision_projection"),
-    ("text_proj", "bridge.text_projection"),
-    ("itm_head", "bridge.itm_head"),
-    ("Qformer.cls.predictions.transform.dense", "bridge.lm_head.transform_dense"),
-    ("Qformer.cls.predictions.transform.LayerNorm", "bridge.lm_head.transform_layer_norm"),
-)
-BRIDGE_TABLE: list[Rule] = [
-    Rename("query_tokens", "bridge.qformer.query_tokens"),
-    Reshape("temp", "bridge.temperature", (), (1,)),  # FSDP shards no scalars
-    Rename("Qformer.cls.predictions.bias", "bridge.lm_head.bias"),
-    Twin("Qformer.cls.predictions.decoder.bias", "bridge.lm_head.bias"),
-    Twin("Qformer.cls.predictions.decoder.weight", "bridge.qformer.word_embeddings.weight"),
-    Drop("Qformer.bert.embeddings.position_ids", BUFFER),
-    *(
-        Rename(f"Qformer.bert.embeddings.{name}.weight", f"bridge.qformer.{name}.weight")
-        for name in ("word_embeddings", "position_embeddings")
-    ),
-    *(
-        Rename(f"{official}.{kind}", f"{ours}.{kind}")
-        for official, ours in (
-            *LAYERS,
-            *(
-                (f"Qformer.bert.encoder.layer.{{}}.{name}", f"bridge.qformer.layers.{{}}.{ours}")
-                for name, ours in block_names("self")
-            ),
-        )
-        for kind in ("weight", "bias")
-    ),
-]
 # BERT-base has 12 heads; shapes don't tell
 QFORMER_HEADS = {768: 12}
 
@@ -133,7 +50,7 @@ def language_of(keys: Iterable[str]) -> str | None:
     keys = set(keys)
     if not {"query_tokens", "ln_vision.weight"} <= keys:
         raise ConversionError("There is no query_tokens or no ln_vision in the checkpoint: it is not one of BLIP-2's.")
-    found = [name for name in LANGUAGE_MODELS if f"{name}_proj.weight" in keys]
+    found = [name for name in LAVIS_LANGUAGE_MODELS if f"{name}_proj.weight" in keys]
     if not found and "itm_head.weight" not in keys:
         raise ConversionError(
             "The checkpoint has neither a projection to a language model (opt_proj, t5_proj, llm_proj) nor stage 1's heads "
@@ -152,21 +69,13 @@ def checkpoint_table(model: PreTrainedModel, language: str | None, tied: Mapping
     """
     if language is None:
         return list(BRIDGE_TABLE)
-    prefix = "language_model."
-    names = [name.removeprefix(prefix) for name in model.state_dict() if name.startswith(prefix) and name not in tied]
     official = f"{language}_model."
-    # frozen language models are left out, but second names of one tensor survive the filter
-    table = [*BRIDGE_TABLE, *(Twin(official + name.removeprefix(prefix), of) for name, of in tied.items())]
-    second = {rule.source for rule in table if isinstance(rule, Twin)}
-    for rule in language_table(model.config.text_config, names):
-        if isinstance(rule, Rename):
-            table.append(Rename(official + rule.source, prefix + rule.target))
-        elif official + rule.source not in second:
-            table.append(Drop(official + rule.source, rule.why))
-    return table
-
-
-# ---------------------------------------------------------------------- configuration
+    # checkpoints leave frozen language models out, but hold second names of the tensors that were trained
+    second = [Twin(official + name.removeprefix("language_model."), of) for name, of in tied.items()]
+    names = [name for name in model.state_dict() if name not in tied]
+    table = language_table(model.config.text_config, names, source=official)
+    known = {rule.source for rule in second}
+    return [*BRIDGE_TABLE, *second, *(rule for rule in table if rule.source not in known)]
 
 
 def infer_qformer_config(shapes: Shapes, **overrides) -> QFormerConfig:
@@ -259,17 +168,14 @@ def infer_config(
         return QFormerBlip2PreTrainingConfig(embed_dim=dimensions(shapes, "vision_proj.weight", 2)[0], **fields)
     if text_config is None:
         raise ConversionError(f"The checkpoint has {language}_proj: it needs its language model.")
-    if text_config.model_type not in LANGUAGE_MODELS[language]:
+    if text_config.model_type not in LAVIS_LANGUAGE_MODELS[language]:
         raise ConversionError(
-            f"The checkpoint has {language}_proj, for a language model of type {' or '.join(LANGUAGE_MODELS[language])}; "
+            f"The checkpoint has {language}_proj, for a language model of type {' or '.join(LAVIS_LANGUAGE_MODELS[language])}; "
             f"this one is a {text_config.model_type}."
         )
     if language == "t5":
         text_config.dense_act_fn = "gelu"  # LAVIS replaces FlanT5's gelu_new
     return QFormerBlip2Config(text_config=text_config, **fields)
-
-
-# ---------------------------------------------------------------------- the whole
 
 
 def plan_conversion(checkpoint, vision, language, config: BridgedConfig) -> Conversion:
@@ -333,20 +239,11 @@ def plan_conversion(checkpoint, vision, language, config: BridgedConfig) -> Conv
     sources.append((constants, plan([Rename(name, name) for name in values], values), {}))
     # the language model
     if language is not None:
-        prefix = "language_model."
-        names = [name.removeprefix(prefix) for name in expected if name.startswith(prefix)]
-        base = language_table(config.text_config, names, [name.removeprefix(prefix) for name in tied])
-        pieces = {prefix + name: piece for name, piece in plan(base, language.shapes).items()}
-        sources.append((language, pieces, rows))
+        base = language_table(config.text_config, expected, tied)
+        sources.append((language, plan(base, language.shapes), rows))
     conversion = assemble(config, model, expected, sources, getattr(checkpoint, "path", "the checkpoint"))
     conversion.left_out = dropped(table, rest)
     return conversion
-
-
-def model_class(config: BridgedConfig) -> type[PreTrainedModel]:
-    """The class that a configuration is for."""
-    stage1 = isinstance(config, QFormerBlip2PreTrainingConfig)
-    return QFormerBlip2ForPreTraining if stage1 else QFormerBlip2ForConditionalGeneration
 
 
 def load_tokenizer(source: str | os.PathLike, language: str) -> PreTrainedTokenizerBase:
@@ -355,29 +252,6 @@ def load_tokenizer(source: str | os.PathLike, language: str) -> PreTrainedTokeni
     if language == "llm":
         tokenizer.add_special_tokens(
             {"pad_token": "[PAD]", "bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>"}
-        )
-    return tokenizer
-
-
-def load_qformer_tokenizer(
-    source: str | os.PathLike, vocab_size: int, instructed: bool = False
-) -> PreTrainedTokenizerBase:
-    """BERT's tokenizer with `[DEC]`.
-
-    Args:
-        source: Folder or Hub id.
-        vocab_size: Tokens that the Q-Former knows.
-        instructed: It reads instructions, of which the end counts.
-
-    Raises:
-        ConversionError: It is not the one that the checkpoint was trained with.
-    """
-    tokenizer = BertTokenizer.from_pretrained(source)
-    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
-    tokenizer.truncation_side = tokenizer.init_kwargs["truncation_side"] = "left" if instructed else "right"
-    if len(tokenizer) != vocab_size:
-        raise ConversionError(
-            f"The Q-Former knows {vocab_size} tokens, but the tokenizer in {source} has {len(tokenizer)}, [DEC] included."
         )
     return tokenizer
 
@@ -436,8 +310,6 @@ def convert_blip2(
     Raises:
         ConversionError: The parts don't fit together; nothing is written.
     """
-    from .convert_transformers import convert_port, is_port
-
     if is_port(checkpoint):
         return convert_port(checkpoint, output, config, verify)
     overrides = dict(config or {})
@@ -492,39 +364,3 @@ def lavis_depth(config: PreTrainedConfig, overrides: Mapping) -> PreTrainedConfi
     if "num_hidden_layers" not in overrides and known:
         config.num_hidden_layers = min(config.num_hidden_layers, known["num_hidden_layers"])
     return config
-
-
-def build_processor(config: BridgedConfig, language: str | None, image_processor, tokenizer, qformer_tokenizer):
-    """The processor that belongs to the model.
-
-    Args:
-        config: The model's configuration.
-        language: What the checkpoint calls its language model.
-        image_processor: Its image processor.
-        tokenizer: The language model's tokenizer; `None` for stage 1.
-        qformer_tokenizer: The Q-Former's; `None` where it reads no text.
-    """
-    if language is None:
-        return QFormerBlip2PreTrainingProcessor.from_config(config, image_processor, qformer_tokenizer)
-    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right" if language == "t5" else "left"
-    options = {"caption_prompt": "A short image description:"} if config.qformer_config.use_text else {}
-    if language != "t5":
-        # the official order is image, beginning of sequence, text
-        tokenizer.add_bos_token = tokenizer.init_kwargs["add_bos_token"] = False
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B")
-        # LLaMA's tokenizer takes the space for the one that it puts in front of every text
-        options["text_start"] = tokenizer.bos_token + (" " if language == "llm" else "")
-    return QFormerBlip2Processor.from_config(
-        config, image_processor, tokenizer, qformer_tokenizer=qformer_tokenizer, **options
-    )
-
-
-__all__ = [
-    "BRIDGE_TABLE",
-    "checkpoint_table",
-    "convert_blip2",
-    "infer_config",
-    "infer_qformer_config",
-    "language_of",
-    "plan_conversion",
-]

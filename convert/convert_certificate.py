@@ -6,13 +6,10 @@ compared bit by bit; where both sides can run here, they answer the same fixed i
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import platform
 import re
 import threading
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,24 +17,22 @@ import numpy as np
 import safetensors
 import torch
 import transformers
-from PIL import Image
 
+from ..certificate import CERTIFICATE, card_section
+from ..files import sha256_of, write_json
 from ..version import __version__
-from .convert_files import BLOCK_BYTES, FINISHED, Stored, TensorFiles, file_sha256, finished_shards
+from .convert_files import BLOCK_BYTES, Stored, TensorFiles
 from .convert_tables import ConversionError
+from .convert_writing import FINISHED, finished_shards
 
 
-CERTIFICATE = "conversion.json"
 # both models together, in float32: more is not run, as it could fill the memory of a machine that converts shard by shard
 RUN_BYTES = 8 * 1024**3
-# of the largest logit: beyond this, two models are not the same
-LARGEST_RELATIVE_DIFFERENCE = 1e-2
-NEW_TOKENS = 8
 
 
-def described_file(path: Path, stop: threading.Event | None = None) -> dict:
+def size_and_sha256(path: Path, stop: threading.Event | None = None) -> dict:
     """Bytes and SHA-256 of a file."""
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(path, stop)}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path, stop)}
 
 
 def versions() -> dict[str, str]:
@@ -180,7 +175,7 @@ class Checks:
         self._pools = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._compared: list[Future] = []
         if self.verify:
-            self._described = self._pools[0].submit(self._describe)
+            self._hashed = self._pools[0].submit(self._hash_inputs)
         return self
 
     def __exit__(self, *error) -> None:
@@ -188,10 +183,10 @@ class Checks:
         for pool in self._pools:
             pool.shutdown(cancel_futures=True)
 
-    def _describe(self) -> None:
+    def _hash_inputs(self) -> None:
         for label, leaf in self.labels:
             for name, path in sorted(leaf.files.items()):
-                self.inputs[label][name] = described_file(path, self._stop)
+                self.inputs[label][name] = size_and_sha256(path, self._stop)
 
     def file(self, path: Path) -> None:
         """One of the files is whole.
@@ -215,7 +210,7 @@ class Checks:
         Raises:
             ConversionError: Something is not what was meant to be written.
         """
-        for future in (*self._compared, self._described):
+        for future in (*self._compared, self._hashed):
             future.result()
         return self._comparison.result()
 
@@ -228,134 +223,6 @@ def labels_of(conversion) -> list[tuple[str, TensorFiles]]:
         while found.setdefault(label, leaf) is not leaf:  # two folders of one name
             label += "'"
     return sorted(found.items())
-
-
-# ---------------------------------------------------------------------- runs
-
-
-def fixed_image(height: int = 64, width: int = 96) -> Image.Image:
-    """A picture of two gradients: the same on every machine."""
-    red, green = torch.meshgrid(
-        torch.arange(width) * 255 // (width - 1), torch.arange(height) * 255 // (height - 1), indexing="xy"
-    )
-    return Image.fromarray(torch.stack([red, green, (red + green) // 2], dim=-1).to(torch.uint8).numpy())
-
-
-def compare_outputs(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> dict:
-    """Largest difference of what two models say.
-
-    Args:
-        ours: Of one model.
-        theirs: Of the other; rows of tokens that only it has may be behind.
-        what: Names it.
-
-    Raises:
-        ConversionError: They differ by more than rounding explains.
-    """
-    theirs = theirs[..., : ours.shape[-1]]
-    difference, largest = (ours - theirs).abs().max().item(), ours.abs().max().item()
-    if not difference <= LARGEST_RELATIVE_DIFFERENCE * largest:  # NaN too
-        raise ConversionError(
-            f"On the same input {what} differ by {difference:.3g} (the largest is {largest:.3g}): the two models are not the "
-            "same, and nothing was written."
-        )
-    return {"what": what, "shape": list(ours.shape), "largest_difference": difference, "largest_value": largest}
-
-
-def run_generation(model, processor, other, other_processor, prompts: tuple[str, str]) -> list[dict]:
-    """Let two models that write text answer the same picture.
-
-    Args:
-        model: Ours.
-        processor: Its processor.
-        other: Transformers'.
-        other_processor: Its processor.
-        prompts: The same prompt, as each of the processors takes it.
-
-    Returns:
-        What was compared, and the largest differences.
-
-    Raises:
-        ConversionError: Their logits differ by more than rounding explains.
-    """
-    image = fixed_image()
-    ours = processor(images=[image], text=[prompts[0]], return_tensors="pt")
-    theirs = other_processor(images=[image], text=[prompts[1]], return_tensors="pt")
-    found = []
-    same_prompt = torch.equal(ours["input_ids"], theirs["input_ids"])
-    found.append({"what": "token ids of the prompt", "equal": same_prompt, "shape": list(ours["input_ids"].shape)})
-    pixels = ours["pixel_values"], theirs["pixel_values"].reshape(ours["pixel_values"].shape)
-    found.append(
-        {"what": "pixel_values", "shape": list(pixels[0].shape),
-         "largest_difference": (pixels[0] - pixels[1]).abs().max().item()}
-    )  # fmt: skip
-    ours["pixel_values"] = pixels[1]  # the models are compared on the same pixels
-    if not same_prompt:
-        theirs["input_ids"], theirs["attention_mask"] = ours["input_ids"], ours["attention_mask"]
-    decoder = {}
-    if model.config.is_encoder_decoder:
-        start = model.config.text_config.decoder_start_token_id
-        decoder["decoder_input_ids"] = torch.tensor([[start, *range(3, 3 + NEW_TOKENS)]])
-    with torch.no_grad():
-        logits = model(**ours, **decoder).logits.float(), other(**theirs, **decoder).logits.float()
-        found.append(compare_outputs(*logits, "logits"))
-        greedy = {
-            "max_new_tokens": NEW_TOKENS,
-            "min_new_tokens": NEW_TOKENS,
-            "num_beams": 1,
-            "do_sample": False,
-            "repetition_penalty": 1.0,
-        }
-        tokens = [
-            given.generate(**inputs, **greedy)[
-                :, 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1] :
-            ]
-            for given, inputs in ((model, ours), (other, theirs))
-        ]
-    found.append(
-        {"what": "greedy tokens", "equal": tokens[0].tolist() == tokens[1].tolist(), "shape": list(tokens[0].shape)}
-    )
-    return found
-
-
-def run_retrieval(model, processor, other, other_processor, texts: tuple[str, ...]) -> list[dict]:
-    """Let two models for retrieval score a picture and texts.
-
-    Args:
-        model: Ours.
-        processor: Its processor.
-        other: Transformers'.
-        other_processor: Its processor.
-        texts: What the picture is compared with.
-
-    Raises:
-        ConversionError: Scores differ by more than rounding explains.
-    """
-    images = [fixed_image()] * len(texts)
-    ours = processor(images=images, text=list(texts), return_tensors="pt")
-    theirs = other_processor(images=images, text=list(texts), return_tensors="pt", padding=True)
-    found = [
-        {"what": "token ids of the texts", "equal": torch.equal(ours["input_ids"], theirs["input_ids"]),
-         "shape": list(ours["input_ids"].shape)}
-    ]  # fmt: skip
-    with torch.no_grad():
-        found.append(
-            compare_outputs(
-                model(**ours).itc_scores.float(), other(**ours).logits_per_image.float(), "contrastive scores"
-            )
-        )
-        heads = {"use_image_text_matching_head": True}
-        found.append(
-            compare_outputs(
-                model(**ours, **heads).itm_logits.float(),
-                other(**ours, **heads).logits_per_image.float(),
-                "matching logits",
-            )
-        )
-    return found
-
-
-# ---------------------------------------------------------------------- the certificate
 
 
 def certify(conversion, folder: Path, checks: Checks) -> dict:
@@ -402,7 +269,7 @@ def certify(conversion, folder: Path, checks: Checks) -> dict:
         "checkpoint": sorted(labels[id(leaf)] for leaf in of_checkpoint.values() if id(leaf) in labels),
         "inputs": checks.inputs,
         "outputs": {
-            str(path.relative_to(folder)): known.get(path.name) or described_file(path)
+            str(path.relative_to(folder)): known.get(path.name) or size_and_sha256(path)
             for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name not in (CERTIFICATE, "README.md", FINISHED)
         }
@@ -414,7 +281,7 @@ def certify(conversion, folder: Path, checks: Checks) -> dict:
         "versions": versions(),
         "tensors": tensors,
     }
-    (folder / CERTIFICATE).write_text(json.dumps(certificate, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / CERTIFICATE, certificate, indent=1, ensure_ascii=False)
     card = folder / "README.md"
     if card.exists():
         card.write_text(
@@ -439,39 +306,3 @@ def _run(conversion, folder: Path) -> list[dict]:
 def _without_folders(text: str) -> str:
     """Absolute paths say nothing to others: their last part stays."""
     return re.sub(r"(?<!\S)(?:[A-Za-z]:)?[/\\]\S*[/\\](\S+)", r"\1", text)
-
-
-def card_section(certificate: Mapping) -> str:
-    """The certificate in words, for a model card."""
-    lines = ["## Conversion", "", f"From {certificate['from']} to {certificate['to']} with vlbridge "
-             f"{certificate['versions']['vlbridge']} and transformers {certificate['versions']['transformers']}; the whole "
-             f"record is in `{CERTIFICATE}`.", "", "| checked | result |", "|---|---|"]  # fmt: skip
-    for check in certificate["checks"]:
-        if "why" in check:
-            result = check["why"]
-        elif "equal" in check:
-            result = "equal" if check["equal"] else "not equal"
-        else:
-            result = f"largest difference {check['largest_difference']:.3g}"
-        lines.append(f"| {check['what']} | {result} |")
-    if certificate["notes"]:
-        lines += ["", *(f"- {note}" for note in certificate["notes"])]
-    return "\n".join(lines) + "\n"
-
-
-def read_certificate(folder: str | os.PathLike) -> dict:
-    """The certificate beside a model; empty where there is none."""
-    path = Path(folder) / CERTIFICATE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-__all__ = [
-    "CERTIFICATE",
-    "Checks",
-    "Comparison",
-    "card_section",
-    "certify",
-    "read_certificate",
-    "run_generation",
-    "run_retrieval",
-]

@@ -9,23 +9,17 @@ Source: the safetensors format, https://github.com/huggingface/safetensors#forma
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-import shutil
-import tempfile
-import threading
+import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ..compat import load_without_weights, places_in_file
 from ..modeling.modeling_checkpoint import checkpoint_files
@@ -34,7 +28,6 @@ from .convert_tables import ConversionError
 
 # where training code keeps the weights in a checkpoint that holds more than weights
 WRAPPERS = ("model_state_dict", "state_dict", "model", "module")
-SHARD_BYTES = 2 * 1024**3
 BLOCK_BYTES = 2**22
 LARGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -42,21 +35,6 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
           "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64}  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-FINISHED = ".finished.json"
-
-
-def file_sha256(path: str | os.PathLike, stop: threading.Event | None = None) -> str:
-    """Hexadecimal SHA-256 of a file.
-
-    Args:
-        path: The file.
-        stop: Once it is set the rest is not read, and the result is of no use.
-    """
-    digest, buffer = hashlib.sha256(), bytearray(BLOCK_BYTES)
-    with open(path, "rb", buffering=0) as stream:
-        while (count := stream.readinto(buffer)) and not (stop is not None and stop.is_set()):
-            digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()
 
 
 def _first_line(error: BaseException) -> str:
@@ -84,6 +62,11 @@ def dimensions(shapes: Mapping[str, tuple[int, ...]], name: str, number: int) ->
     if len(shape) != number:
         raise ConversionError(f"{name} is {list(shape)}, expected a tensor of {number} dimensions.")
     return shape
+
+
+def layer_numbers(keys: Iterable[str], pattern: str) -> list[int]:
+    """The numbers that a pattern's first group finds at the beginning of keys, sorted."""
+    return sorted({int(match.group(1)) for key in keys if (match := re.match(pattern, key))})
 
 
 # ---------------------------------------------------------------------- reading
@@ -425,227 +408,3 @@ class TensorFiles:
     def origin(self, name: str) -> TensorFiles:
         """What a tensor really lies in."""
         return self
-
-
-# ---------------------------------------------------------------------- writing
-
-
-def finished_shards(folder: Path) -> dict[str, dict]:
-    """Bytes and SHA-256 of the files that `write_tensors` has written to a folder, by name."""
-    try:
-        found = json.loads((folder / FINISHED).read_text())
-        return found if isinstance(found, dict) else {}
-    except (OSError, ValueError):
-        return {}
-
-
-@contextmanager
-def written_whole(output: str | os.PathLike, key: str | None = None):
-    """A temporary folder that becomes `output` once all is there; nothing is left behind on failure.
-
-    Args:
-        output: Where to: no folder yet, or an empty one.
-        key: Names what is written. After an interruption (Ctrl-C, a killed process) the finished shards stay in a hidden
-            folder beside `output` that is called by it, for the next run with the same key to go on with.
-
-    Raises:
-        ConversionError: `output` is a file, or holds something already, or another process is writing the same.
-    """
-    target = Path(output)
-    if target.is_file():
-        raise ConversionError(f"{target} is a file; expected a folder to write to.")
-    if (target / "config.json").exists():
-        raise ConversionError(f"{target} holds a model already; choose another folder, or delete it first.")
-    if target.is_dir() and any(target.iterdir()):
-        raise ConversionError(f"{target} is not empty; choose another folder, or empty it first.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if key is None:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    else:
-        temporary = target.parent / f".{target.name}-{key[:16]}.partial"
-        temporary.mkdir(mode=0o700, exist_ok=True)
-    lock = _locked(temporary)
-    keep = False
-    try:
-        finished = finished_shards(temporary)
-        for path in temporary.iterdir():
-            if path.name != FINISHED and path.name not in finished:
-                path.unlink() if not path.is_dir() else shutil.rmtree(path)
-        yield temporary
-        (temporary / FINISHED).unlink(missing_ok=True)
-        temporary.chmod(0o777 & ~_umask())
-        try:
-            os.replace(temporary, target)
-        except OSError:  # an empty folder is there, and this system or a link doesn't let it be replaced
-            target.mkdir(exist_ok=True)
-            # the configuration last: without it the folder is no model
-            for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
-                os.replace(path, target / path.name)
-    except KeyboardInterrupt:
-        keep = key is not None and bool(finished := finished_shards(temporary))
-        if keep:
-            raise KeyboardInterrupt(
-                f"{len(finished)} finished files stay in {temporary}: the same command goes on from there."
-            ) from None
-        raise
-    finally:
-        if lock is not None:
-            os.close(lock)
-        if not keep:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _locked(folder: Path) -> int | None:
-    """Lock a folder for this process, where the system can: it is unlocked when it is closed or the process ends."""
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise ConversionError(f"Another process is writing to {folder}; wait for it.") from None
-    except OSError:  # a file system without locks
-        pass
-    return lock
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def require_finite(tensor: torch.Tensor, name: str) -> None:
-    """Refuse what training that diverged, or a damaged file, leaves behind.
-
-    Args:
-        tensor: Floats of any shape; others are not looked at.
-        name: Of the tensor.
-
-    Raises:
-        ConversionError: There is NaN or infinity in it.
-    """
-    if not tensor.is_floating_point() or not tensor.numel():
-        return
-    low, high = tensor.aminmax()  # NaN comes through
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        count = int((~torch.isfinite(tensor)).sum())
-        raise ConversionError(
-            f"{name} holds NaN or infinity in {count} of {tensor.numel()} places: the file is damaged, or its training diverged."
-        )
-
-
-Entry = tuple[str, tuple[int, ...], torch.dtype, Callable[[], torch.Tensor]]
-
-
-def write_tensors(
-    folder: Path,
-    tensors: Iterable[Entry],
-    shard_bytes: int = SHARD_BYTES,
-    when_written: Callable[[Path], None] = lambda path: None,
-) -> int:
-    """Write tensors as `model.safetensors`, or as shards with an index; two tensors lie in memory at a time.
-
-    Shards that are there already, by `finished_shards` and their SHA-256, are not written again.
-
-    Args:
-        folder: Where to.
-        tensors: Name, shape, dtype, and a function that gives the tensor; it is called when it is written.
-        shard_bytes: Largest shard; a larger tensor gets a shard of its own.
-        when_written: Called with every shard as soon as it is whole, and with those that were there already.
-
-    Returns:
-        Bytes altogether.
-
-    Raises:
-        ConversionError: A tensor is not what was announced.
-    """
-    shards: list[list[tuple[Entry, int]]] = [[]]
-    filled = 0
-    for entry in tensors:
-        size = math.prod(entry[1]) * entry[2].itemsize
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append((entry, size))
-        filled += size
-    total = sum(size for shard in shards for _, size in shard)
-    weight_map, finished = {}, finished_shards(folder)
-    with tqdm(total=total, desc="writing", unit="B", unit_scale=True, unit_divisor=1024) as progress:
-        for number, shard in enumerate(shards, start=1):
-            name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            weight_map.update((entry[0], name) for entry, _ in shard)
-            path, known = folder / name, finished.get(name)
-            if (
-                known
-                and path.is_file()
-                and path.stat().st_size == known["bytes"]
-                and file_sha256(path) == known["sha256"]
-            ):
-                progress.update(sum(size for _, size in shard))
-                when_written(path)
-                continue
-            part = folder / f"{name}.part"
-            digest = _write_shard(part, shard, progress)
-            part.chmod(0o666 & ~_umask())
-            os.replace(part, path)
-            finished[name] = {"bytes": path.stat().st_size, "sha256": digest}
-            (folder / f"{FINISHED}.part").write_text(json.dumps(finished))
-            os.replace(folder / f"{FINISHED}.part", folder / FINISHED)
-            when_written(path)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return total
-
-
-def _write_shard(path: Path, shard: list[tuple[Entry, int]], progress) -> str:
-    """Write a safetensors file as its tensors come; its SHA-256."""
-    shard = sorted(shard, key=lambda each: -each[0][2].itemsize)  # so that all are aligned
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for (name, shape, dtype, _), size in shard:
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
-        end += size
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
-    digest = hashlib.sha256()
-    # the next tensor is read while one is written
-    with open(path, "wb", buffering=0) as stream, ThreadPoolExecutor(1) as reader:
-
-        def write(data) -> None:
-            view = memoryview(data)
-            digest.update(view)
-            while len(view):
-                view = view[stream.write(view) :]
-
-        write(len(raw).to_bytes(8, "little") + raw)
-        following = reader.submit(shard[0][0][3])
-        for number, ((name, shape, dtype, _), size) in enumerate(shard, start=1):
-            tensor = following.result().detach()
-            following = reader.submit(shard[number][0][3]) if number < len(shard) else None
-            if (tuple(tensor.shape), tensor.dtype) != (tuple(shape), dtype):
-                raise ConversionError(
-                    f"{name} is {list(tensor.shape)} of {tensor.dtype}, expected {list(shape)} of {dtype}."
-                )
-            data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-            for start in range(0, size, BLOCK_BYTES):
-                write(data[start : start + BLOCK_BYTES])
-            progress.update(size)
-    return digest.hexdigest()
-
-
-__all__ = [
-    "ShapeTable",
-    "TensorFiles",
-    "dimensions",
-    "file_sha256",
-    "finished_shards",
-    "require_finite",
-    "safetensors_header",
-    "write_tensors",
-    "written_whole",
-]

@@ -22,21 +22,12 @@ from ..configuration.configuration_flamingo import PerceiverFlamingoConfig
 from ..modeling.modeling_bridged import fill_vision_geometry
 from ..modeling.modeling_flamingo import PerceiverFlamingoForConditionalGeneration
 from ..processing.processing_flamingo import PerceiverFlamingoProcessor
-from .convert_files import ShapeTable, TensorFiles, dimensions
-from .convert_parts import (
-    Conversion,
-    Renamed,
-    assemble,
-    expected_tensors,
-    language_table,
-    layer_numbers,
-    open_clip_config,
-    read_text_config,
-    read_vision_config,
-    resized,
-    vision_pieces,
-)
-from .convert_tables import ConversionError, Drop, Rename, Rule, Shapes, dropped, plan
+from .convert_assembly import Conversion, assemble, expected_tensors
+from .convert_files import ShapeTable, TensorFiles, dimensions, layer_numbers
+from .convert_language import language_table, read_text_config
+from .convert_sources import Renamed, resized
+from .convert_tables import ConversionError, Rename, Rule, Shapes, dropped, plan
+from .convert_vision import read_vision_config, vision_pieces
 
 
 # where each language model keeps its decoder layers, in the official code of the time
@@ -95,12 +86,12 @@ def _layers_of(config: PreTrainedConfig) -> str:
         ) from None
 
 
-def checkpoint_table(config: PerceiverFlamingoConfig, language_tensors: Iterable[str]) -> list[Rule]:
+def checkpoint_table(config: PerceiverFlamingoConfig, tensors: Iterable[str]) -> list[Rule]:
     """What an OpenFlamingo checkpoint becomes.
 
     Args:
         config: The whole model's configuration.
-        language_tensors: As for `language_table`.
+        tensors: Names of the converted model's tensors.
     """
     layers, every = _layers_of(config.text_config), config.cross_attention_every_n_layers
     table = list(RESAMPLER_TABLE)
@@ -110,14 +101,13 @@ def checkpoint_table(config: PerceiverFlamingoConfig, language_tensors: Iterable
             Rename(f"{block}.{official}", f"bridge.cross_attention_layers.{number}.{ours}") for official, ours in BLOCK
         ]
     inside = re.compile(re.escape(layers) + r"\.(\d+|\{\})\.")
-    for rule in language_table(config.text_config, language_tensors):
-        # the official code wraps decoder layers: theirs is layers.N.decoder_layer.*
-        official = "lang_encoder." + inside.sub(lambda match: f"{match.group()}decoder_layer.", rule.source)
-        if isinstance(rule, Rename):
-            table.append(Rename(official, f"language_model.{rule.target}"))
-        else:
-            table.append(Drop(official, rule.why))
-    return table
+
+    # the official code wraps decoder layers: their tensors are in layers.N.decoder_layer
+    def wrapped(name: str) -> str:
+        return inside.sub(lambda match: f"{match.group()}decoder_layer.", name)
+
+    language = language_table(config.text_config, tensors, source="lang_encoder.")
+    return table + [rule.renamed(source=wrapped) for rule in language]
 
 
 def usual_names(keys: Iterable[str], layers: str) -> dict[str, str]:
@@ -139,9 +129,6 @@ def usual_names(keys: Iterable[str], layers: str) -> dict[str, str]:
         names[key] = name
     usual = {name for key, name in names.items() if key.removeprefix("module.") == name}
     return {key: name for key, name in names.items() if key.removeprefix("module.") == name or name not in usual}
-
-
-# ---------------------------------------------------------------------- configuration
 
 
 def infer_config(
@@ -206,9 +193,6 @@ def infer_config(
     return PerceiverFlamingoConfig(vision_config=vision_config, text_config=text_config, **found)
 
 
-# ---------------------------------------------------------------------- the whole
-
-
 def resized_text_config(text_config: PreTrainedConfig, shapes: Shapes, num_tokens: int) -> PreTrainedConfig:
     """The language model's configuration after the official code has resized its tables to the tokenizer.
 
@@ -251,20 +235,19 @@ def plan_conversion(checkpoint, vision, language, config: PerceiverFlamingoConfi
     with torch.device("meta"):
         model = PerceiverFlamingoForConditionalGeneration(config)
     expected = expected_tensors(model)
-    of_language = [name.removeprefix("language_model.") for name in expected if name.startswith("language_model.")]
     trained = Renamed(checkpoint, usual_names(checkpoint.shapes, _layers_of(config.text_config)))
     rows = resized(config.text_config.vocab_size)
     tables = {
-        f"language_model.{name}": rows
-        for name in of_language
-        if re.search(r"(embed_in|embed_tokens|wte|lm_head)\.weight$", name)
+        name: rows
+        for name in expected
+        if re.fullmatch(r"language_model\..*(embed_in|embed_tokens|wte|lm_head)\.weight", name)
     }
-    table = checkpoint_table(config, of_language)
-    base = plan(language_table(config.text_config, of_language), language.shapes)
+    table = checkpoint_table(config, expected)
+    base = plan(language_table(config.text_config, expected), language.shapes)
     sources = [  # what was trained counts, not what it began as
         (trained, plan(table, trained.shapes), {}),
         (vision, vision_pieces(vision, [name for name in expected if name.startswith("vision_model.")]), {}),
-        (language, {f"language_model.{name}": piece for name, piece in base.items()}, tables),
+        (language, base, tables),
     ]
     conversion = assemble(config, model, expected, sources, getattr(checkpoint, "path", "the checkpoint"))
     conversion.left_out = dropped(table, trained.shapes)
@@ -347,6 +330,3 @@ def convert_openflamingo(
     )
     conversion.write(output, generation, processor, verify)
     return conversion
-
-
-__all__ = ["Conversion", "convert_openflamingo", "infer_config", "open_clip_config", "plan_conversion"]

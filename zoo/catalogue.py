@@ -7,11 +7,26 @@ Sources: `README.md` and the model cards of open_flamingo and its paper (arXiv 2
 
 from __future__ import annotations
 
-import json
+import base64
+import dataclasses
+import difflib
+import hashlib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
+from urllib.request import Request, urlopen
+
+from tqdm import tqdm
+from transformers.utils import logging
+
+from .files import BLOCK_BYTES, cache_dir, read_json, replacing, sha256_of, write_json
+from .version import __version__
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -247,8 +262,6 @@ def find(name: str) -> Release:
     """
     if name in CATALOGUE:
         return CATALOGUE[name]
-    import difflib
-
     lowered = {known.lower(): known for known in CATALOGUE}
     near = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)]
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
@@ -258,9 +271,10 @@ def find(name: str) -> Release:
 
 
 def fetch(part: File | str | None) -> str | None:
-    """Bring a part of a release onto this machine, through the Hub's client or from its URL; a Hub id stays one.
+    """Download a part of a release, unless it is in the cache; a Hub id is returned as it is.
 
-    Files from URLs are kept in the cache beside the embedded parts.
+    Files from URLs are kept in the folder `releases` of `cache_dir`, each beside a note of its size and SHA-256, with
+    which it is compared whenever it is used again.
 
     Args:
         part: What a `Release` has.
@@ -269,7 +283,7 @@ def fetch(part: File | str | None) -> str | None:
         A path, or the Hub id.
 
     Raises:
-        OSError: It can't be had.
+        OSError: The file can't be downloaded, or what came is not the whole file.
     """
     if not isinstance(part, File):
         return part
@@ -277,18 +291,58 @@ def fetch(part: File | str | None) -> str | None:
         from huggingface_hub import hf_hub_download
 
         return hf_hub_download(part.where, part.name, revision=part.revision)
-    from torch.hub import download_url_to_file
-
-    from .demo import cache_dir
-
     path = cache_dir() / "releases" / part.where.rsplit("/", 1)[-1]
-    if not path.exists():
+    if not path.exists() or _is_damaged(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            download_url_to_file(part.where, os.fspath(path))  # to a temporary file first
-        except OSError as error:
+            _download(part.where, path)
+        except (OSError, HTTPException) as error:
             raise OSError(f"{part.where} can't be fetched: {error}") from error
     return os.fspath(path)
+
+
+def _note_of(path: Path) -> Path:
+    """The note of a downloaded file's URL, size and SHA-256."""
+    return path.with_name(f"{path.name}.origin")
+
+
+def _is_damaged(path: Path) -> bool:
+    """Whether a downloaded file is no longer what was downloaded; files without a note are taken as they are."""
+    note = read_json(_note_of(path), {})
+    if not note or (path.stat().st_size == note["bytes"] and sha256_of(path) == note["sha256"]):
+        return False
+    logger.warning(f"{path} has changed since it was downloaded: it is downloaded again.")
+    return True
+
+
+def _download(url: str, path: Path) -> None:
+    """Download a file, and note its size and SHA-256 beside it.
+
+    Raises:
+        OSError: The server can't be reached, or what it sent does not have the length or the MD5 that it announced.
+    """
+    sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+    with urlopen(Request(url, headers={"User-Agent": f"vlbridge/{__version__}"})) as response:
+        length = response.headers.get("Content-Length")
+        # Google's storage, where LAVIS' files lie, sends the MD5 of most files: x-goog-hash: crc32c=...,md5=...
+        hashes = re.findall(r"md5=([\w+/=]+)", ",".join(response.headers.get_all("x-goog-hash", [])))
+        total = None if length is None else int(length)
+        with replacing(path) as temporary:
+            with (
+                open(temporary, "wb") as file,
+                tqdm(total=total, unit="B", unit_scale=True, desc=path.name) as progress,
+            ):
+                while block := response.read(BLOCK_BYTES):
+                    file.write(block)
+                    sha256.update(block)
+                    md5.update(block)
+                    progress.update(len(block))
+            size = temporary.stat().st_size
+            if total not in (None, size):
+                raise OSError(f"the connection ended after {size:,} of {total:,} bytes")
+            if hashes and base64.b64encode(md5.digest()).decode() != hashes[0]:
+                raise OSError(f"its MD5 is {base64.b64encode(md5.digest()).decode()}, the server announced {hashes[0]}")
+            write_json(_note_of(path), {"url": url, "bytes": size, "sha256": sha256.hexdigest()})
 
 
 def needs_language(release: Release) -> bool:
@@ -297,53 +351,9 @@ def needs_language(release: Release) -> bool:
     return without and release.language is None
 
 
-def convert_release(release: Release, output: str | os.PathLike, **given):
-    """Convert an official release; what belongs to it is fetched.
-
-    Args:
-        release: From the catalogue.
-        output: Folder to write to.
-        given: Parts to use instead of those that the catalogue names, and further arguments of the converter.
-
-    Returns:
-        The `Conversion`.
-
-    Raises:
-        ValueError: A part is not to be had by itself, or they don't fit together.
-        OSError: A part can't be fetched.
-    """
-    from . import convert
-
-    given = {name: value for name, value in given.items() if value is not None}
-    if release.checkpoint is None:
-        raise ValueError(f"{release.name} can't be converted as it is. {release.note}")
-    if needs_language(release) and "language" not in given:
-        raise ValueError(f"{release.name} needs its language model. {release.note}")
-    options = {"config": dict(release.config)} if release.config else {}
-    for name, part in (("vision", release.vision), ("language", release.language), ("tokenizer", release.tokenizer)):
-        if part is not None and name not in given:
-            options[name] = fetch(part)
-    converter = getattr(convert, f"convert_{release.family}")
-    conversion = converter(fetch(release.checkpoint), output=output, **{**options, **given})
-    _name_in_certificate(Path(output), release)
-    return conversion
-
-
-def _name_in_certificate(folder: Path, release: Release) -> None:
-    """Write down which release was converted: the model's card tells what was published about it."""
-    from .convert.convert_certificate import CERTIFICATE, read_certificate
-
-    temporary = folder / f".{CERTIFICATE}.tmp"
-    certificate = {"release": release.name, **read_certificate(folder)}
-    temporary.write_text(json.dumps(certificate, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / CERTIFICATE)
-
-
 def rows() -> list[dict]:
     """The catalogue as plain data, for `vlbridge list`."""
-    import dataclasses
-
     return [dataclasses.asdict(release) for release in CATALOGUE.values()]
 
 
-__all__ = ["CATALOGUE", "File", "Release", "convert_release", "fetch", "find", "needs_language", "rows"]
+__all__ = ["CATALOGUE", "File", "Release", "fetch", "find", "needs_language", "rows"]

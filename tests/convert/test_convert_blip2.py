@@ -28,17 +28,12 @@ from typer.testing import CliRunner
 from vlbridge.cli import app
 from vlbridge.convert import ConversionError, convert_blip, convert_blip2
 from vlbridge.convert.convert_blip import CAPTION_TABLE, MATCHING_TABLE
-from vlbridge.convert.convert_blip2 import (
-    BRIDGE_TABLE,
-    infer_config,
-    language_of,
-    lavis_depth,
-    plan_conversion,
-    usual_vision,
-)
+from vlbridge.convert.convert_blip2 import infer_config, language_of, lavis_depth, plan_conversion, usual_vision
 from vlbridge.convert.convert_files import TensorFiles
-from vlbridge.convert.convert_parts import EVA_TABLE, Renamed, interpolated, read_vision_config
+from vlbridge.convert.convert_lavis_names import BRIDGE_TABLE, EVA_TABLE
+from vlbridge.convert.convert_sources import Renamed
 from vlbridge.convert.convert_tables import invert, plan, twins
+from vlbridge.convert.convert_vision import interpolated, read_vision_config
 
 
 MANIFESTS = Path(__file__).parent / "manifests"

@@ -8,19 +8,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vlbridge.convert.convert_certificate import (
-    CERTIFICATE,
-    Checks,
-    Comparison,
-    card_section,
-    certify,
-    compare_outputs,
-    file_sha256,
-    fixed_image,
-)
+from vlbridge.certificate import CERTIFICATE, card_section
+from vlbridge.convert.convert_assembly import Conversion
+from vlbridge.convert.convert_certificate import Checks, Comparison, certify
 from vlbridge.convert.convert_files import TensorFiles
-from vlbridge.convert.convert_parts import Conversion, resized
+from vlbridge.convert.convert_runs import compare_outputs, fixed_image
+from vlbridge.convert.convert_sources import resized
 from vlbridge.convert.convert_tables import ConversionError, Fuse, Rename, Reshape, Split, SplitZeroKeyBias, plan
+from vlbridge.files import sha256_of
 
 
 TABLE = [
@@ -96,7 +91,7 @@ def test_files_are_compared_as_they_come(written):
             checks.result()
         checks.file(folder / "two.safetensors")
         assert checks.result()["source_tensors"] == 6
-        assert checks.inputs["source.safetensors"]["source.safetensors"]["sha256"] == file_sha256(
+        assert checks.inputs["source.safetensors"]["source.safetensors"]["sha256"] == sha256_of(
             folder.parent / "source.safetensors"
         )
     tensors["k"] = tensors["k"] + 1
@@ -118,7 +113,7 @@ def test_what_is_written_down(written, monkeypatch):
     assert certificate == json.loads((folder / CERTIFICATE).read_text())
     assert str(folder) not in json.dumps(certificate)
     assert certificate["notes"] == ["see model.safetensors, and owner/name on the Hub"]
-    assert certificate["outputs"]["model.safetensors"]["sha256"] == file_sha256(folder / "model.safetensors")
+    assert certificate["outputs"]["model.safetensors"]["sha256"] == sha256_of(folder / "model.safetensors")
     assert certificate["tensors"]["rows"] == {
         "shape": [5, 2],
         "dtype": "bfloat16",

@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
 import vlbridge
+from vlbridge.certificate import CERTIFICATE, card_section
 from vlbridge.cli import app
 from vlbridge.convert import (
     ConversionError,
@@ -23,11 +24,12 @@ from vlbridge.convert import (
     convert_openflamingo,
     export,
 )
-from vlbridge.convert.convert_certificate import CERTIFICATE, card_section, file_sha256
 from vlbridge.convert.convert_files import TensorFiles
-from vlbridge.convert.convert_llava import open_checkpoint
+from vlbridge.convert.convert_language import BUFFER
+from vlbridge.convert.convert_llava_checkpoint import open_checkpoint
 from vlbridge.convert.convert_openflamingo import usual_names
-from vlbridge.convert.convert_parts import BUFFER, Renamed
+from vlbridge.convert.convert_sources import Renamed
+from vlbridge.files import sha256_of
 
 
 CASES = Path(__file__).parents[1] / "parity" / "cases"
@@ -249,7 +251,7 @@ def test_certificates_hold(case, ours, native):
         assert str(folder.parent) not in text and str(case.parent) not in text
         certificate = json.loads(text)
         for name, about in certificate["outputs"].items():
-            assert file_sha256(folder / name) == about["sha256"]
+            assert sha256_of(folder / name) == about["sha256"]
         inputs = [about for files in certificate["inputs"].values() for about in files.values()]
         assert inputs and all(len(about["sha256"]) == 64 for about in inputs)
         files = TensorFiles(folder)

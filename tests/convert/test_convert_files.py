@@ -13,16 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vlbridge.convert import convert_blip, convert_parts
-from vlbridge.convert.convert_files import (
-    FINISHED,
-    TensorFiles,
-    file_sha256,
-    finished_shards,
-    write_tensors,
-    written_whole,
-)
+from vlbridge.convert import convert_assembly, convert_blip
+from vlbridge.convert.convert_files import TensorFiles
 from vlbridge.convert.convert_tables import ConversionError
+from vlbridge.convert.convert_writing import FINISHED, finished_shards, output_folder, write_tensors
+from vlbridge.files import sha256_of
 
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.tensor(True)}
@@ -110,15 +105,15 @@ def test_shards_read_back(shard_bytes, tmp_path):
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path):
-    with pytest.raises(RuntimeError), written_whole(tmp_path / "model") as folder:
+    with pytest.raises(RuntimeError), output_folder(tmp_path / "model") as folder:
         (folder / "model.safetensors").write_text("half")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
-    with written_whole(tmp_path / "model") as folder:
+    with output_folder(tmp_path / "model") as folder:
         (folder / "config.json").write_text("{}")
-    with pytest.raises(ConversionError, match="holds a model already"), written_whole(tmp_path / "model"):
+    with pytest.raises(ConversionError, match="holds a model already"), output_folder(tmp_path / "model"):
         pass
-    with pytest.raises(ConversionError, match="is a file"), written_whole(tmp_path / "model" / "config.json"):
+    with pytest.raises(ConversionError, match="is a file"), output_folder(tmp_path / "model" / "config.json"):
         pass
 
 
@@ -138,7 +133,7 @@ def entries(read: list[str], stop: str | None = None):
 
 
 def interrupt(output: Path, key: str) -> Path:
-    with pytest.raises(KeyboardInterrupt, match="2 finished files stay in"), written_whole(output, key) as folder:
+    with pytest.raises(KeyboardInterrupt, match="2 finished files stay in"), output_folder(output, key) as folder:
         write_tensors(folder, entries([], stop="c"), 1)
     assert not output.exists()
     return folder
@@ -159,7 +154,7 @@ def test_an_interrupted_run_goes_on(damage, tmp_path):
     else:
         (folder / "model-00003-of-00003.safetensors.part").write_text("half")
     read = []
-    with written_whole(tmp_path / "model", "0" * 64) as folder:
+    with output_folder(tmp_path / "model", "0" * 64) as folder:
         write_tensors(folder, entries(read), 1)
         (folder / "config.json").write_text("{}")
     assert read == {None: ["c"], "half": ["c"], "record": ["a", "b", "c"]}.get(damage, ["a", "c"])
@@ -172,13 +167,13 @@ def test_an_interrupted_run_goes_on(damage, tmp_path):
 def test_other_inputs_begin_anew(tmp_path):
     interrupt(tmp_path / "model", "0" * 64)
     read = []
-    with written_whole(tmp_path / "model", "1" * 64) as folder:
+    with output_folder(tmp_path / "model", "1" * 64) as folder:
         write_tensors(folder, entries(read), 1)
     assert read == ["a", "b", "c"]
 
 
 def test_an_error_is_no_interruption(tmp_path):
-    with pytest.raises(RuntimeError), written_whole(tmp_path / "model", "0" * 64) as folder:
+    with pytest.raises(RuntimeError), output_folder(tmp_path / "model", "0" * 64) as folder:
         write_tensors(folder, entries([]), 1)
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
@@ -186,8 +181,8 @@ def test_an_error_is_no_interruption(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
 def test_two_runs_do_not_write_the_same(tmp_path):
-    with written_whole(tmp_path / "model", "0" * 64) as folder:
-        with pytest.raises(ConversionError, match="Another process"), written_whole(tmp_path / "model", "0" * 64):
+    with output_folder(tmp_path / "model", "0" * 64) as folder:
+        with pytest.raises(ConversionError, match="Another process"), output_folder(tmp_path / "model", "0" * 64):
             pass
         (folder / "config.json").write_text("{}")
     assert (tmp_path / "model" / "config.json").exists()
@@ -198,8 +193,8 @@ HEADS = {"vision_config": {"num_attention_heads": 4}, "text_config": {"num_atten
 KILLED = """
 import json, os, signal, sys
 from functools import partial
-from vlbridge.convert import convert_blip, convert_parts
-from vlbridge.convert.convert_files import finished_shards
+from vlbridge.convert import convert_assembly, convert_blip
+from vlbridge.convert.convert_writing import finished_shards
 
 def write(folder, entries, **options):
     def dying(name, read):
@@ -209,7 +204,7 @@ def write(folder, entries, **options):
     entries = [(*entry[:3], partial(dying, entry[0], entry[3])) for entry in entries]
     convert_files_write(folder, entries, 40_000, **options)
 
-convert_files_write, convert_parts.write_tensors = convert_parts.write_tensors, write
+convert_files_write, convert_assembly.write_tensors = convert_assembly.write_tensors, write
 convert_blip(sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4]))
 """
 
@@ -228,7 +223,7 @@ def test_a_killed_conversion_goes_on(tmp_path, monkeypatch):
 
     # with other settings it is another conversion
     other = {**HEADS, "text_config": {"num_attention_heads": 2}}
-    monkeypatch.setattr(convert_parts, "write_tensors", partial(write_tensors, shard_bytes=40_000))
+    monkeypatch.setattr(convert_assembly, "write_tensors", partial(write_tensors, shard_bytes=40_000))
     convert_blip(BLIP / "itm.pth", tmp_path / "other", bert, other)
     assert left.is_dir()
     convert_blip(BLIP / "itm.pth", tmp_path / "model", bert, HEADS)
@@ -237,8 +232,8 @@ def test_a_killed_conversion_goes_on(tmp_path, monkeypatch):
     assert len(after) > 3 and {name: after[name] for name in before} == before
     certificate = json.loads((tmp_path / "model" / "conversion.json").read_text())
     for name in after:
-        assert certificate["outputs"][name]["sha256"] == file_sha256(tmp_path / "model" / name)
-        assert file_sha256(tmp_path / "model" / name) == file_sha256(tmp_path / "other" / name)
+        assert certificate["outputs"][name]["sha256"] == sha256_of(tmp_path / "model" / name)
+        assert sha256_of(tmp_path / "model" / name) == sha256_of(tmp_path / "other" / name)
 
 
 # ---------------------------------------------------------------------- what is written
@@ -254,7 +249,7 @@ def test_others_read_what_is_written(tmp_path):
     )
     loaded = load_file(tmp_path / "model.safetensors")
     assert loaded.keys() == given.keys() and all(torch.equal(loaded[name], given[name]) for name in given)
-    assert finished_shards(tmp_path)["model.safetensors"]["sha256"] == file_sha256(tmp_path / "model.safetensors")
+    assert finished_shards(tmp_path)["model.safetensors"]["sha256"] == sha256_of(tmp_path / "model.safetensors")
 
 
 def test_a_tensor_that_is_not_what_was_announced_is_refused(tmp_path):

@@ -34,17 +34,12 @@ from vlbridge.configuration import MLPLlavaConfig
 from vlbridge.configuration.configuration_llava import anyres_layout
 from vlbridge.convert import ConversionError, convert_llava
 from vlbridge.convert.convert_files import TensorFiles
-from vlbridge.convert.convert_llava import (
-    Checkpoint,
-    checkpoint_table,
-    conversation_of,
-    infer_projector,
-    infer_text_config,
-    plan_conversion,
-    usual_names,
-)
-from vlbridge.convert.convert_parts import OPEN_CLIP_TABLE
+from vlbridge.convert.convert_llava import plan_conversion
+from vlbridge.convert.convert_llava_checkpoint import Checkpoint, infer_projector, infer_text_config
+from vlbridge.convert.convert_llava_names import checkpoint_table, usual_names
+from vlbridge.convert.convert_llava_processor import conversation_of
 from vlbridge.convert.convert_tables import invert, plan
+from vlbridge.convert.convert_vision import OPEN_CLIP_TABLE
 
 
 MANIFESTS = Path(__file__).parent / "manifests"

@@ -33,12 +33,12 @@ from vlbridge.convert import ConversionError, convert_openflamingo
 from vlbridge.convert.convert_openflamingo import (
     checkpoint_table,
     infer_config,
-    open_clip_config,
     plan_conversion,
     resized_text_config,
     usual_names,
 )
 from vlbridge.convert.convert_tables import invert, plan
+from vlbridge.convert.convert_vision import open_clip_config
 from vlbridge.modeling import PerceiverFlamingoForConditionalGeneration
 
 
@@ -106,7 +106,7 @@ def test_full_size_manifests_map_completely(checkpoint, every):
 def test_the_table_leads_back():
     manifest = Manifest("openflamingo_3b_vitl_mpt1b.checkpoint")
     config = infer_config(manifest.shapes, CLIPVisionConfig(), resized_text_config(MosaicGPTConfig(), {}, NUM_TOKENS))
-    table = checkpoint_table(config, ["transformer.wte.weight"])
+    table = checkpoint_table(config, ["language_model.transformer.wte.weight"])
     there = plan(table, manifest.shapes)
     back = plan(invert(table), there)
     assert {name: piece.sources[0] for name, piece in back.items()} == {
@@ -169,10 +169,10 @@ def first_9b(tmp_path_factory):
     model.vision_model.load_state_dict(clip.vision_model.state_dict())
     theirs = language.state_dict()
     theirs["lm_head.weight"] = torch.cat([theirs["lm_head.weight"], theirs["lm_head.weight"].mean(0).expand(2, -1)])
-    theirs["model.embed_tokens.weight"] = model.language_model.model.embed_tokens.weight.detach().clone()
+    theirs["language_model.model.embed_tokens.weight"] = model.language_model.model.embed_tokens.weight.detach().clone()
     model.language_model.load_state_dict(theirs)
 
-    table = checkpoint_table(config, ["model.embed_tokens.weight"])
+    table = checkpoint_table(config, ["language_model.model.embed_tokens.weight"])
     trained = {
         name: tensor
         for name, tensor in model.state_dict().items()

@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from vlbridge.convert import convert_blip2
+from vlbridge.convert.convert_blip2_transformers import PORTS, port_config, port_of, port_table
 from vlbridge.convert.convert_tables import invert, plan
-from vlbridge.convert.convert_transformers import PORTS, port_config, port_of, port_table
 from vlbridge.modeling import QFormerBlip2ForConditionalGeneration
 from vlbridge.modeling.modeling_qformer_pretraining import (
     QFormerBlip2ForImageTextRetrieval,

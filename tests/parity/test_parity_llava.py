@@ -11,7 +11,8 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from vlbridge.convert import convert_llava
-from vlbridge.convert.convert_llava import checkpoint_table, open_checkpoint
+from vlbridge.convert.convert_llava_checkpoint import open_checkpoint
+from vlbridge.convert.convert_llava_names import checkpoint_table
 from vlbridge.convert.convert_tables import invert, plan
 from vlbridge.modeling import MLPLlavaForConditionalGeneration
 

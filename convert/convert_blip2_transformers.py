@@ -1,7 +1,4 @@
-"""BLIP-2 and InstructBLIP as transformers' own classes have them: one table, read in both directions.
-
-Source: `models/blip_2` and `models/instructblip` of transformers 5.
-"""
+"""convert_blip2_transformers"""
 
 from __future__ import annotations
 
@@ -14,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -47,11 +43,14 @@ from ..configuration.configuration_bridged import BridgedConfig
 from ..configuration.configuration_qformer import QFormerBlip2Config, QFormerBlip2PreTrainingConfig, QFormerConfig
 from ..modeling.modeling_bridged import fill_vision_geometry
 from ..modeling.modeling_qformer_pretraining import QFormerBlip2ForImageTextRetrieval
-from .convert_blip2 import block_names, build_processor, model_class
-from .convert_certificate import run_generation, run_retrieval
+from .convert_assembly import Conversion, assemble, expected_tensors
 from .convert_files import TensorFiles
-from .convert_parts import BUFFER, Constants, Conversion, assemble, expected_tensors, language_table, resized
-from .convert_tables import ConversionError, Drop, Missing, Rename, Rule, dropped, invert, plan
+from .convert_language import language_table
+from .convert_lavis_names import transformers_bridge_table
+from .convert_qformer import build_processor, model_class
+from .convert_runs import run_generation, run_retrieval
+from .convert_sources import Constants, resized
+from .convert_tables import ConversionError, Missing, Rename, Rule, dropped, invert, plan
 
 
 @dataclass(frozen=True)
@@ -63,16 +62,12 @@ class Port:
         config_class: Its configuration's class.
         vision_config_class: Of the vision encoder's configuration.
         qformer_config_class: Of the Q-Former's.
-        texts: What the names of the Q-Former's word and position embeddings begin with.
-        layer_norm: Name of the layer norm on the query tokens.
     """
 
     model_class: type[PreTrainedModel]
     config_class: type[PreTrainedConfig]
     vision_config_class: type[PreTrainedConfig]
     qformer_config_class: type[PreTrainedConfig]
-    texts: str = "embeddings."
-    layer_norm: str = "qformer.layernorm"
 
 
 _BLIP2 = (Blip2Config, Blip2VisionConfig, Blip2QFormerConfig)
@@ -80,12 +75,10 @@ PORTS = {
     "generation": Port(Blip2ForConditionalGeneration, *_BLIP2),
     "retrieval": Port(Blip2ForImageTextRetrieval, *_BLIP2),
     "instructed": Port(
-        InstructBlipForConditionalGeneration, InstructBlipConfig, InstructBlipVisionConfig, InstructBlipQFormerConfig,
-        "qformer.embeddings.", "qformer.embeddings.layernorm",
+        InstructBlipForConditionalGeneration, InstructBlipConfig, InstructBlipVisionConfig, InstructBlipQFormerConfig
     ),
 }  # fmt: skip
 MODEL_TYPES = ("blip-2", "instructblip")
-HEADS = ("language_projection", "vision_projection", "text_projection", "itm_head")
 # what we have and transformers' classes have not, and what it is filled with
 ONLY_OURS = (
     (r"vision_model\.post_layernorm\.weight", "a norm behind the encoder, which is not read", 1.0),
@@ -115,39 +108,15 @@ def port_table(config: BridgedConfig, tensors: Iterable[str], tied: Iterable[str
         tensors: Names of our model's tensors.
         tied: Names of its tensors that are second names of others.
     """
-    port, tensors = PORTS[port_of(config)], list(tensors)
-    layers = (
-        *(
-            (f"qformer.encoder.layer.{{}}.{theirs}", f"qformer.layers.{{}}.{ours}")
-            for theirs, ours in block_names("attention")
-        ),
-        (port.layer_norm, "qformer.layer_norm"),
-        ("vision_model.post_layernorm", "vision_layer_norm"),
-        *((name, name) for name in HEADS),
-    )
-    table: list[Rule] = [Rename(f"{a}.{kind}", f"bridge.{b}.{kind}") for a, b in layers for kind in ("weight", "bias")]
-    table += [
-        Rename("query_tokens", "bridge.qformer.query_tokens"),
-        *(
-            Rename(f"{port.texts}{name}.weight", f"bridge.qformer.{name}.weight")
-            for name in ("word_embeddings", "position_embeddings")
-        ),
-        Drop(f"{port.texts}position_ids", BUFFER),
-    ]
-    prefix = "language_model."
+    tensors = list(tensors)
+    table = transformers_bridge_table(port_of(config) == "instructed")
     for name in tensors:
-        found = next((entry for entry in ONLY_OURS if re.fullmatch(entry[0], name)), None)
-        if found is not None:
+        if (found := next((entry for entry in ONLY_OURS if re.fullmatch(entry[0], name)), None)) is not None:
             table.append(Missing(name, *found[1:]))
         elif name.startswith("vision_model."):
             table.append(Rename(name, name))
     if config.text_config is not None:
-        names = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
-        for rule in language_table(config.text_config, names, [name.removeprefix(prefix) for name in tied]):
-            if isinstance(rule, Rename):
-                table.append(Rename(prefix + rule.source, prefix + rule.target))
-            else:
-                table.append(Drop(prefix + rule.source, rule.why))
+        table += language_table(config.text_config, tensors, tied, source="language_model.")
     return table
 
 
@@ -156,9 +125,6 @@ def _shared(fields: Mapping, config_class: type[PreTrainedConfig], **more) -> Pr
     own = set(config_class.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
     own |= {"pad_token_id"} & set(config_class.__dataclass_fields__)
     return config_class(**{name: fields[name] for name in own if fields.get(name) is not None}, **more)
-
-
-# ---------------------------------------------------------------------- out
 
 
 def refuse_port(config: BridgedConfig) -> None:
@@ -357,42 +323,6 @@ def run_port(ours: str | os.PathLike, theirs: str | os.PathLike, config: Bridged
     )
 
 
-def run_llava(ours: str | os.PathLike, theirs: str | os.PathLike, model_class) -> list[dict]:
-    """Let our LLaVA and transformers' answer the same input, in float32.
-
-    Args:
-        ours: Folder or Hub id of ours.
-        theirs: Of theirs.
-        model_class: Theirs.
-    """
-    other, info = model_class.from_pretrained(theirs, dtype=torch.float32, output_loading_info=True)
-    if any(info.values()):
-        raise ConversionError(f"Transformers' class does not find all of its tensors: {info}.")
-    model = AutoModel.from_pretrained(ours, dtype=torch.float32)
-    processors = AutoProcessor.from_pretrained(ours), AutoProcessor.from_pretrained(theirs)
-    prompts = _llava_prompts(*processors)
-    return run_generation(model.eval(), processors[0], other.eval(), processors[1], prompts)
-
-
-def _llava_prompts(ours: ProcessorMixin, theirs: ProcessorMixin) -> tuple[str, str]:
-    """The same question as each of the processors takes it: as a conversation, where both know one that shows an image."""
-    asked, token = ours.caption_prompt, ours.image_token
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": asked}]}]
-    try:
-        prompts = tuple(
-            processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            for processor in (ours, theirs)
-        )
-        if all(prompt.count(token) == 1 for prompt in prompts):
-            return prompts
-    except (ValueError, TemplateError):  # no template, or one that wants other messages
-        pass
-    return f"{token}\n{asked}", f"{token}{' ' if ours.space_after_image else ''}\n{asked}"
-
-
-# ---------------------------------------------------------------------- in
-
-
 def is_port(place: str | os.PathLike) -> bool:
     """Whether a folder or Hub id holds a model of transformers' classes for BLIP-2."""
     if os.path.isfile(place):
@@ -517,17 +447,3 @@ def convert_port(
     conversion.run = lambda folder: run_port(folder, checkpoint, model_config)
     conversion.write(output, generation, processor, verify)
     return conversion
-
-
-__all__ = [
-    "PORTS",
-    "convert_port",
-    "infer_config",
-    "is_port",
-    "plan_port",
-    "port_config",
-    "port_of",
-    "port_table",
-    "run_llava",
-    "run_port",
-]

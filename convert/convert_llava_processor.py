@@ -1,0 +1,129 @@
+"""convert_llava_processor"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from ..configuration.configuration_llava import MLPLlavaConfig
+from .convert_llava_checkpoint import _fields, _file
+
+
+END_OF_TURN = "<|im_end|>"  # ChatML's
+IMAGE_BORDERS = ("<im_start>", "<im_end>")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+
+def load_tokenizer(
+    source: str | os.PathLike, fields: Mapping, text_config: PreTrainedConfig, rows: int
+) -> PreTrainedTokenizerBase:
+    """The language model's tokenizer with LLaVA's tokens, in the official order, and `<image>` behind them.
+
+    Args:
+        source: Folder or Hub id.
+        fields: LLaVA's configuration.
+        text_config: The language model's.
+        rows: Of the embedding table that was trained with the tokenizer: it tells whether `<im_patch>` is there, where the
+            configuration does not.
+
+    Source: `load_pretrained_model` in `llava/model/builder.py`.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(
+        source, config=text_config
+    )  # LLaVA's own configuration is not transformers'
+    borders = bool(fields.get("mm_use_im_start_end", False))
+    if fields.get("mm_use_im_patch_token", borders and rows >= len(tokenizer) + 3):
+        tokenizer.add_tokens(["<im_patch>"], special_tokens=True)
+    if borders:
+        tokenizer.add_tokens(list(IMAGE_BORDERS), special_tokens=True)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+    if hasattr(tokenizer, "legacy"):  # transformers' class takes it, but does not save it
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
+    return tokenizer
+
+
+def conversation_of(name: str, config: MLPLlavaConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The conversation that a release was trained with.
+
+    Args:
+        name: Of the release, as far as it is known.
+        config: The model's configuration.
+        tokenizer: Its tokenizer.
+
+    Source: `llava/eval/run_llava.py`, which goes by names, and the releases' model cards.
+    """
+    name = name.lower()
+    if config.text_config.model_type == "mistral":
+        return "mistral_instruct"
+    if tokenizer.convert_tokens_to_ids(END_OF_TURN) not in (None, tokenizer.unk_token_id):
+        return "chatml_direct"
+    for pattern, conversation in ((r"llama[-_]?2", "llava_llama_2"), (r"[-_]v0\b", "llava_v0")):
+        if re.search(pattern, name):
+            return conversation
+    return "llava_v1" if config.projector_type == "linear" else "vicuna_v1"
+
+
+def starts_anew(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether text behind `<image>` needs a space to be tokenised like a text of its own, as the official code does it.
+
+    Source: `tokenizer_image_token` in `llava/mm_utils.py`.
+    """
+    alone, behind, spaced = (
+        tokenizer.encode(text, add_special_tokens=False) for text in ("\nWhat", "<image>\nWhat", "<image> \nWhat")
+    )
+    return behind[1:] != alone and spaced[1:] == alone
+
+
+def _chat_template(place: str | os.PathLike) -> str | None:
+    """The conversation that a repository of transformers' brings along."""
+    if (path := _file(place, "chat_template.jinja")) is not None:
+        return path.read_text(encoding="utf-8")
+    given = (_fields(place, name).get("chat_template") for name in ("chat_template.json", "processor_config.json"))
+    return next((template for template in given if isinstance(template, str)), None)
+
+
+def _image_fields(place: str | os.PathLike) -> dict:
+    """What an image processor's configuration says: in a file of its own or, since transformers 5, in the processor's."""
+    return _fields(place, "preprocessor_config.json") or _fields(place, "processor_config.json").get(
+        "image_processor", {}
+    )
+
+
+def load_image_processor(place: str | os.PathLike | None, side: int) -> CLIPImageProcessor:
+    """The vision encoder's image processor.
+
+    Args:
+        place: Where it lies; CLIP's defaults where there is none.
+        side: Of the images, in pixels.
+    """
+    fields = {} if place is None or os.path.isfile(place) else _image_fields(place)
+    kind = str(fields.get("image_processor_type") or fields.get("feature_extractor_type") or "CLIP")
+    if not fields:
+        return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    if kind.startswith(("CLIP", "Llava")):  # what is LLaVA's about it is our processor's affair
+        own = ("size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std")
+        own += tuple(name for name in fields if name.startswith("do_") and name != "do_pad")
+        return CLIPImageProcessor(**{name: fields[name] for name in own if name in fields})
+    return AutoImageProcessor.from_pretrained(place)
+
+
+def _ends(text_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | list[int]:
+    """Tokens that end an answer: the language model's, and ChatML's end of a turn where the tokenizer knows it."""
+    ends = text_config.eos_token_id if text_config.eos_token_id is not None else tokenizer.eos_token_id
+    ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
+    end_of_turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+    if end_of_turn not in (None, tokenizer.unk_token_id, *ends):
+        ends.append(end_of_turn)
+    return ends if len(ends) > 1 else ends[0]
