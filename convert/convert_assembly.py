@@ -1,4 +1,4 @@
-"""convert_assembly"""
+"""A conversion as a whole: where each tensor of the converted model comes from, and writing it with its certificate."""
 
 from __future__ import annotations
 
@@ -27,17 +27,18 @@ OFFICIAL = "the official layout"
 
 @dataclass
 class Conversion:
-    """A conversion that has been worked out, and can be written.
+    """A planned conversion, ready to be written.
 
     Args:
-        config: Of the converted model.
-        pieces: For each of its tensors: the files it comes from, how, and what is changed (`None`: nothing).
+        config: The converted model's configuration.
+        pieces: For each of its tensors the files it comes from, how, and the change to it (`None` for none).
         model: The converted model on the meta device.
         notes: What the user should know about it.
-        left_out: Tensors of the checkpoint that were not taken over, and why.
-        direction: Whose layout it was and is.
-        checkpoint: The files that count most: what was trained, beside frozen parts from elsewhere.
-        run: Lets both sides answer fixed inputs, given the folder that was written; `None` where one of them can't run here.
+        left_out: Tensors of the checkpoint that are not used, and why.
+        direction: The layout of the source and that of the target.
+        checkpoint: The files with the trained weights, as opposed to frozen parts from elsewhere.
+        run: Compares the outputs of both models on fixed inputs, given the folder that was written; `None` if one of
+            them can't run here.
     """
 
     config: PreTrainedConfig
@@ -50,10 +51,10 @@ class Conversion:
     run: Callable[[Path], list[dict]] | None = field(default=None, repr=False)
 
     def load(self, name: str) -> torch.Tensor:
-        """One tensor of the converted model.
+        """Make one tensor of the converted model.
 
         Raises:
-            ConversionError: There is NaN or infinity in it or in what it is made from.
+            ConversionError: There is NaN or infinity in it or in its sources.
         """
         files, piece, change = self.pieces[name]
         tensor = piece.load(files.read)
@@ -64,23 +65,23 @@ class Conversion:
         return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """One tensor's shape in the written file."""
+        """The shape of a tensor in the written file."""
         files, piece, change = self.pieces[name]
         shape = piece.shape(files.shapes)
         return shape if change is None else change.shape(shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Its dtype, likewise."""
+        """The dtype of a tensor in the written file."""
         files, piece, _ = self.pieces[name]
         return files.dtypes[piece.sources[0]]
 
     def entries(self) -> Iterator[Entry]:
-        """What `write_tensors` takes."""
+        """The tensors as `write_tensors` takes them."""
         for name in self.pieces:
             yield name, self.shape(name), self.dtype(name), partial(self.load, name)
 
     def leaves(self) -> list[TensorFiles]:
-        """Everything that something is read from."""
+        """All checkpoints that the conversion reads."""
         found = {}
         for files, piece, change in self.pieces.values():
             read = [(files, piece.sources), *((other, other.shapes) for other in (change.reads if change else ()))]
@@ -88,9 +89,9 @@ class Conversion:
         return list(found.values())
 
     def fingerprint(self) -> str:
-        """SHA-256 of what goes in, as far as names, sizes and times of files tell, and of what is done with it."""
+        """SHA-256 of the conversion: names, sizes and times of the files that it reads, and what it does with them."""
         files = {path.resolve() for leaf in self.leaves() for path in leaf.files.values()}
-        # what says how they are to be read: settings of adapters, for one
+        # settings beside them, such as those of adapters
         files |= {path.resolve() for file in files for path in file.parent.glob("*.json")}
         about = {
             "version": __version__,
@@ -111,19 +112,19 @@ class Conversion:
         verify: bool = True,
         card: str | None = None,
     ) -> None:
-        """Write the model with its processor and a certificate, all of it or nothing.
+        """Write the model with its processor and a certificate, whole or not at all.
 
-        After an interruption the same call goes on where the last one stopped, see `output_folder`.
+        After an interruption, the same call continues where the last one stopped; see `output_folder`.
 
         Args:
-            output: Empty folder, or one that is made.
-            generation: Generation defaults.
-            processor: Processor that belongs to the model.
-            verify: Check what was written, see `certify`.
-            card: What its README.md begins with; `None` writes none.
+            output: The folder to write: a new one, or an empty one.
+            generation: Generation defaults; `None` writes none.
+            processor: The model's processor.
+            verify: Whether to check what was written; see `certify`.
+            card: The beginning of its README.md; `None` writes none.
 
         Raises:
-            ConversionError: The folder is not empty, or a tensor is not what it should be.
+            ConversionError: The folder is not empty, or a check failed.
         """
         self.config.architectures = [type(self.model).__name__]
         with output_folder(output, self.fingerprint()) as folder, Checks(self, verify) as checks:
@@ -159,11 +160,11 @@ def require_finite(tensor: torch.Tensor, name: str) -> None:
 
 
 def expected_tensors(model: PreTrainedModel, separate: Iterable[str] = ()) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what a model's files hold: second names of one tensor are left out.
+    """Names and shapes of the tensors in a model's files: second names of one tensor are left out.
 
     Args:
-        model: On the meta device.
-        separate: Names that the class ties, although this model's weights differ.
+        model: The model, on the meta device.
+        separate: Names that the class ties, although the weights differ in this model.
     """
     tied = model.all_tied_weights_keys.keys() - set(separate)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
@@ -176,17 +177,21 @@ def assemble(
     sources: Iterable[tuple[TensorFiles, Mapping[str, Piece], Mapping[str, Change]]],
     what: str,
 ) -> Conversion:
-    """Put a conversion together.
+    """Put a conversion together from several checkpoints.
 
     Args:
-        config: Of the converted model.
-        model: On the meta device.
-        expected: What it consists of.
-        sources: Files, where their tensors go, and what is changed; the first that gives a tensor counts.
-        what: Names the checkpoint in errors.
+        config: The converted model's configuration.
+        model: The converted model, on the meta device.
+        expected: Names and shapes of its tensors.
+        sources: Checkpoints, each with the pieces that it gives and the changes to them, by target name. If several give
+            a tensor, the first is used.
+        what: Name of the checkpoint, for errors.
+
+    Returns:
+        The conversion.
 
     Raises:
-        ConversionError: A tensor is missing or left over, has another shape, or is none of floats.
+        ConversionError: A tensor is missing or left over, or has another shape or a dtype that can't be converted.
     """
     pieces: dict[str, tuple] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -207,7 +212,7 @@ def assemble(
 
 
 def _check_dtypes(files: TensorFiles, piece: Piece, wanted: torch.dtype | None) -> None:
-    """Weights are floats that can be calculated with: integers and 8-bit floats need scales, which are not known here."""
+    """Refuse weights in integers and 8-bit floats: they need scales, which are not known here."""
     for source in piece.sources:
         dtype = files.dtypes[source]
         if wanted is not None and wanted.is_floating_point and dtype not in WEIGHT_DTYPES:
@@ -220,15 +225,15 @@ def _check_dtypes(files: TensorFiles, piece: Piece, wanted: torch.dtype | None) 
 
 
 def compare_twins(files, table: Iterable[Rule], conversion: Conversion) -> None:
-    """Second copies of tensors must be what they are copies of: else they belong to another language model.
+    """Check that second copies of tensors are equal to the first: otherwise the language model is another one.
 
     Args:
         files: The checkpoint.
-        table: Its table.
-        conversion: What it becomes.
+        table: Its conversion table.
+        conversion: Its conversion.
 
     Raises:
-        ConversionError: They differ by more than a rounding to half precision.
+        ConversionError: A copy differs by more than rounding to half precision explains.
     """
     for key, of in twins(table, files.shapes).items():
         one, other = files.read(key), conversion.load(of)
@@ -237,3 +242,6 @@ def compare_twins(files, table: Iterable[Rule], conversion: Conversion) -> None:
                 f"{key} is a second copy of {of}, but differs from it: the parts are not those that the checkpoint was "
                 "trained with."
             )
+
+
+__all__ = ["Conversion", "assemble", "compare_twins", "expected_tensors", "require_finite"]

@@ -15,7 +15,7 @@ from .convert_blip2_transformers import plan_port, run_port
 from .convert_llava_transformers import plan_llava
 from .convert_official import write_official, write_official_blip
 from .convert_runs import run_llava
-from .convert_saved import Saved, _model_type, open_saved
+from .convert_saved import Saved, model_type_of, open_saved
 from .convert_tables import ConversionError
 
 
@@ -42,7 +42,7 @@ def export(
     """
     if to not in TARGETS:
         raise ConversionError(f"to is {to!r}; expected one of {', '.join(TARGETS)}.")
-    if to == "official" and _model_type(model) == "blip":
+    if to == "official" and model_type_of(model) == "blip":
         return write_official_blip(model, output, verify)
     saved = open_saved(model)
     config = saved.config

@@ -1,7 +1,7 @@
-"""Reading checkpoints tensor by tensor, and writing models shard by shard: the whole never lies in memory.
+"""Reading checkpoints tensor by tensor: a checkpoint never lies in memory as a whole.
 
-Files are not trusted. Pickles are read with `weights_only=True`; headers and directories are checked before anything is taken
-from where they point; zip records are compared with their CRC-32. Nothing is mapped into memory, so that what was read does not
+Files are not trusted. Pickles are read with `weights_only=True`; headers and directories are checked before data is read from
+where they point; zip records are compared with their CRC-32. Files are not mapped into memory, so that what was read does not
 stay there.
 
 Source: the safetensors format, https://github.com/huggingface/safetensors#format; `torch/serialization.py`.
@@ -42,7 +42,7 @@ def _first_line(error: BaseException) -> str:
 
 
 class ShapeTable(dict):
-    """Shapes by name; to ask for one that is not there is an error of the checkpoint's."""
+    """Shapes by name; a missing name is reported as a fault of the checkpoint."""
 
     def __init__(self, path: str, shapes: Mapping[str, tuple[int, ...]] = {}):
         super().__init__(shapes)
@@ -53,10 +53,15 @@ class ShapeTable(dict):
 
 
 def dimensions(shapes: Mapping[str, tuple[int, ...]], name: str, number: int) -> tuple[int, ...]:
-    """The shape of a tensor that must have so many dimensions.
+    """The shape of a tensor, which must have a given number of dimensions.
+
+    Args:
+        shapes: Shapes by name.
+        name: The tensor.
+        number: Its dimensions.
 
     Raises:
-        ConversionError: It has another number of them, or there is no such tensor.
+        ConversionError: It has another number of dimensions, or there is no such tensor.
     """
     shape = tuple(shapes[name])
     if len(shape) != number:
@@ -65,7 +70,7 @@ def dimensions(shapes: Mapping[str, tuple[int, ...]], name: str, number: int) ->
 
 
 def layer_numbers(keys: Iterable[str], pattern: str) -> list[int]:
-    """The numbers that a pattern's first group finds at the beginning of keys, sorted."""
+    """The numbers that the first group of a pattern matches at the beginning of keys, sorted."""
     return sorted({int(match.group(1)) for key in keys if (match := re.match(pattern, key))})
 
 
@@ -78,9 +83,9 @@ class Record:
 
     Args:
         file: The file.
-        start: First byte.
-        size: Bytes.
-        crc: CRC-32 of them, where the file tells.
+        start: Position of the first byte.
+        size: Number of bytes.
+        crc: Their CRC-32, if the file holds it.
     """
 
     file: Path
@@ -89,7 +94,7 @@ class Record:
     crc: int | None = None
 
     def read(self, start: int, size: int) -> torch.Tensor:
-        """Some of its bytes, `(size,)`."""
+        """Read some of its bytes: `(size,)`, uint8."""
         data = torch.empty(size, dtype=torch.uint8)
         with open(self.file, "rb", buffering=0) as stream:
             stream.seek(self.start + start)
@@ -102,10 +107,10 @@ class Record:
         return data
 
     def check(self) -> None:
-        """Compare with the CRC-32.
+        """Compare its bytes with the CRC-32.
 
         Raises:
-            ConversionError: They differ.
+            ConversionError: They don't match.
         """
         crc, size = 0, 0
         with open(self.file, "rb", buffering=0) as stream:
@@ -123,17 +128,17 @@ class Record:
 
 @dataclass
 class Stored:
-    """One tensor of a file: which bytes, and how they are to be seen."""
+    """A tensor in a file: its bytes, and how they are interpreted. `offset` and `stride` count elements."""
 
     record: Record
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...] | None = None
-    offset: int = 0  # elements
+    offset: int = 0
 
     @property
     def plain(self) -> bool:
-        """Do its elements lie one after the other, and nothing between them?"""
+        """Whether its elements lie one after the other, without gaps."""
         expected = 1
         for size, step in zip(reversed(self.shape), reversed(self.stride or ())):
             if size > 1 and step != expected:
@@ -142,7 +147,7 @@ class Stored:
         return True
 
     def blocks(self, buffer: bytearray) -> Iterator[int]:
-        """Read a plain tensor's bytes block by block into a buffer; yields how many it holds."""
+        """Read a plain tensor block by block into a buffer; yields the number of bytes in the buffer."""
         view = memoryview(buffer)
         with open(self.record.file, "rb", buffering=0) as stream:
             stream.seek(self.record.start + self.offset * self.dtype.itemsize)
@@ -158,13 +163,13 @@ class Stored:
                 yield filled
 
     def read(self, checked: set[Record]) -> torch.Tensor:
-        """The tensor.
+        """Read the tensor.
 
         Args:
-            checked: Records whose checksums were compared before; what is compared now is added.
+            checked: Records whose checksums have been compared already; the tensor's record is added.
 
         Raises:
-            ConversionError: The checksum is another.
+            ConversionError: The checksum doesn't match.
         """
         size = self.dtype.itemsize
         if self.stride is None:
@@ -181,11 +186,11 @@ class Stored:
 
 
 def elements_spanned(shape: Iterable[int], stride: Iterable[int]) -> int:
-    """From a tensor's first element to its last."""
+    """Number of elements in memory from a tensor's first to its last."""
     return sum((size - 1) * step for size, step in zip(shape, stride)) + 1
 
 
-def _once(pairs: list[tuple[str, object]]) -> dict:
+def _unique(pairs: list[tuple[str, object]]) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -194,13 +199,16 @@ def _once(pairs: list[tuple[str, object]]) -> dict:
 
 
 def safetensors_header(file: Path) -> dict[str, Stored]:
-    """What a safetensors file holds, after everything that its header says has been checked.
+    """The tensors of a safetensors file, after its header has been checked in full.
 
     Args:
         file: The file.
 
+    Returns:
+        From names to where the tensors lie.
+
     Raises:
-        ConversionError: It is no whole safetensors file, or its header contradicts itself.
+        ConversionError: It is not a whole safetensors file, or its header contradicts itself.
     """
 
     def refuse(what: str):
@@ -213,7 +221,7 @@ def safetensors_header(file: Path) -> dict[str, Stored]:
             refuse(f"it has {size} bytes, and its header claims {length}" if size >= 8 else f"it has {size} bytes")
         raw = stream.read(length)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         refuse(f"its header can't be read, {_first_line(error)}")
     if not isinstance(header, dict):
@@ -248,7 +256,7 @@ def safetensors_header(file: Path) -> dict[str, Stored]:
 
 
 def zip_records(file: Path) -> dict[int, Record]:
-    """The storages in a file of `torch.save`, by their first byte; everything else in it is compared with its checksum.
+    """The storages in a file of `torch.save`, by their first byte; all other records are compared with their checksums.
 
     Args:
         file: The file.
@@ -284,12 +292,12 @@ def zip_records(file: Path) -> dict[int, Record]:
 
 
 class TensorFiles:
-    """The tensors of a checkpoint, whatever it lies in; they are read when they are asked for.
+    """The tensors of a checkpoint in any format; each is read when it is asked for.
 
     Args:
-        path: A file (`.safetensors`, or anything of `torch.save`), a folder in transformers' layout, whole or sharded, or
-            a Hub id of such a folder.
-        hub_kwargs: `revision`, `cache_dir` and the like.
+        path: A file (`.safetensors`, or one of `torch.save`), a folder in transformers' layout, whole or sharded, or the Hub
+            id of such a folder.
+        hub_kwargs: Arguments for the Hub's client: `revision`, `cache_dir` and so on.
 
     Raises:
         ConversionError: There are no weights there, they are damaged, or loading them would run code.
@@ -301,7 +309,7 @@ class TensorFiles:
             files = [Path(path)] if os.path.isfile(path) else checkpoint_files(self.path, **hub_kwargs)
         except OSError as error:
             raise ConversionError(f"{self.path}: {_first_line(error)}") from error
-        # what certificates call it: a Hub id, or a name without the folders of this machine
+        # its name in certificates: a Hub id, or a file name without the folders of this machine
         self.label = os.path.basename(os.path.abspath(path)) if os.path.exists(path) else self.path
         self.files = {file.name: file for file in files}
         self.shapes: dict[str, tuple[int, ...]] = ShapeTable(self.path)
@@ -328,7 +336,7 @@ class TensorFiles:
             )
 
     def _check_index(self, folder: Path) -> None:
-        """Are tensors where the index says?"""
+        """Check that the tensors are in the files that the index names."""
         indices = (folder / f"{name}.index.json" for name in ("model.safetensors", "pytorch_model.bin"))
         if (index := next((path for path in indices if path.is_file()), None)) is None:
             return
@@ -346,7 +354,7 @@ class TensorFiles:
             raise ConversionError(f"{file} is empty.")
         records = zip_records(file) if zipped else {}
         try:
-            # of the new (zip) format only names, shapes and places are read here; the old one is read whole
+            # of the new (zip) format, only names, shapes and positions are read here; a file of the old one is read whole
             if zipped:
                 tensors = load_without_weights(file)
             else:
@@ -393,10 +401,15 @@ class TensorFiles:
         return found
 
     def stored(self, name: str) -> Stored | torch.Tensor:
-        """Where a tensor lies; the tensor itself, where it is in memory anyway."""
+        """Where a tensor lies in a file, or the tensor itself if it is in memory."""
         return self._tensors[name]
 
     def read(self, name: str) -> torch.Tensor:
+        """Read a tensor.
+
+        Raises:
+            ConversionError: Its checksum doesn't match.
+        """
         tensor = self._tensors[name]
         if isinstance(tensor, torch.Tensor):
             return tensor
@@ -406,5 +419,5 @@ class TensorFiles:
             raise ConversionError(f"{name}: {error}") from error
 
     def origin(self, name: str) -> TensorFiles:
-        """What a tensor really lies in."""
+        """The checkpoint that a tensor is read from."""
         return self

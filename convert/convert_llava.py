@@ -14,35 +14,35 @@ import re
 from collections.abc import Mapping
 
 import torch
-from transformers import AutoConfig, GenerationConfig, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+    PreTrainedTokenizerBase,
+)
 
 from ..configuration.configuration_llava import MLPLlavaConfig
 from ..modeling.modeling_bridged import fill_vision_geometry
 from ..modeling.modeling_llava import MLPLlavaForConditionalGeneration
-from ..processing.processing_llava import MLPLlavaProcessor
 from .convert_assembly import Conversion, assemble, expected_tensors
 from .convert_files import TensorFiles, dimensions
 from .convert_llava_checkpoint import (
     Checkpoint,
-    _file,
-    _official_options,
-    _transformers_config,
-    _transformers_options,
+    Settings,
+    find_file,
     infer_projector,
-    infer_text_config,
     open_checkpoint,
+    read_settings,
+    transformers_config,
 )
 from .convert_llava_names import EMBEDDING, checkpoint_table, projector_layers
 from .convert_llava_processor import (
-    IMAGE_BORDERS,
     TOKENIZER_FILES,
-    _chat_template,
-    _ends,
-    _image_fields,
-    conversation_of,
+    build_processor,
+    end_tokens,
     load_image_processor,
     load_tokenizer,
-    starts_anew,
 )
 from .convert_runs import run_llava
 from .convert_sources import Change, Renamed, resized, with_rows
@@ -177,110 +177,62 @@ def convert_llava(
     overrides = dict(config or {})
     vision_overrides = overrides.pop("vision_config", {})
     release = open_checkpoint(checkpoint)
-    notes = []
-    base = None
     if release.has("language"):
-        if language is not None:
-            notes.append(f"{language} is not used: the checkpoint holds its language model.")
-        if "delta" in os.path.basename(os.path.abspath(checkpoint)).lower():
-            raise ConversionError(
-                f"{checkpoint} holds differences from LLaMA's weights, by its name. Add them up first, with the official "
-                "llava.model.apply_delta."
-            )
+        _refuse_delta(checkpoint)
+        base = None
     else:
         base = _open_base(release, language)
-    alone = base is not None and not release.lora  # a projector without anything else
-
-    # what the configurations say
-    whole = release if release.fields else base
-    if whole is None:
-        raise ConversionError(f"There is no config.json beside {checkpoint}, which a whole model needs.")
-    fields, where = whole.fields, f"{whole.place}/config.json"
-    theirs = "text_config" in fields
-    if theirs:
-        options, ratio = _transformers_options(fields, _image_fields(whole.place), where)
-    else:
-        options, ratio = _official_options(fields)
-        if alone and EMBEDDING in release.files.shapes:
-            fields = {**fields, "mm_use_im_start_end": True}  # these tokens' rows are why the table is there
-    described = base if alone else whole
-    text_config = infer_text_config(described.fields, f"{described.place}/config.json")
-
-    # the vision encoder
-    inside = next((part for part in (release, base) if part is not None and part.has("vision")), None)
-    if inside is not None and vision is not None:
-        notes.append(f"The vision tower is the checkpoint's own: the weights in {vision} are not used.")
-    named = None if theirs else fields.get("mm_vision_tower")
-    vision_files = None
-    if theirs and inside is not None:
-        vision, vision_config = whole.place, _transformers_config(fields, where).vision_config
-    else:
-        vision, vision_files, vision_config = _open_vision(vision, named, inside is None, vision_overrides)
-
-    # the tokenizer
-    places = [part.place for part in (release, base) if part is not None and part.place]
-    place = next((place for place in places if any(_file(place, name) for name in TOKENIZER_FILES)), None)
-    if place is None:
-        raise ConversionError(f"There is no tokenizer in {' or '.join(places)}: put the language model's there.")
-    rows = text_config.vocab_size
-    if EMBEDDING in release.files.shapes:
-        rows = dimensions(release.files.shapes, EMBEDDING, 2)[0]
-    tokenizer = load_tokenizer(place, fields, text_config, rows)
-    borders = IMAGE_BORDERS if fields.get("mm_use_im_start_end") else ()
-    wanted = max((tokenizer.convert_tokens_to_ids(token) + 1 for token in borders), default=0)
-    if alone:
-        text_config.vocab_size = max(text_config.vocab_size, wanted)
-    elif wanted > text_config.vocab_size:
-        raise ConversionError(
-            f"{borders[-1]} is token {wanted - 1}, but the language model has {text_config.vocab_size} rows: the tokenizer "
-            f"in {place} is not the one that the checkpoint was trained with."
-        )
-
-    # the model
-    of_projector = release if release.has("projector") or base is None else base
-    declared = None if theirs else fields.get("mm_projector_type")
-    projector = infer_projector(of_projector.files.shapes, of_projector.layout, declared)
-    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    settings = read_settings(release, base)
+    vision_place, vision_files, vision_config = _choose_vision(release, base, settings, vision, vision_overrides)
+    tokenizer = _load_tokenizer(release, base, settings)
+    projector = release if release.has("projector") or base is None else base
+    declared = None if settings.native else settings.fields.get("mm_projector_type")
     model_config = MLPLlavaConfig(
         vision_config=vision_config,
-        text_config=text_config,
-        **{**options, **projector, "image_token_id": image_token_id, **overrides},
+        text_config=settings.text_config,
+        **{
+            **settings.options,
+            **infer_projector(projector.files.shapes, projector.layout, declared),
+            "image_token_id": tokenizer.convert_tokens_to_ids("<image>"),
+            **overrides,
+        },
     )
-    conversion = plan_conversion(release, vision_files, base, model_config, len(borders))
-    conversion.notes = notes
-    if theirs:
+    conversion = plan_conversion(release, vision_files, base, model_config, len(settings.borders))
+    if base is None and language is not None:
+        conversion.notes.append(f"{language} is not used: the checkpoint holds its language model.")
+    if vision is not None and any(part.has("vision") for part in (release, base) if part is not None):
+        conversion.notes.append(f"The vision tower is the checkpoint's own: the weights in {vision} are not used.")
+    if settings.native:
         conversion.direction = ("transformers", "vlbridge")
         their_class = LlavaForConditionalGeneration
         if model_config.image_grid_pinpoints is not None:
             their_class = LlavaNextForConditionalGeneration
-        conversion.run = lambda folder: run_llava(folder, whole.place, their_class)
+        conversion.run = lambda folder: run_llava(folder, settings.place, their_class)
     files, piece, _ = conversion.pieces[f"language_model.{EMBEDDING}"]
     model_config.dtype = files.dtypes[piece.sources[0]]  # the official code runs all parts in the language model's
 
     if "image_grid_pinpoints" in overrides:
-        ratio = "anyres" if overrides["image_grid_pinpoints"] else "pad"
-    chat_template = _chat_template(whole.place) if theirs and conversation is None else None
-    if conversation is None and chat_template is None:
-        name = f"{checkpoint} {fields.get('_name_or_path', '')}"
-        conversation = "plain" if alone else conversation_of(name, model_config, tokenizer)
-    processor = MLPLlavaProcessor.from_config(
-        model_config,
-        load_image_processor(vision, model_config.image_size),
-        tokenizer,
-        chat_template=chat_template,
-        image_aspect_ratio=ratio,
-        conversation=conversation,
-        mm_use_im_start_end=bool(borders),
-        space_after_image=not theirs and starts_anew(tokenizer),
-    )
+        settings.image_aspect_ratio = "anyres" if overrides["image_grid_pinpoints"] else "pad"
+    image_processor = load_image_processor(vision_place, model_config.image_size)
+    name = f"{checkpoint} {settings.fields.get('_name_or_path', '')}"
+    processor = build_processor(model_config, settings, image_processor, tokenizer, conversation, name)
     generation = GenerationConfig(
-        bos_token_id=text_config.bos_token_id,
-        eos_token_id=_ends(text_config, tokenizer),
+        bos_token_id=settings.text_config.bos_token_id,
+        eos_token_id=end_tokens(settings.text_config, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         max_new_tokens=512,
     )
     conversion.write(output, generation, processor, verify)
     return conversion
+
+
+def _refuse_delta(checkpoint: str | os.PathLike) -> None:
+    """Refuse the releases that hold differences from LLaMA's weights, which only their names tell."""
+    if "delta" in os.path.basename(os.path.abspath(checkpoint)).lower():
+        raise ConversionError(
+            f"{checkpoint} holds differences from LLaMA's weights, by its name. Add them up first, with the official "
+            "llava.model.apply_delta."
+        )
 
 
 def _open_base(release: Checkpoint, language: str | os.PathLike | None) -> Checkpoint:
@@ -294,6 +246,21 @@ def _open_base(release: Checkpoint, language: str | os.PathLike | None) -> Check
     if not base.has("language") or not base.fields:
         raise ConversionError(f"There is no language model with its config.json in {language}.")
     return base
+
+
+def _choose_vision(
+    release: Checkpoint,
+    base: Checkpoint | None,
+    settings: Settings,
+    vision: str | os.PathLike | None,
+    overrides: Mapping,
+) -> tuple:
+    """The vision encoder: where it lies, its tensors unless the checkpoint holds them, and its configuration."""
+    inside = any(part.has("vision") for part in (release, base) if part is not None)
+    if settings.native and inside:
+        return settings.place, None, transformers_config(settings.fields, settings.where).vision_config
+    named = None if settings.native else settings.fields.get("mm_vision_tower")
+    return _open_vision(vision, named, not inside, overrides)
 
 
 def _open_vision(given, named: str | None, weights: bool, overrides: Mapping) -> tuple:
@@ -319,3 +286,31 @@ def _open_vision(given, named: str | None, weights: bool, overrides: Mapping) ->
             f"The checkpoint names {named!r} as its vision tower, which can't be read: {str(error).splitlines()[0]} Give "
             "the vision encoder's folder or Hub id (--vision)."
         ) from error
+
+
+def _load_tokenizer(release: Checkpoint, base: Checkpoint | None, settings: Settings) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the checkpoint or beside its language model, with LLaVA's tokens.
+
+    If `<im_start>` and `<im_end>` were trained with a projector alone, the language model's vocabulary grows by them.
+    """
+    text_config = settings.text_config
+    places = [part.place for part in (release, base) if part is not None and part.place]
+    place = next((place for place in places if any(find_file(place, name) for name in TOKENIZER_FILES)), None)
+    if place is None:
+        raise ConversionError(f"There is no tokenizer in {' or '.join(places)}: put the language model's there.")
+    rows = text_config.vocab_size
+    if EMBEDDING in release.files.shapes:
+        rows = dimensions(release.files.shapes, EMBEDDING, 2)[0]
+    tokenizer = load_tokenizer(place, settings.fields, text_config, rows)
+    wanted = max((tokenizer.convert_tokens_to_ids(token) + 1 for token in settings.borders), default=0)
+    if settings.projector_only:
+        text_config.vocab_size = max(text_config.vocab_size, wanted)
+    elif wanted > text_config.vocab_size:
+        raise ConversionError(
+            f"{settings.borders[-1]} is token {wanted - 1}, but the language model has {text_config.vocab_size} rows: the "
+            f"tokenizer in {place} is not the one that the checkpoint was trained with."
+        )
+    return tokenizer
+
+
+__all__ = ["convert_llava", "new_rows", "plan_conversion"]

@@ -15,7 +15,15 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..compat import optional_file
 from .convert_files import TensorFiles, dimensions
 from .convert_language import lora_changes, text_config_of
-from .convert_llava_names import LLAVA_LANGUAGE_MODELS, PREFIXES, layout_of, projector_layers, usual_names
+from .convert_llava_names import (
+    EMBEDDING,
+    IMAGE_BORDERS,
+    LLAVA_LANGUAGE_MODELS,
+    PREFIXES,
+    layout_of,
+    projector_layers,
+    usual_names,
+)
 from .convert_sources import Change, Merged, Renamed
 from .convert_tables import ConversionError, Shapes
 
@@ -27,14 +35,14 @@ LLAVA_FIELDS = re.compile(
 WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 
 
-def _file(place: str | os.PathLike, name: str) -> Path | None:
+def find_file(place: str | os.PathLike, name: str) -> Path | None:
     """One file of a folder or Hub repository, `None` where it has none."""
     found = optional_file(place, name, gated_is_missing=True)
     return None if found is None else Path(found)
 
 
-def _fields(place: str | os.PathLike, name: str) -> dict:
-    path = _file(place, name)
+def read_fields(place: str | os.PathLike, name: str) -> dict:
+    path = find_file(place, name)
     if path is None:
         return {}
     try:
@@ -102,13 +110,13 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
         if os.path.isfile(path):
             place = os.path.dirname(path) or "."
             if not os.path.basename(path).startswith(("adapter_model.", "non_lora_trainables.")):
-                fields = _fields(place, "config.json")
+                fields = read_fields(place, "config.json")
                 return Checkpoint(TensorFiles(path), fields, place if fields else None)
             path = place
-        fields, settings = _fields(path, "config.json"), _fields(path, "adapter_config.json")
+        fields, settings = read_fields(path, "config.json"), read_fields(path, "adapter_config.json")
         if settings:
             return _open_lora(path, fields, settings)
-        if not any(_file(path, name) for name in WEIGHTS) and (projector := _file(path, "mm_projector.bin")):
+        if not any(find_file(path, name) for name in WEIGHTS) and (projector := find_file(path, "mm_projector.bin")):
             return Checkpoint(TensorFiles(projector), fields, path)
     except OSError as error:
         raise ConversionError(f"{path}: {str(error).splitlines()[0]}") from error
@@ -116,13 +124,13 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
 
 def _open_lora(path: str, fields: dict, settings: dict) -> Checkpoint:
-    adapter = _file(path, "adapter_model.safetensors") or _file(path, "adapter_model.bin")
+    adapter = find_file(path, "adapter_model.safetensors") or find_file(path, "adapter_model.bin")
     if adapter is None:
         raise ConversionError(f"{path} has an adapter_config.json, but neither adapter_model.safetensors nor .bin.")
     adapter = TensorFiles(adapter)
     # weights that were trained as they are may be in either file
     whole = Renamed(adapter, {key: key for key in adapter.shapes if "lora_" not in key})
-    if (rest := _file(path, "non_lora_trainables.bin")) is not None:
+    if (rest := find_file(path, "non_lora_trainables.bin")) is not None:
         whole = Merged(TensorFiles(rest), whole)
     base = settings.get("base_model_name_or_path") or fields.get("_name_or_path") or None
     return Checkpoint(whole, fields, path, lora_changes(adapter, settings), base)
@@ -139,7 +147,7 @@ def infer_text_config(fields: Mapping, where: str) -> PreTrainedConfig:
         ConversionError: The language model is of a kind that LLaVA's checkpoints are not known to have.
     """
     if "text_config" in fields:
-        return _transformers_config(fields, where).text_config
+        return transformers_config(fields, where).text_config
     kind = str(fields.get("model_type"))
     if kind not in LLAVA_LANGUAGE_MODELS:
         if kind.startswith("llava"):
@@ -149,7 +157,7 @@ def infer_text_config(fields: Mapping, where: str) -> PreTrainedConfig:
     return text_config_of({**own, "model_type": LLAVA_LANGUAGE_MODELS[kind]}, where)
 
 
-def _transformers_config(fields: Mapping, where: str) -> PreTrainedConfig:
+def transformers_config(fields: Mapping, where: str) -> PreTrainedConfig:
     kind = fields.get("model_type")
     if kind not in ("llava", "llava_next"):
         raise ConversionError(f"{where}: the model is a {kind}; expected llava or llava_next.")
@@ -222,7 +230,7 @@ def _official_options(fields: Mapping) -> tuple[dict, str]:
 
 def _transformers_options(fields: Mapping, image_fields: Mapping, where: str) -> tuple[dict, str]:
     """Likewise from a configuration of transformers and the image processor's."""
-    config = _transformers_config(fields, where)
+    config = transformers_config(fields, where)
     if config.projector_hidden_act != "gelu":
         raise ConversionError(f"{where} has projector_hidden_act {config.projector_hidden_act!r}; expected gelu.")
     options = {
@@ -236,3 +244,82 @@ def _transformers_options(fields: Mapping, image_fields: Mapping, where: str) ->
         return {**options, "image_grid_pinpoints": pinpoints, "patch_merge_type": "spatial_unpad"}, "anyres"
     padded = "Llava" in image_fields.get("image_processor_type", "") and image_fields.get("do_pad")
     return options, "pad" if padded else "square"
+
+
+def image_fields(place: str | os.PathLike) -> dict:
+    """The fields of an image processor, from its own file or, since transformers 5, from the processor's."""
+    own = read_fields(place, "preprocessor_config.json")
+    return own or read_fields(place, "processor_config.json").get("image_processor", {})
+
+
+@dataclass
+class Settings:
+    """What the configuration files of a checkpoint and its language model say.
+
+    Args:
+        place: Folder or Hub id of the `config.json` that tells about the bridge.
+        fields: Its fields.
+        native: Whether it is one of transformers' own classes.
+        options: The fields of `MLPLlavaConfig` that follow from it.
+        image_aspect_ratio: How images are fitted to the encoder's square: `"square"`, `"pad"` or `"anyres"`.
+        text_config: The language model's configuration.
+        projector_only: Whether the checkpoint is a projector, beside a language model that stayed frozen.
+    """
+
+    place: str
+    fields: dict
+    native: bool
+    options: dict
+    image_aspect_ratio: str
+    text_config: PreTrainedConfig
+    projector_only: bool
+
+    @property
+    def where(self) -> str:
+        """Name of the configuration file, for errors."""
+        return f"{self.place}/config.json"
+
+    @property
+    def borders(self) -> tuple[str, ...]:
+        """The tokens around an image: `<im_start>` and `<im_end>`, or none."""
+        return IMAGE_BORDERS if self.fields.get("mm_use_im_start_end") else ()
+
+
+def read_settings(release: Checkpoint, base: Checkpoint | None) -> Settings:
+    """Read what the configuration files say.
+
+    Args:
+        release: LLaVA's checkpoint.
+        base: The language model that it belongs to; `None` if it holds its own.
+
+    Raises:
+        ConversionError: There is no configuration, or it has values that are not known.
+    """
+    source = release if release.fields else base
+    if source is None:
+        raise ConversionError(f"There is no config.json beside {release.files.path}, which a whole model needs.")
+    projector_only = base is not None and not release.lora
+    fields, native, where = source.fields, "text_config" in source.fields, f"{source.place}/config.json"
+    if native:
+        options, ratio = _transformers_options(fields, image_fields(source.place), where)
+    else:
+        options, ratio = _official_options(fields)
+        if projector_only and EMBEDDING in release.files.shapes:
+            fields = {**fields, "mm_use_im_start_end": True}  # the table is there because of these tokens' rows
+    described = base if projector_only else source
+    text_config = infer_text_config(described.fields, f"{described.place}/config.json")
+    return Settings(source.place, fields, native, options, ratio, text_config, projector_only)
+
+
+__all__ = [
+    "Checkpoint",
+    "Settings",
+    "find_file",
+    "image_fields",
+    "infer_projector",
+    "infer_text_config",
+    "open_checkpoint",
+    "read_fields",
+    "read_settings",
+    "transformers_config",
+]

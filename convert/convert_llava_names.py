@@ -34,6 +34,7 @@ PREFIXES = {
     "transformers": ("language_model.", "vision_tower.vision_model.", "image_newline"),
 }
 LLAVA_LANGUAGE_MODELS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
+IMAGE_BORDERS = ("<im_start>", "<im_end>")
 EMBEDDING = "model.embed_tokens.weight"
 
 

@@ -15,11 +15,12 @@ from transformers import (
 )
 
 from ..configuration.configuration_llava import MLPLlavaConfig
-from .convert_llava_checkpoint import _fields, _file
+from ..processing.processing_llava import MLPLlavaProcessor
+from .convert_llava_checkpoint import Settings, find_file, image_fields, read_fields
+from .convert_llava_names import IMAGE_BORDERS
 
 
 END_OF_TURN = "<|im_end|>"  # ChatML's
-IMAGE_BORDERS = ("<im_start>", "<im_end>")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
@@ -88,17 +89,10 @@ def starts_anew(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def _chat_template(place: str | os.PathLike) -> str | None:
     """The conversation that a repository of transformers' brings along."""
-    if (path := _file(place, "chat_template.jinja")) is not None:
+    if (path := find_file(place, "chat_template.jinja")) is not None:
         return path.read_text(encoding="utf-8")
-    given = (_fields(place, name).get("chat_template") for name in ("chat_template.json", "processor_config.json"))
+    given = (read_fields(place, name).get("chat_template") for name in ("chat_template.json", "processor_config.json"))
     return next((template for template in given if isinstance(template, str)), None)
-
-
-def _image_fields(place: str | os.PathLike) -> dict:
-    """What an image processor's configuration says: in a file of its own or, since transformers 5, in the processor's."""
-    return _fields(place, "preprocessor_config.json") or _fields(place, "processor_config.json").get(
-        "image_processor", {}
-    )
 
 
 def load_image_processor(place: str | os.PathLike | None, side: int) -> CLIPImageProcessor:
@@ -108,7 +102,7 @@ def load_image_processor(place: str | os.PathLike | None, side: int) -> CLIPImag
         place: Where it lies; CLIP's defaults where there is none.
         side: Of the images, in pixels.
     """
-    fields = {} if place is None or os.path.isfile(place) else _image_fields(place)
+    fields = {} if place is None or os.path.isfile(place) else image_fields(place)
     kind = str(fields.get("image_processor_type") or fields.get("feature_extractor_type") or "CLIP")
     if not fields:
         return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
@@ -119,7 +113,7 @@ def load_image_processor(place: str | os.PathLike | None, side: int) -> CLIPImag
     return AutoImageProcessor.from_pretrained(place)
 
 
-def _ends(text_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | list[int]:
+def end_tokens(text_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | list[int]:
     """Tokens that end an answer: the language model's, and ChatML's end of a turn where the tokenizer knows it."""
     ends = text_config.eos_token_id if text_config.eos_token_id is not None else tokenizer.eos_token_id
     ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
@@ -127,3 +121,46 @@ def _ends(text_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> 
     if end_of_turn not in (None, tokenizer.unk_token_id, *ends):
         ends.append(end_of_turn)
     return ends if len(ends) > 1 else ends[0]
+
+
+def build_processor(
+    config: MLPLlavaConfig,
+    settings: Settings,
+    image_processor: CLIPImageProcessor,
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: str | None,
+    name: str,
+) -> MLPLlavaProcessor:
+    """The converted model's processor.
+
+    Args:
+        config: The model's configuration.
+        settings: What the checkpoint's configuration files say.
+        image_processor: The vision encoder's image processor.
+        tokenizer: The language model's tokenizer.
+        conversation: Name of the conversation format; `None` takes the one that the checkpoint was trained with.
+        name: Names of the release, as far as they are known.
+    """
+    chat_template = _chat_template(settings.place) if settings.native and conversation is None else None
+    if conversation is None and chat_template is None:
+        conversation = "plain" if settings.projector_only else conversation_of(name, config, tokenizer)
+    return MLPLlavaProcessor.from_config(
+        config,
+        image_processor,
+        tokenizer,
+        chat_template=chat_template,
+        image_aspect_ratio=settings.image_aspect_ratio,
+        conversation=conversation,
+        mm_use_im_start_end=bool(settings.borders),
+        space_after_image=not settings.native and starts_anew(tokenizer),
+    )
+
+
+__all__ = [
+    "build_processor",
+    "conversation_of",
+    "end_tokens",
+    "load_image_processor",
+    "load_tokenizer",
+    "starts_anew",
+]

@@ -1,4 +1,4 @@
-"""convert_saved"""
+"""Models of vlbridge as they were saved, opened for export: only names and shapes are read."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class Tensors:
 
     Args:
         conversion: The conversion.
+        path: Where its model lies, for errors.
     """
 
     def __init__(self, conversion: Conversion, path: str):
@@ -55,15 +56,15 @@ class Tensors:
 
 @dataclass
 class Saved:
-    """A model of ours on disk or on the Hub, with what lies beside it.
+    """A saved model of vlbridge, with the files beside its weights.
 
     Args:
         place: Folder or Hub id.
-        conversion: Where its tensors lie.
+        conversion: Where its tensors come from.
         tensors: Its tensors, as a checkpoint.
         processor: Its processor.
         generation: Its generation defaults.
-        certificate: What it was converted from, see `certify`; empty where that is not known.
+        certificate: The certificate of the conversion that made it; empty if there is none.
     """
 
     place: str
@@ -79,18 +80,18 @@ class Saved:
 
     @property
     def released(self) -> set[str]:
-        """Names of the tensors that the official checkpoint gave which it was converted from; empty where there was none."""
+        """Names of the tensors that came from an official checkpoint; empty if it was not converted from one."""
         if self.certificate.get("from") != OFFICIAL:
             return set()
         files = set(self.certificate["checkpoint"])
         return {name for name, about in self.certificate["tensors"].items() if about["from"] in files}
 
 
-def _model_type(place: str | os.PathLike) -> str | None:
-    """What kind of model a folder or Hub id holds.
+def model_type_of(place: str | os.PathLike) -> str | None:
+    """The `model_type` of the model in a folder or Hub repository.
 
     Raises:
-        ConversionError: There is none.
+        ConversionError: There is no model.
     """
     try:
         return PreTrainedConfig.get_config_dict(place)[0].get("model_type")
@@ -98,12 +99,15 @@ def _model_type(place: str | os.PathLike) -> str | None:
         raise ConversionError(f"{place} can't be exported: {str(error).splitlines()[0]}") from error
 
 
-def todays_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """From names in files to a model's own: transformers goes on saving some models under the names that they once had.
+def current_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """Map names in files to a model's own names: transformers saves some models under their former names.
 
     Args:
-        model: On the meta device.
-        keys: Of its files.
+        model: The model, on the meta device.
+        keys: Names of the tensors in its files.
+
+    Returns:
+        From the names in files to the model's.
     """
     renamings = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
     own = set(model.state_dict())
@@ -111,16 +115,16 @@ def todays_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
 
 
 def open_saved(place: str | os.PathLike) -> Saved:
-    """Open a model of ours: whole, or a bridge whose frozen parts are fetched from where it names them.
+    """Open a full model of vlbridge, or a bridge with the frozen parts that it names.
 
     Args:
         place: Folder or Hub id.
 
     Raises:
-        ConversionError: It is no model of ours, or its tensors are not those of its configuration.
+        ConversionError: It is not a model of vlbridge, or its tensors do not match its configuration.
         FrozenPartError: A frozen part is missing or changed.
     """
-    place, kind = os.fspath(place), _model_type(place)
+    place, kind = os.fspath(place), model_type_of(place)
     config = AutoConfig.from_pretrained(place)
     if not isinstance(config, BridgedConfig):
         raise ConversionError(f"{place} holds a {kind}; expected a model of vlbridge.")
@@ -138,7 +142,7 @@ def open_saved(place: str | os.PathLike) -> Saved:
             inside = TensorFiles(where, **hub_kwargs)
         else:
             inside = Renamed(files, {key: key.removeprefix(prefix) for key in files.shapes if key.startswith(prefix)})
-        inside = Renamed(inside, todays_names(getattr(model, part), inside.shapes))
+        inside = Renamed(inside, current_names(getattr(model, part), inside.shapes))
         names = [name for name in expected if name.startswith(prefix)]
         if part == "vision_model":
             pieces = vision_pieces(inside, names)
@@ -154,3 +158,6 @@ def open_saved(place: str | os.PathLike) -> Saved:
         place, conversion, Tensors(conversion, place), AutoProcessor.from_pretrained(place), generation,
         read_certificate(place) if os.path.isdir(place) else {},
     )  # fmt: skip
+
+
+__all__ = ["Saved", "Tensors", "current_names", "model_type_of", "open_saved"]

@@ -1,4 +1,4 @@
-"""convert_sources"""
+"""Checkpoints as conversions read them: under other names, merged, with constants, and with changes to their tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from .convert_files import ShapeTable, Stored, TensorFiles
 
 
 def with_rows(table: torch.Tensor, rows: int) -> torch.Tensor:
-    """Cut an embedding table, or fill it up with its mean: what an unknown token is, on average."""
+    """Cut an embedding table, or fill it up with the mean of its rows, which is what an unknown token is on average.
+
+    Args:
+        table: `(rows, channels)`.
+        rows: Rows that it should have.
+    """
     if rows == table.shape[0]:
         return table
     if rows < table.shape[0]:
@@ -23,18 +28,18 @@ def with_rows(table: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def resized(rows: int) -> Change:
-    """The change to an embedding table that has another number of rows."""
+    """The change that gives an embedding table another number of rows."""
     return Change(partial(with_rows, rows=rows), lambda shape: (rows, *shape[1:]))
 
 
 @dataclass(frozen=True)
 class Change:
-    """What is done to a tensor on its way.
+    """What a conversion does to a tensor.
 
     Args:
-        apply: From the tensor to the changed one.
-        shape: From its shape to the changed one's.
-        reads: Other files that it takes something from.
+        apply: Makes the changed tensor from the tensor.
+        shape: Computes the changed tensor's shape from the tensor's.
+        reads: Other files that `apply` reads.
     """
 
     apply: Callable[[torch.Tensor], torch.Tensor]
@@ -47,7 +52,7 @@ class Renamed:
 
     Args:
         files: The checkpoint.
-        names: From its keys to the names; other keys are left out.
+        names: From its keys to the new names; other keys are left out.
     """
 
     def __init__(self, files, names: Mapping[str, str]):
@@ -67,31 +72,31 @@ class Renamed:
 
 
 class Merged:
-    """Two checkpoints as one; where both have a tensor, the first one's counts."""
+    """Two checkpoints as one; if both have a tensor, that of the first is used."""
 
     def __init__(self, first, second):
         self.path, self.first, self.second = first.path, first, second
         self.shapes = ShapeTable(self.path, {**second.shapes, **first.shapes})
         self.dtypes = {**second.dtypes, **first.dtypes}
 
-    def _has(self, name: str):
+    def _owner(self, name: str):
         return self.first if name in self.first.shapes else self.second
 
     def stored(self, name: str) -> Stored | torch.Tensor:
-        return self._has(name).stored(name)
+        return self._owner(name).stored(name)
 
     def read(self, name: str) -> torch.Tensor:
-        return self._has(name).read(name)
+        return self._owner(name).read(name)
 
     def origin(self, name: str):
-        return self._has(name).origin(name)
+        return self._owner(name).origin(name)
 
 
 class Constants:
-    """Tensors that are in no file: norms that the official model does not have and nobody reads.
+    """Tensors that are in no file: norms that the official model does not have, and whose output is not read.
 
     Args:
-        values: From names to shape, dtype and the value everywhere.
+        values: From names to shape, dtype and the value of all elements.
     """
 
     path = label = "constants"
@@ -110,3 +115,6 @@ class Constants:
 
     def origin(self, name: str) -> Constants:
         return self
+
+
+__all__ = ["Change", "Constants", "Merged", "Renamed", "resized", "with_rows"]
