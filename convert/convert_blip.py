@@ -48,7 +48,7 @@ _MATCHING: list[Rule] = [
 MATCHING_TABLE: list[Rule] = [
     *_MATCHING,
     *(Rename(f"itm_head.{kind}", f"itm_head.{kind}") for kind in KINDS),
-    # retrieval checkpoints hold what contrastive training needs beside the model
+    # checkpoints for retrieval also hold what contrastive training needs
     *(
         Drop(rule.source.replace(".", "_m.", 1), "the momentum copy, used in training only")
         for rule in _MATCHING
@@ -62,15 +62,15 @@ HEADS = {768: 12, 1024: 16}
 
 
 def infer_config(shapes: Shapes, overrides: Mapping | None = None) -> BlipConfig:
-    """Read the model's dimensions off a checkpoint's shapes.
+    """Infer the model's configuration from the shapes of a checkpoint.
 
     Args:
-        shapes: Of the checkpoint.
-        overrides: Fields of the configuration; `vision_config` and `text_config` are dicts of their own. Shapes can't tell
-            their `num_attention_heads` beyond ViT-B, ViT-L and BERT-base.
+        shapes: The checkpoint's shapes.
+        overrides: Fields of the configuration; `vision_config` and `text_config` are dicts of their own. Their
+            `num_attention_heads` are needed for other widths than those of ViT-B, ViT-L and BERT-base.
 
     Raises:
-        ConversionError: The checkpoint is neither a captioner nor a matcher, or head counts are not known.
+        ConversionError: The checkpoint is neither a captioner nor a matcher, or its numbers of heads are not known.
     """
     overrides = dict(overrides or {})
     text = next(
@@ -126,11 +126,11 @@ def infer_config(shapes: Shapes, overrides: Mapping | None = None) -> BlipConfig
 
 
 def plan_conversion(checkpoint, config: BlipConfig) -> Conversion:
-    """Find for every tensor of the converted model where it comes from; nothing is read yet.
+    """Find where every tensor of the converted model comes from; no tensor is read yet.
 
     Args:
         checkpoint: `TensorFiles` of BLIP's checkpoint.
-        config: Of the converted model.
+        config: The converted model's configuration.
 
     Raises:
         ConversionError: A key is unknown, a tensor missing or left over, or a shape wrong.
@@ -160,22 +160,22 @@ def convert_blip(
 ) -> Conversion:
     """Convert a captioner or an image-text matcher of BLIP into a folder that transformers' own classes load.
 
-    The official captioner begins with "a picture of " and generates with `num_beams=3, min_length=10, max_length=30`;
-    transformers' class takes such settings as arguments of `generate` only. The official matcher puts `[ENC]` in the place
-    of `[CLS]`, the first token, for its matching head: transformers' class does not, so that callers have to.
+    The official captioner begins its texts with "a picture of " and generates with `num_beams=3, min_length=10, max_length=30`;
+    transformers' class takes such settings as arguments of `generate` only. For its matching head,
+    the official matcher replaces the first token, `[CLS]`, by `[ENC]`; with transformers' class the caller has to do it.
 
     Args:
-        checkpoint: LAVIS's file, or the original code's.
+        checkpoint: A file of LAVIS or of the original code.
         output: Folder to write to.
         tokenizer: BERT's tokenizer: a folder or a Hub id.
-        config: What shapes can't tell, see `infer_config`.
-        verify: Check what was written, see `certify`.
+        config: What shapes can't tell; see `infer_config`.
+        verify: Whether to check what was written; see `certify`.
 
     Returns:
-        What was done.
+        The conversion.
 
     Raises:
-        ConversionError: The checkpoint is not BLIP's, or the tokenizer is not its; nothing is written.
+        ConversionError: The checkpoint is not one of BLIP, or the tokenizer does not fit it; nothing is written.
     """
     files = TensorFiles(checkpoint)
     bert = BertTokenizer.from_pretrained(tokenizer)

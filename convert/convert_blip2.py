@@ -1,7 +1,7 @@
 """BLIP-2's and InstructBLIP's checkpoints, as LAVIS writes them: stage 1, stage 2 (OPT, FlanT5), stage 3 (Vicuna, FlanT5).
 
-They hold what was trained: query tokens, Q-Former, projections, the layer norm on the patch features, and the ViT where it
-was trained too (`caption_coco_*`). The frozen ViT and the language model come from elsewhere.
+They hold what was trained: query tokens, Q-Former, projections, the layer norm on the patch features, and the ViT if it was
+trained too (`caption_coco_*`). The frozen ViT and the language model come from elsewhere.
 
 Source: `lavis/models/blip2_models/*.py`, `eva_vit.py`, `clip_vit.py` and `runners/runner_base.py` of salesforce-lavis 1.0.2
 and of its main branch.
@@ -42,10 +42,10 @@ QFORMER_HEADS = {768: 12}
 
 
 def language_of(keys: Iterable[str]) -> str | None:
-    """What the checkpoint calls its language model; `None` for stage 1.
+    """LAVIS' name of the language model that a checkpoint belongs to; `None` for stage 1.
 
     Raises:
-        ConversionError: It is no checkpoint of BLIP-2.
+        ConversionError: It is not a checkpoint of BLIP-2.
     """
     keys = set(keys)
     if not {"query_tokens", "ln_vision.weight"} <= keys:
@@ -60,12 +60,12 @@ def language_of(keys: Iterable[str]) -> str | None:
 
 
 def checkpoint_table(model: PreTrainedModel, language: str | None, tied: Mapping[str, str]) -> list[Rule]:
-    """What a checkpoint becomes, without the ViT.
+    """The conversion table of a checkpoint without its ViT.
 
     Args:
-        model: The converted model; only names are read.
-        language: What the checkpoint calls its language model.
-        tied: Second names of tensors of the converted model, and the first.
+        model: The converted model; only its names are read.
+        language: See `language_of`.
+        tied: From second names of tensors of the converted model to the first.
     """
     if language is None:
         return list(BRIDGE_TABLE)
@@ -79,14 +79,14 @@ def checkpoint_table(model: PreTrainedModel, language: str | None, tied: Mapping
 
 
 def infer_qformer_config(shapes: Shapes, **overrides) -> QFormerConfig:
-    """Read the Q-Former's dimensions off a checkpoint's shapes.
+    """Infer the Q-Former's configuration from the shapes of a checkpoint.
 
     Args:
-        shapes: Of the checkpoint.
-        overrides: What shapes can't tell: `num_attention_heads` (12 at BERT-base's width).
+        shapes: The checkpoint's shapes.
+        overrides: Fields that shapes can't tell: `num_attention_heads` (12 at BERT-base's width).
 
     Raises:
-        ConversionError: The number of heads is not known, or the blocks are not those of a Q-Former.
+        ConversionError: The number of heads is not known, or cross-attention is not where a Q-Former has it.
     """
     _, num_query_tokens, width = dimensions(shapes, "query_tokens", 3)
     block = r"Qformer\.bert\.encoder\.layer\.(\d+)\."
@@ -123,7 +123,7 @@ def usual_vision(files, inside=None):
 
     Args:
         files: The encoder's own checkpoint, or `None`.
-        inside: The part of LAVIS's checkpoint that is the encoder, or `None`; what it has counts.
+        inside: The part of LAVIS' checkpoint that is the encoder, or `None`; what it has counts.
     """
     found = []
     for source in (inside, files):
@@ -144,17 +144,17 @@ def infer_config(
     qformer_config: Mapping | None = None,
     **fields,
 ) -> BridgedConfig:
-    """The converted model's configuration.
+    """Infer the converted model's configuration.
 
     Args:
-        shapes: Of the checkpoint.
-        vision_config: Of the vision encoder.
-        text_config: Of the language model; `None` for stage 1.
-        qformer_config: What shapes can't tell, see `infer_qformer_config`.
-        fields: Fields of `QFormerBlip2Config`, for stage 1 of `QFormerBlip2PreTrainingConfig`.
+        shapes: The checkpoint's shapes.
+        vision_config: The vision encoder's configuration.
+        text_config: The language model's configuration; `None` for stage 1.
+        qformer_config: Fields that shapes can't tell; see `infer_qformer_config`.
+        fields: Further fields of `QFormerBlip2Config`, or for stage 1 of `QFormerBlip2PreTrainingConfig`.
 
     Raises:
-        ConversionError: The checkpoint is not BLIP-2's, or not for this language model.
+        ConversionError: The checkpoint is not one of BLIP-2, or belongs to another language model.
     """
     language = language_of(shapes)
     # the official encoders end without a norm, transformers' ones with one; CLIP's touches the pooled output only
@@ -179,13 +179,13 @@ def infer_config(
 
 
 def plan_conversion(checkpoint, vision, language, config: BridgedConfig) -> Conversion:
-    """Find for every tensor of the converted model where it comes from; nothing is read yet.
+    """Find where every tensor of the converted model comes from; no tensor is read yet.
 
     Args:
-        checkpoint: `TensorFiles` of LAVIS's checkpoint.
-        vision: Of the vision encoder; `None` where the checkpoint has it.
-        language: Of the language model; `None` for stage 1.
-        config: Of the converted model.
+        checkpoint: `TensorFiles` of LAVIS' checkpoint.
+        vision: `TensorFiles` of the vision encoder; `None` if the checkpoint holds it.
+        language: `TensorFiles` of the language model; `None` for stage 1.
+        config: The converted model's configuration.
 
     Raises:
         ConversionError: A key is unknown, a tensor missing or left over, or a shape wrong.
@@ -230,7 +230,7 @@ def plan_conversion(checkpoint, vision, language, config: BridgedConfig) -> Conv
         if name in found and found[name].shape(vision.shapes) != expected[name]
     }
     sources.append((vision, found, changes))
-    # norms behind the encoder, which the official one does not have: they are not read
+    # the norm after the encoder, which the official one does not have: its output is not read
     ends = [name for name in of_vision if name.startswith("vision_model.post_layernorm.")]
     values = {
         name: (expected[name], next(iter(vision.dtypes.values())), float(name.endswith("weight"))) for name in ends
@@ -247,7 +247,12 @@ def plan_conversion(checkpoint, vision, language, config: BridgedConfig) -> Conv
 
 
 def load_tokenizer(source: str | os.PathLike, language: str) -> PreTrainedTokenizerBase:
-    """The language model's tokenizer, with LAVIS's special tokens for Vicuna."""
+    """Load the language model's tokenizer, with LAVIS' special tokens for Vicuna.
+
+    Args:
+        source: Folder or Hub id.
+        language: See `language_of`.
+    """
     tokenizer = AutoTokenizer.from_pretrained(source)
     if language == "llm":
         tokenizer.add_special_tokens(
@@ -259,12 +264,12 @@ def load_tokenizer(source: str | os.PathLike, language: str) -> PreTrainedTokeni
 def generation_config(
     language: str, instructed: bool, tokenizer: PreTrainedTokenizerBase, text_config
 ) -> GenerationConfig:
-    """The official defaults.
+    """The official generation defaults.
 
     Args:
-        language: What the checkpoint calls its language model.
-        instructed: It is one of InstructBLIP's.
-        tokenizer: The language model's.
+        language: See `language_of`.
+        instructed: Whether the checkpoint is one of InstructBLIP.
+        tokenizer: The language model's tokenizer.
         text_config: The language model's configuration.
     """
     ends = tokenizer.encode("\n", add_special_tokens=False) if language == "opt" else [tokenizer.eos_token_id]
@@ -293,19 +298,19 @@ def convert_blip2(
     """Convert a checkpoint of BLIP-2 or InstructBLIP into a folder that `from_pretrained` loads.
 
     Args:
-        checkpoint: LAVIS's file; or a folder or Hub id of transformers' own classes, which needs no other parts.
+        checkpoint: LAVIS' file; or a folder or Hub id of transformers' own classes, which needs no other parts.
         vision: EVA ViT-g as LAVIS uses it (`eva_vit_g.pth`), CLIP ViT-L as LAVIS or open_clip save it, or a folder or Hub id
-            in transformers' layout; `None` where the checkpoint has the encoder, whose tensors count in any case.
+            in transformers' layout; `None` if the checkpoint holds the encoder. Those tensors are used in any case.
         language: The language model: a folder or a Hub id; `None` for stage 1.
         output: Folder to write to.
-        tokenizer: Where the language model's tokenizer lies, if not beside it.
-        qformer_tokenizer: BERT's tokenizer, where the Q-Former reads text: a folder or a Hub id.
-        config: What shapes can't tell, as fields of the model's configuration; `vision_config` and `qformer_config` are
+        tokenizer: Folder or Hub id of the language model's tokenizer, if it does not lie beside it.
+        qformer_tokenizer: Folder or Hub id of BERT's tokenizer, for a Q-Former that reads text.
+        config: Fields of the model's configuration that shapes can't tell; `vision_config` and `qformer_config` are
             dicts of their own.
-        verify: Check what was written, see `certify`.
+        verify: Whether to check what was written; see `certify`.
 
     Returns:
-        What was done.
+        The conversion.
 
     Raises:
         ConversionError: The parts don't fit together; nothing is written.
@@ -358,7 +363,7 @@ def convert_blip2(
 
 
 def lavis_depth(config: PreTrainedConfig, overrides: Mapping) -> PreTrainedConfig:
-    """LAVIS's encoders leave the last block out, which the encoders' own files have."""
+    """Leave out the last block of the encoder, which is in its files, but which LAVIS does not use."""
     kind = "clip" if config.model_type == "clip_vision_model" else "eva"
     known = LAVIS_ENCODERS.get((kind, config.hidden_size), {})
     if "num_hidden_layers" not in overrides and known:

@@ -55,13 +55,13 @@ from .convert_tables import ConversionError, Missing, Rename, Rule, dropped, inv
 
 @dataclass(frozen=True)
 class Port:
-    """One of transformers' classes for BLIP-2, with what belongs to it.
+    """One of transformers' classes for BLIP-2, with the classes of its configuration.
 
     Args:
-        model_class: The class.
-        config_class: Its configuration's class.
-        vision_config_class: Of the vision encoder's configuration.
-        qformer_config_class: Of the Q-Former's.
+        model_class: The class of the model.
+        config_class: The class of its configuration.
+        vision_config_class: The class of the vision encoder's configuration.
+        qformer_config_class: The class of the Q-Former's configuration.
     """
 
     model_class: type[PreTrainedModel]
@@ -79,10 +79,10 @@ PORTS = {
     ),
 }  # fmt: skip
 MODEL_TYPES = ("blip-2", "instructblip")
-# what we have and transformers' classes have not, and what it is filled with
+# tensors that transformers' classes lack, and the values that fill them
 ONLY_OURS = (
-    (r"vision_model\.post_layernorm\.weight", "a norm behind the encoder, which is not read", 1.0),
-    (r"vision_model\.post_layernorm\.bias", "a norm behind the encoder, which is not read", 0.0),
+    (r"vision_model\.post_layernorm\.weight", "a norm after the encoder, whose output is not read", 1.0),
+    (r"vision_model\.post_layernorm\.bias", "a norm after the encoder, whose output is not read", 0.0),
     (r"bridge\.lm_head\.transform_layer_norm\.weight", "transformers' class for retrieval has no captions", 1.0),
     (r"bridge\.lm_head\..*", "transformers' class for retrieval has no captions", 0.0),
     (r"bridge\.temperature", "transformers' class for retrieval has no temperature", 0.07),
@@ -90,10 +90,10 @@ ONLY_OURS = (
 
 
 def port_of(config: BridgedConfig) -> str:
-    """Which of `PORTS` a model of ours belongs to.
+    """The key in `PORTS` of the class for a model of vlbridge.
 
     Args:
-        config: Its configuration.
+        config: The model's configuration.
     """
     if isinstance(config, QFormerBlip2PreTrainingConfig):
         return "retrieval"
@@ -101,11 +101,11 @@ def port_of(config: BridgedConfig) -> str:
 
 
 def port_table(config: BridgedConfig, tensors: Iterable[str], tied: Iterable[str] = ()) -> list[Rule]:
-    """What a checkpoint of transformers becomes.
+    """The conversion table of a checkpoint of transformers' class.
 
     Args:
-        config: Our model's configuration.
-        tensors: Names of our model's tensors.
+        config: The configuration of the model of vlbridge.
+        tensors: Names of its tensors.
         tied: Names of its tensors that are second names of others.
     """
     tensors = list(tensors)
@@ -121,20 +121,20 @@ def port_table(config: BridgedConfig, tensors: Iterable[str], tied: Iterable[str
 
 
 def _shared(fields: Mapping, config_class: type[PreTrainedConfig], **more) -> PreTrainedConfig:
-    """A configuration of those of the fields that its class has."""
+    """A configuration of the given class, from those of the fields that the class has."""
     own = set(config_class.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
     own |= {"pad_token_id"} & set(config_class.__dataclass_fields__)
     return config_class(**{name: fields[name] for name in own if fields.get(name) is not None}, **more)
 
 
 def refuse_port(config: BridgedConfig) -> None:
-    """Say what transformers' classes for BLIP-2 can't express.
+    """Refuse a model that transformers' classes for BLIP-2 can't express.
 
     Args:
-        config: Our model's configuration.
+        config: The model's configuration.
 
     Raises:
-        ConversionError: There is something.
+        ConversionError: They can't; the reasons are named.
     """
     vision = config.vision_config.model_type
     problems = []
@@ -142,7 +142,7 @@ def refuse_port(config: BridgedConfig) -> None:
         problems.append(f"their vision encoder is EVA ViT-g's architecture, this one is a {vision}")
     elif config.vision_feature_layer != -1:
         problems.append(
-            f"they read the encoder's last layer in front of the norm (-1), this one vision_feature_layer={config.vision_feature_layer}"
+            f"they read the encoder's last layer before the norm (-1), this one vision_feature_layer={config.vision_feature_layer}"
         )
     if config.vision_feature_select_strategy != "full":
         problems.append("their Q-Former reads the class token too, this one patches alone")
@@ -162,9 +162,10 @@ def port_config(config: BridgedConfig, rows: int | None, generation: GenerationC
     """The configuration of transformers' class.
 
     Args:
-        config: Ours.
-        rows: Rows that the language model's tables will have; `None` without one.
-        generation: Ours; `generate` of these classes asks the language model's configuration for the end of sequence.
+        config: The configuration of the model of vlbridge.
+        rows: Rows of the language model's tables after the conversion; `None` without a language model.
+        generation: The model's generation defaults. Their special tokens are written to the language model's
+            configuration, where `generate` of these classes looks for them.
     """
     kind = port_of(config)
     port, qformer = PORTS[kind], config.qformer_config
@@ -173,7 +174,7 @@ def port_config(config: BridgedConfig, rows: int | None, generation: GenerationC
         fields["image_text_hidden_size"] = config.embed_dim
     else:
         text_config = copy.deepcopy(config.text_config)
-        text_config.vocab_size, text_config.dtype = rows, None  # the dtype is the whole model's affair
+        text_config.vocab_size, text_config.dtype = rows, None  # the dtype stands in the outer configuration
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
             if getattr(generation, name, None) is not None:
                 setattr(text_config, name, getattr(generation, name))
@@ -190,12 +191,13 @@ def port_config(config: BridgedConfig, rows: int | None, generation: GenerationC
 
 
 def port_tokenizer(processor: ProcessorMixin, decoder_only: bool) -> PreTrainedTokenizerBase:
-    """The language model's tokenizer as transformers' processors expect it: it begins texts by itself, as theirs put the
-    image's tokens in front of that.
+    """The language model's tokenizer as transformers' processors expect it.
+
+    It adds the token that begins a text itself: these processors put the image's tokens before that.
 
     Args:
-        processor: Ours.
-        decoder_only: What kind of language model it is.
+        processor: The processor of vlbridge.
+        decoder_only: Whether the language model is a decoder.
     """
     tokenizer = copy.deepcopy(processor.tokenizer)
     begin = tokenizer.bos_token
@@ -211,8 +213,8 @@ def port_processor(config: BridgedConfig, processor: ProcessorMixin) -> Processo
     """The processor of transformers' class.
 
     Args:
-        config: Our model's configuration.
-        processor: Ours.
+        config: The configuration of the model of vlbridge.
+        processor: Its processor.
     """
     ours = processor.image_processor
     names = ("size", "resample", "do_resize", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
@@ -232,7 +234,7 @@ def port_processor(config: BridgedConfig, processor: ProcessorMixin) -> Processo
 def plan_port(
     saved: Conversion, tensors, processor: ProcessorMixin, generation: GenerationConfig | None
 ) -> tuple[Conversion, ProcessorMixin]:
-    """Work out what becomes of a model of ours in transformers' class; nothing is read yet.
+    """Plan the conversion of a model of vlbridge to transformers' class; no tensor is read yet.
 
     Args:
         saved: The model.
@@ -289,10 +291,10 @@ def _notes(config: BridgedConfig, processor: ProcessorMixin, rows: int | None) -
     begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     if not config.is_encoder_decoder and begins and not processor.text_start:
         yield (
-            f"The order differs: here {tokenizer.bos_token} stands behind the image's tokens, in the original in front of them. "
+            f"The order differs: here {tokenizer.bos_token} stands after the image's tokens, in the original before them. "
             "Transformers' processor has no other order."
         )
-    yield "Prompts have one image each, which stands in front: transformers' processor puts it there."
+    yield "Prompts have one image each, which stands at the beginning: transformers' processor puts it there."
     yield (
         "generate() without arguments asks the language model's own defaults, which are greedy here; pass num_beams and the "
         "like, or pipeline(), which reads generation_config.json."
@@ -300,12 +302,18 @@ def _notes(config: BridgedConfig, processor: ProcessorMixin, rows: int | None) -
 
 
 def run_port(ours: str | os.PathLike, theirs: str | os.PathLike, config: BridgedConfig) -> list[dict]:
-    """Let our model and transformers' answer the same input, in float32.
+    """Compare a model of vlbridge with transformers' class on the same input, in float32.
 
     Args:
-        ours: Folder or Hub id of ours.
-        theirs: Of theirs.
-        config: Our configuration.
+        ours: Folder or Hub id of the model of vlbridge.
+        theirs: Folder or Hub id of transformers' model.
+        config: The configuration of the model of vlbridge.
+
+    Returns:
+        What was compared, with the largest differences.
+
+    Raises:
+        ConversionError: Their outputs differ by more than rounding explains, or weights are missing.
     """
     kind = port_of(config)
     other, info = PORTS[kind].model_class.from_pretrained(theirs, dtype=torch.float32, output_loading_info=True)
@@ -329,17 +337,17 @@ def is_port(place: str | os.PathLike) -> bool:
         return False
     try:
         found = optional_file(place, "config.json")
-    except (OSError, ValueError):  # who reads the weights says what is wrong
+    except (OSError, ValueError):  # reading the weights will raise the error
         return False
     return found is not None and json.loads(Path(found).read_text(encoding="utf-8")).get("model_type") in MODEL_TYPES
 
 
 def infer_config(port: PreTrainedConfig, keys: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> BridgedConfig:
-    """Our configuration for a model of transformers' classes.
+    """Infer the configuration of vlbridge for a model of transformers' classes.
 
     Args:
-        port: Its configuration.
-        keys: Of its checkpoint.
+        port: The configuration of transformers' class.
+        keys: The checkpoint's keys.
         tokenizer: Its tokenizer, for special tokens that the configuration does not name.
     """
     vision, qformer = port.vision_config.to_dict(), port.qformer_config.to_dict()
@@ -362,7 +370,7 @@ def infer_config(port: PreTrainedConfig, keys: Iterable[str], tokenizer: PreTrai
         }
         return QFormerBlip2PreTrainingConfig(embed_dim=port.image_text_hidden_size, **tokens, **fields)
     token = port.image_token_index
-    if token is None:  # of older repositories
+    if token is None:  # older repositories
         token = tokenizer.convert_tokens_to_ids("<image>")
     return QFormerBlip2Config(text_config=copy.deepcopy(port.text_config), image_token_id=token, **fields)
 
@@ -382,13 +390,16 @@ def convert_port(
     config: Mapping | None = None,
     verify: bool = True,
 ) -> Conversion:
-    """Convert a model of transformers' classes for BLIP-2 and InstructBLIP into a folder that ours loads.
+    """Convert a model of transformers' classes for BLIP-2 and InstructBLIP into a folder that vlbridge loads.
 
     Args:
         checkpoint: Folder or Hub id.
         output: Folder to write to.
-        config: Fields of our configuration that are to be others.
-        verify: Check what was written, see `certify`.
+        config: Fields of the converted configuration that should have other values.
+        verify: Whether to check what was written; see `certify`.
+
+    Returns:
+        The conversion.
 
     Raises:
         ConversionError: A tensor is unknown or missing; nothing is written.

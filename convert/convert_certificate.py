@@ -1,7 +1,7 @@
-"""What a conversion has been checked for, and with what result: `conversion.json` in the folder that it wrote.
+"""The checks of a conversion, whose results are written to `conversion.json` in the converted folder.
 
-Three checks, each as far as it can be made: every tensor of the sources is put together again from the written files and
-compared bit by bit; where both sides can run here, they answer the same fixed inputs; and files are named by SHA-256.
+There are three: every source tensor is put together again from the written files and compared bit by bit; if both models
+can run here, their outputs on fixed inputs are compared; and all files are identified by their SHA-256.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .convert_tables import ConversionError
 from .convert_writing import FINISHED, finished_shards
 
 
-# both models together, in float32: more is not run, as it could fill the memory of a machine that converts shard by shard
+# both models in float32: larger ones are not run, as they might not fit into a machine that converts shard by shard
 RUN_BYTES = 8 * 1024**3
 
 
@@ -36,7 +36,7 @@ def size_and_sha256(path: Path, stop: threading.Event | None = None) -> dict:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that had a hand in it."""
+    """Versions of the libraries that take part in a conversion."""
     return {
         "vlbridge": __version__,
         "transformers": transformers.__version__,
@@ -47,16 +47,16 @@ def versions() -> dict[str, str]:
 
 
 class Comparison:
-    """Puts every source tensor together again from written files, and compares bit by bit.
+    """Puts every source tensor together again from the written files, and compares it bit by bit.
 
     Args:
-        conversion: What is written.
+        conversion: The conversion that is being written.
     """
 
     def __init__(self, conversion):
         self.conversion = conversion
         self.changed = self.equal = 0
-        # what comes from the same source tensors is compared together
+        # targets of the same source tensors are compared together
         self.groups: dict[tuple[int, tuple[str, ...]], list[str]] = {}
         self.written: dict[str, TensorFiles] = {}
         self.buffers = bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)
@@ -65,13 +65,13 @@ class Comparison:
                 self.groups.setdefault((id(files), piece.sources), []).append(name)
 
     def add(self, written: TensorFiles) -> None:
-        """Compare what is written by now.
+        """Compare the tensors of a written file, as far as their sources are complete.
 
         Args:
-            written: One of the files, or all.
+            written: One of the files, or all of them.
 
         Raises:
-            ConversionError: A tensor is not what it was.
+            ConversionError: A tensor is not the one that was to be written.
         """
         self.written.update(dict.fromkeys(written.shapes, written))
         touched = {}
@@ -87,11 +87,12 @@ class Comparison:
                 self.equal += len(key[1])
 
     def result(self) -> dict:
-        """How many source tensors came back; how many written ones were changed on purpose, and compared with the change
-        made anew.
+        """The number of source tensors that were found again, and of tensors that the conversion changes.
+
+        The latter are compared with the change applied a second time.
 
         Raises:
-            ConversionError: Something has not been written.
+            ConversionError: A tensor has not been written.
         """
         if missing := [name for name in self.conversion.pieces if name not in self.written]:
             raise ConversionError(f"{len(missing)} tensors were not written, {missing[0]} is one of them.")
@@ -131,14 +132,14 @@ class Comparison:
         _same(torch.cat([given[part] for part in range(piece.parts)]), tensors[0], piece.sources[0])
 
     def _compare_stored(self, given: Stored | torch.Tensor, expected: Stored | torch.Tensor, name: str) -> None:
-        """Two tensors that need not both be in memory."""
+        """Compare two tensors, block by block if both lie in files."""
         if not (isinstance(given, Stored) and isinstance(expected, Stored) and given.plain and expected.plain):
             given, expected = (each.read(set()) if isinstance(each, Stored) else each for each in (given, expected))
             return _same(given.reshape(expected.shape), expected, name)
         if given.dtype != expected.dtype or math.prod(given.shape) != math.prod(expected.shape):
             raise _differs(name)
         for _ in zip(given.blocks(self.buffers[0]), expected.blocks(self.buffers[1]), strict=True):
-            # whole: behind a last, shorter block both hold what has been compared before
+            # the whole buffers: after a last, shorter block both hold bytes that have been compared before
             if self.buffers[0] != self.buffers[1]:
                 raise _differs(name)
 
@@ -156,11 +157,11 @@ def _same(given: torch.Tensor, expected: torch.Tensor, name: str) -> None:
 
 
 class Checks:
-    """What can be checked while a conversion is still being written, when its files are in the system's cache anyway.
+    """Checks that run while a conversion is being written, when its files are in the system's cache.
 
     Args:
-        conversion: What is written.
-        verify: Check anything at all.
+        conversion: The conversion that is being written.
+        verify: Whether to check anything.
     """
 
     def __init__(self, conversion, verify: bool = True):
@@ -189,13 +190,13 @@ class Checks:
                 self.inputs[label][name] = size_and_sha256(path, self._stop)
 
     def file(self, path: Path) -> None:
-        """One of the files is whole.
+        """Check a file that has been written.
 
         Args:
             path: The file.
 
         Raises:
-            ConversionError: One that was whole before is not what was meant to be written.
+            ConversionError: An earlier file does not hold what was to be written.
         """
         if not self.verify:
             return
@@ -205,10 +206,10 @@ class Checks:
                 future.result()
 
     def result(self) -> dict:
-        """What the comparison found; after it, `inputs` tells of all files that were read.
+        """Wait for the checks, and return the result of the comparison; `inputs` is complete then.
 
         Raises:
-            ConversionError: Something is not what was meant to be written.
+            ConversionError: A file does not hold what was to be written.
         """
         for future in (*self._compared, self._hashed):
             future.result()
@@ -216,25 +217,25 @@ class Checks:
 
 
 def labels_of(conversion) -> list[tuple[str, TensorFiles]]:
-    """What certificates call the files that a conversion reads, sorted."""
+    """The checkpoints that a conversion reads, with their names in the certificate, sorted."""
     found: dict[str, TensorFiles] = {}
     for leaf in conversion.leaves():
         label = leaf.label
-        while found.setdefault(label, leaf) is not leaf:  # two folders of one name
+        while found.setdefault(label, leaf) is not leaf:  # two folders have the same name
             label += "'"
     return sorted(found.items())
 
 
 def certify(conversion, folder: Path, checks: Checks) -> dict:
-    """Check what was written, and say so in `conversion.json` beside it.
+    """Finish the checks of a conversion, and write their results to `conversion.json`.
 
     Args:
-        conversion: What was written.
-        folder: Where it lies.
-        checks: Has been told of every file with tensors.
+        conversion: The conversion.
+        folder: The folder that it was written to.
+        checks: Its checks, with all files of tensors added.
 
     Returns:
-        What was written down.
+        The certificate.
 
     Raises:
         ConversionError: A check failed.
@@ -291,12 +292,12 @@ def certify(conversion, folder: Path, checks: Checks) -> dict:
 
 
 def _run(conversion, folder: Path) -> list[dict]:
-    """Let both sides answer. Where a repository that comes in can't be run that is its own affair; what goes out must run."""
+    """Compare the outputs of both models. A foreign source may fail to run; an exported model may not."""
     try:
         return conversion.run(folder)
     except ConversionError:
         raise
-    except Exception as error:  # whatever other people's files make transformers say
+    except Exception as error:  # foreign files can make transformers raise anything
         why = _without_folders(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         if conversion.direction[0] == "vlbridge":
             raise ConversionError(f"What was exported can't be run, and nothing was written: {why}") from error
@@ -304,5 +305,5 @@ def _run(conversion, folder: Path) -> list[dict]:
 
 
 def _without_folders(text: str) -> str:
-    """Absolute paths say nothing to others: their last part stays."""
+    """Shorten absolute paths, which mean nothing on other machines, to their last part."""
     return re.sub(r"(?<!\S)(?:[A-Za-z]:)?[/\\]\S*[/\\](\S+)", r"\1", text)

@@ -1,6 +1,6 @@
-"""The way out: models of ours as transformers' own classes have them, and in the official layouts.
+"""Export of models of vlbridge to transformers' own classes and to the official layouts.
 
-The tables are those of the way in, read backwards.
+The tables are those of the import, inverted.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ TARGETS = ("transformers", "official")
 def export(
     model: str | os.PathLike, output: str | os.PathLike, to: str = "transformers", verify: bool = True
 ) -> Conversion:
-    """Write a model of ours for those who have no vlbridge.
+    """Write a model of vlbridge in a layout that does not need vlbridge.
 
     Args:
-        model: Folder or Hub id: a whole model, or a bridge that names its frozen parts.
-        output: Empty folder, or one that is made.
-        to: `"transformers"`: a folder of the native class, with processor, tokenizer and generation defaults; or
-            `"official"`: the layout of the family's own code.
-        verify: Check what was written, see `certify`.
+        model: Folder or Hub id of a full model, or of a bridge that names its frozen parts.
+        output: The folder to write: a new one, or an empty one.
+        to: `"transformers"` writes a folder of transformers' own class, with processor, tokenizer and generation defaults;
+            `"official"` writes the layout of the family's own code.
+        verify: Whether to check what was written; see `certify`.
 
     Returns:
-        What was done; its `notes` say what differs.
+        The conversion; its `notes` say what differs.
 
     Raises:
-        ConversionError: The target can't express the model, or says something else; nothing is written.
+        ConversionError: The target can't express the model, or its outputs differ; nothing is written.
     """
     if to not in TARGETS:
         raise ConversionError(f"to is {to!r}; expected one of {', '.join(TARGETS)}.")

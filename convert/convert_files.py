@@ -1,8 +1,8 @@
 """Reading checkpoints tensor by tensor: a checkpoint never lies in memory as a whole.
 
 Files are not trusted. Pickles are read with `weights_only=True`; headers and directories are checked before data is read from
-where they point; zip records are compared with their CRC-32. Files are not mapped into memory, so that what was read does not
-stay there.
+where they point; zip records are compared with their CRC-32. Files are read rather than mapped, so that
+their pages do not stay in memory.
 
 Source: the safetensors format, https://github.com/huggingface/safetensors#format; `torch/serialization.py`.
 """

@@ -1,4 +1,4 @@
-"""convert_language"""
+"""Language models in transformers' layout, old ones included, and LoRA adapters that are merged into them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .convert_tables import BUFFER, ConversionError, Drop, Rename, Rule
 
 
 PREFIX = "language_model."  # of its names in a converted model
-# where today's transformers calls things differently than the checkpoints do
+# names in checkpoints that differ from those of transformers 5
 LANGUAGE_TABLES: dict[str, list[Rule]] = {
     "gpt_neox": [
         Rename("embed_out.weight", "lm_head.weight"),
@@ -30,38 +30,38 @@ LANGUAGE_TABLES: dict[str, list[Rule]] = {
 
 
 def read_text_config(language: str | os.PathLike) -> PreTrainedConfig:
-    """A language model's configuration, as old as it may be.
+    """Read a language model's configuration, including files of old versions.
 
     Args:
         language: Folder or Hub id.
 
     Raises:
-        ConversionError: Its `config.json` does not say what it is.
+        ConversionError: Its `config.json` has no `model_type`.
     """
     fields, _ = PreTrainedConfig.get_config_dict(language)
     return text_config_of(fields, f"{language}/config.json")
 
 
 def text_config_of(fields: Mapping, where: str) -> PreTrainedConfig:
-    """A language model's configuration from what its `config.json` says.
+    """Make a language model's configuration from the fields of its `config.json`.
 
     Args:
-        fields: What it says.
-        where: Names it in the error.
+        fields: The fields.
+        where: Name of the file, for errors.
 
     Raises:
-        ConversionError: It does not say what kind of model it is.
+        ConversionError: There is no `model_type`.
     """
     fields = dict(fields)
     attention = fields.get("attn_config")
-    if isinstance(attention, dict):  # MPT's: transformers takes probabilities for integers there, and bounds for floats
+    if isinstance(attention, dict):  # MPT's: transformers wants an integer probability there, and float bounds
         for name, kind in (("attn_pdrop", int), ("clip_qkv", float), ("softmax_scale", float)):
             if isinstance(attention.get(name), (int, float)) and kind(attention[name]) == attention[name]:
                 attention[name] = kind(attention[name])
     model_type = fields.pop("model_type", None)
     if model_type is None:
         raise ConversionError(f"{where} does not say its model_type.")
-    fields.pop("auto_map", None)  # code beside the weights is not run: the class is transformers' or ours
+    fields.pop("auto_map", None)  # code beside the weights is never run
     config = AutoConfig.for_model(model_type, **fields)
     config.use_cache = True  # the official files say false, for training
     return config
@@ -70,7 +70,7 @@ def text_config_of(fields: Mapping, where: str) -> PreTrainedConfig:
 def language_table(
     config: PreTrainedConfig, tensors: Iterable[str], tied: Iterable[str] = (), source: str = ""
 ) -> list[Rule]:
-    """What a language model's checkpoint becomes.
+    """The conversion table of a language model.
 
     Args:
         config: The language model's configuration.
@@ -96,17 +96,17 @@ LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weigh
 
 
 def lora_changes(files, settings: Mapping) -> dict[str, Change]:
-    """What merging PEFT's LoRA adapter does to the weights that it is for: `weight + alpha / r * B @ A`.
+    """The changes that merge a LoRA adapter of PEFT into weights: `weight + alpha / r * B @ A`.
 
     Args:
-        files: The adapter's tensors; those that are not LoRA's are not looked at.
-        settings: Its `adapter_config.json`.
+        files: The adapter's tensors; those that are not LoRA's are ignored.
+        settings: The fields of its `adapter_config.json`.
 
     Returns:
-        From names of weights, as the adapter has them, to their changes.
+        From names of weights, as the adapter spells them, to their changes.
 
     Raises:
-        ConversionError: It is another kind of adapter, or half of a pair is missing.
+        ConversionError: It is another kind of adapter, or one matrix of a pair is missing.
 
     Source: LoRA (arXiv 2106.09685, section 4.1), rank-stabilised LoRA (arXiv 2312.03732); `peft/tuners/lora/layer.py`.
     """
@@ -127,14 +127,14 @@ def lora_changes(files, settings: Mapping) -> dict[str, Change]:
     for module, keys in pairs.items():
         if len(keys) < 2:
             raise ConversionError(f"The adapter has only one of LoRA's two matrices for {module}.")
-        (rank, taken), (gives, _) = (dimensions(files.shapes, keys[part], 2) for part in "AB")
+        (rank, inputs), (outputs, _) = (dimensions(files.shapes, keys[part], 2) for part in "AB")
         alpha = settings["lora_alpha"]
         for pattern, value in (settings.get("alpha_pattern") or {}).items():
             if re.fullmatch(rf"(.*\.)?({pattern})", module):
                 alpha = value
         scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
         transposed = bool(settings.get("fan_in_fan_out"))
-        shape = (taken, gives) if transposed else (gives, taken)
+        shape = (inputs, outputs) if transposed else (outputs, inputs)
 
         def apply(weight, keys=keys, scale=scale, transposed=transposed):
             update = scale * files.read(keys["B"]).float() @ files.read(keys["A"]).float()
@@ -150,3 +150,6 @@ def lora_changes(files, settings: Mapping) -> dict[str, Change]:
 
         changes[f"{module}.weight"] = Change(apply, checked, (files,))
     return changes
+
+
+__all__ = ["language_table", "lora_changes", "read_text_config", "text_config_of"]

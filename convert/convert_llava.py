@@ -1,7 +1,7 @@
 """LLaVA's checkpoints: v1, v1.5 and v1.6 (NeXT) as the official code writes them, and `llava-hf/*` as transformers does.
 
-Whole models, with the vision tower or without; a projector alone (`mm_projector.bin`); LoRA fine-tunes (`adapter_model` and
-`non_lora_trainables.bin`), which are merged into the language model.
+These are whole models, with or without the vision tower; projectors alone (`mm_projector.bin`); and LoRA fine-tunes
+(`adapter_model` and `non_lora_trainables.bin`), which are merged into the language model.
 
 Source: `llava/model/{builder,llava_arch}.py`, `llava/model/multimodal_projector/builder.py`, `llava/model/
 multimodal_encoder/clip_encoder.py`, `llava/train/train.py` and `llava/mm_utils.py` of llava-torch 1.2.2.
@@ -51,13 +51,13 @@ from .convert_vision import read_vision_config, vision_pieces
 
 
 def new_rows(files, key: str, rows: int, num_tokens: int) -> Change:
-    """The change to an embedding table whose last tokens were trained with the projector.
+    """The change that puts rows trained with the projector at the end of an embedding table.
 
     Args:
         files: The projector's checkpoint.
         key: Its table: a whole one, of which the last rows are taken, or these rows alone.
-        rows: Of the table as it will be.
-        num_tokens: How many tokens were added.
+        rows: Rows of the resulting table.
+        num_tokens: Number of tokens that were added.
 
     Source: `initialize_vision_tokenizer` in `llava/model/llava_arch.py`.
     """
@@ -72,14 +72,14 @@ def new_rows(files, key: str, rows: int, num_tokens: int) -> Change:
 def plan_conversion(
     checkpoint: Checkpoint, vision, base: Checkpoint | None, config: MLPLlavaConfig, num_new_tokens: int = 0
 ) -> Conversion:
-    """Find for every tensor of the converted model where it comes from; nothing is read yet.
+    """Find where every tensor of the converted model comes from; no tensor is read yet.
 
     Args:
-        checkpoint: LLaVA's.
-        vision: `TensorFiles` of the vision encoder; `None` where the checkpoint has it.
-        base: The language model that the checkpoint belongs to; `None` where it has its own.
-        config: Of the converted model.
-        num_new_tokens: How many tokens' rows were trained with a projector: `<im_start>` and `<im_end>`.
+        checkpoint: LLaVA's checkpoint.
+        vision: `TensorFiles` of the vision encoder; `None` if the checkpoint holds it.
+        base: The language model that the checkpoint belongs to; `None` if it holds its own.
+        config: The converted model's configuration.
+        num_new_tokens: Number of tokens whose rows were trained with a projector: `<im_start>` and `<im_end>`.
 
     Raises:
         ConversionError: A key is unknown, a tensor missing or left over, or a shape wrong.
@@ -124,7 +124,7 @@ def plan_conversion(
 
 
 def _check_widths(checkpoint: Checkpoint, config: MLPLlavaConfig) -> None:
-    """Does the projector lead from this vision encoder to this language model?"""
+    """Check that the projector fits the vision encoder and the language model."""
     shapes = checkpoint.files.shapes
     layers = projector_layers(shapes, checkpoint.layout)
     given, made = config.vision_feature_size, config.text_config.hidden_size
@@ -157,19 +157,20 @@ def convert_llava(
     """Convert a checkpoint of LLaVA into a folder that `AutoModel.from_pretrained` loads.
 
     Args:
-        checkpoint: A folder or Hub id: a release, a LoRA fine-tune, a `llava-hf/*` repository; or a file, such as
-            `mm_projector.bin`. A `config.json` beside a file is read.
-        vision: The vision encoder: a folder or Hub id, or a file in open_clip's layout. Where it is `None` it is the one
-            that the checkpoint names. A vision tower in the checkpoint counts in any case.
-        language: The language model that a projector or a LoRA fine-tune belongs to: a folder or Hub id. Where it is
-            `None` it is the one that LoRA's files name.
+        checkpoint: A folder or Hub id of a release, a LoRA fine-tune or a `llava-hf/*` repository; or a file such as
+            `mm_projector.bin`, with a `config.json` beside it or not.
+        vision: The vision encoder: a folder or Hub id, or a file in open_clip's layout; `None` takes the one that the
+            checkpoint names. A vision tower in the checkpoint is used in any case.
+        language: The language model that a projector or a LoRA fine-tune belongs to: a folder or Hub id; `None` takes the
+            one that the adapter names.
         output: Folder to write to.
-        conversation: Name of the conversation format; `None` goes by the checkpoint.
-        config: What the checkpoint doesn't tell, as fields of `MLPLlavaConfig`; `vision_config` is a dict of its own.
-        verify: Check what was written, see `certify`.
+        conversation: Name of the conversation format; `None` takes the one that the checkpoint was trained with.
+        config: Fields of `MLPLlavaConfig` that the checkpoint doesn't tell, or that should differ; `vision_config` is a
+            dict of its own.
+        verify: Whether to check what was written; see `certify`.
 
     Returns:
-        What was done; its `notes` say what was left aside.
+        The conversion; its `notes` say what was not used.
 
     Raises:
         ConversionError: The parts don't fit together; nothing is written.
@@ -238,7 +239,7 @@ def _refuse_delta(checkpoint: str | os.PathLike) -> None:
 def _open_base(release: Checkpoint, language: str | os.PathLike | None) -> Checkpoint:
     """The language model that a projector or an adapter belongs to."""
     if not (release.has("projector") or release.lora):
-        infer_projector(release.files.shapes, release.layout)  # which says what is missing
+        infer_projector(release.files.shapes, release.layout)  # raises an error that says what is missing
     language = language or release.base
     if language is None:
         raise ConversionError("The checkpoint holds no language model: give the one it was trained with (--language).")
@@ -264,7 +265,7 @@ def _choose_vision(
 
 
 def _open_vision(given, named: str | None, weights: bool, overrides: Mapping) -> tuple:
-    """The vision encoder's place, its tensors if they are wanted, and its configuration."""
+    """The vision encoder's place, its tensors if `weights` asks for them, and its configuration."""
     place = given or named
     if place is None:
         raise ConversionError(

@@ -1,4 +1,4 @@
-"""convert_llava_checkpoint"""
+"""LLaVA's checkpoints as they are found on disk or on the Hub: weights, adapters and what configuration files say."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .convert_sources import Change, Merged, Renamed
 from .convert_tables import ConversionError, Shapes
 
 
-# what the official configuration says beside the language model's own fields
+# fields of the official configuration that are not the language model's
 LLAVA_FIELDS = re.compile(
     r"(un)?(freeze|tune)_mm_.*|(mm|use_mm|image|tokenizer)_.*|architectures|_name_or_path|transformers_version"
 )
@@ -36,12 +36,17 @@ WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.b
 
 
 def find_file(place: str | os.PathLike, name: str) -> Path | None:
-    """One file of a folder or Hub repository, `None` where it has none."""
+    """A file of a folder or Hub repository; `None` if it does not have it."""
     found = optional_file(place, name, gated_is_missing=True)
     return None if found is None else Path(found)
 
 
 def read_fields(place: str | os.PathLike, name: str) -> dict:
+    """Read a JSON file of a folder or Hub repository; empty if there is none.
+
+    Raises:
+        ConversionError: It does not hold a JSON object.
+    """
     path = find_file(place, name)
     if path is None:
         return {}
@@ -56,15 +61,15 @@ def read_fields(place: str | os.PathLike, name: str) -> dict:
 
 @dataclass
 class Checkpoint:
-    """Weights under the usual names of their layout, with what lies beside them.
+    """Weights under the usual names of their layout, with the settings beside them.
 
     Args:
         files: The tensors.
-        fields: What `config.json` says; empty where there is none.
-        place: Folder or Hub id that they lie in; `None` for a file that no `config.json` lies beside.
-        lora: Changes to weights that are elsewhere, by the weights' usual names.
-        base: Name of the model that LoRA was trained on.
-        layout: See `layout_of`; `None` finds out.
+        fields: The fields of `config.json`; empty if there is none.
+        place: The folder or Hub id; `None` for a file without a `config.json` beside it.
+        lora: Changes that a LoRA adapter makes to the language model's weights, by their usual names.
+        base: Name of the model that the adapter was trained on.
+        layout: See `layout_of`; `None` detects it.
     """
 
     files: Renamed
@@ -83,7 +88,7 @@ class Checkpoint:
         self.lora = {names[key]: change for key, change in self.lora.items()}
 
     def has(self, part: str) -> bool:
-        """Whether a part of the model is in it.
+        """Whether the checkpoint holds a part of the model.
 
         Args:
             part: `"language"`, `"vision"` or `"projector"`.
@@ -97,13 +102,13 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
-    """Find out what lies somewhere; only names and shapes are read.
+    """Open a checkpoint; only names and shapes are read.
 
     Args:
         path: `mm_projector.bin` or another file of tensors, a folder, or a Hub id.
 
     Raises:
-        ConversionError: There are no weights that can be read.
+        ConversionError: There are no weights, or they can't be read.
     """
     path = os.fspath(path)
     try:
@@ -128,23 +133,23 @@ def _open_lora(path: str, fields: dict, settings: dict) -> Checkpoint:
     if adapter is None:
         raise ConversionError(f"{path} has an adapter_config.json, but neither adapter_model.safetensors nor .bin.")
     adapter = TensorFiles(adapter)
-    # weights that were trained as they are may be in either file
-    whole = Renamed(adapter, {key: key for key in adapter.shapes if "lora_" not in key})
+    # weights that were trained without LoRA may be in either file
+    trained = Renamed(adapter, {key: key for key in adapter.shapes if "lora_" not in key})
     if (rest := find_file(path, "non_lora_trainables.bin")) is not None:
-        whole = Merged(TensorFiles(rest), whole)
+        trained = Merged(TensorFiles(rest), trained)
     base = settings.get("base_model_name_or_path") or fields.get("_name_or_path") or None
-    return Checkpoint(whole, fields, path, lora_changes(adapter, settings), base)
+    return Checkpoint(trained, fields, path, lora_changes(adapter, settings), base)
 
 
 def infer_text_config(fields: Mapping, where: str) -> PreTrainedConfig:
     """The language model's configuration.
 
     Args:
-        fields: What `config.json` says: LLaVA's, in either layout, or the language model's own.
-        where: Names it in errors.
+        fields: The fields of `config.json`: LLaVA's, in either layout, or the language model's own.
+        where: Name of the file, for errors.
 
     Raises:
-        ConversionError: The language model is of a kind that LLaVA's checkpoints are not known to have.
+        ConversionError: No release of LLaVA has such a language model.
     """
     if "text_config" in fields:
         return transformers_config(fields, where).text_config
@@ -158,6 +163,15 @@ def infer_text_config(fields: Mapping, where: str) -> PreTrainedConfig:
 
 
 def transformers_config(fields: Mapping, where: str) -> PreTrainedConfig:
+    """The configuration of one of transformers' own LLaVA classes.
+
+    Args:
+        fields: The fields of `config.json`.
+        where: Name of the file, for errors.
+
+    Raises:
+        ConversionError: It is of another class.
+    """
     kind = fields.get("model_type")
     if kind not in ("llava", "llava_next"):
         raise ConversionError(f"{where}: the model is a {kind}; expected llava or llava_next.")
@@ -166,15 +180,15 @@ def transformers_config(fields: Mapping, where: str) -> PreTrainedConfig:
 
 
 def infer_projector(shapes: Shapes, layout: str, declared: str | None = None) -> dict:
-    """The projector's fields of `MLPLlavaConfig`.
+    """The fields of `MLPLlavaConfig` that describe the projector.
 
     Args:
-        shapes: Of the checkpoint, under its layout's usual names.
+        shapes: The checkpoint's shapes, by the usual names of its layout.
         layout: See `layout_of`.
-        declared: What `config.json` calls the projector; `None` where it doesn't.
+        declared: What `config.json` calls the projector; `None` if it does not say.
 
     Raises:
-        ConversionError: There is none, or it is of another kind.
+        ConversionError: There is no projector, or it is of an unknown kind.
     """
     layers = projector_layers(shapes, layout)
     if declared is not None and not re.fullmatch(r"identity|linear|mlp\d+x_gelu", declared):
@@ -228,8 +242,8 @@ def _official_options(fields: Mapping) -> tuple[dict, str]:
     return options, ratio
 
 
-def _transformers_options(fields: Mapping, image_fields: Mapping, where: str) -> tuple[dict, str]:
-    """Likewise from a configuration of transformers and the image processor's."""
+def _transformers_options(fields: Mapping, images: Mapping, where: str) -> tuple[dict, str]:
+    """Fields of `MLPLlavaConfig` from transformers' configurations of model and images, and the image aspect ratio."""
     config = transformers_config(fields, where)
     if config.projector_hidden_act != "gelu":
         raise ConversionError(f"{where} has projector_hidden_act {config.projector_hidden_act!r}; expected gelu.")
@@ -242,7 +256,7 @@ def _transformers_options(fields: Mapping, image_fields: Mapping, where: str) ->
     if config.model_type == "llava_next":
         pinpoints = [list(pinpoint) for pinpoint in config.image_grid_pinpoints]  # (height, width) here
         return {**options, "image_grid_pinpoints": pinpoints, "patch_merge_type": "spatial_unpad"}, "anyres"
-    padded = "Llava" in image_fields.get("image_processor_type", "") and image_fields.get("do_pad")
+    padded = "Llava" in images.get("image_processor_type", "") and images.get("do_pad")
     return options, "pad" if padded else "square"
 
 

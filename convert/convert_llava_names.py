@@ -1,4 +1,4 @@
-"""convert_llava_names"""
+"""Names of the tensors in LLaVA's checkpoints: the official layout, that of transformers, and the spellings of both."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .convert_language import language_table
 from .convert_tables import BUFFER, ConversionError, Drop, Rename, Rule, Shapes
 
 
-# how the same tensor is called by the many ways of saving it, and how by the usual one: the official class's own names, and
-# those of the Hub's `llava-hf/*`
+# from the names that different ways of saving give a tensor to the usual ones: those of the official class, and those of the
+# repositories `llava-hf/*`
 SPELLINGS: dict[str, tuple[tuple[str, str], ...]] = {
     "official": (
         (r"(module\.|_forward_module\.|base_model\.model\.)+", ""),  # distributed training, PEFT
         (r"mm_projector\.", "model.mm_projector."),
-        # since transformers 5 CLIP's names have no such level
+        # since transformers 5, CLIP's names lack this level
         (r"model\.vision_tower\.vision_tower\.(?!vision_model\.)", "model.vision_tower.vision_tower.vision_model."),
     ),
     "transformers": (
@@ -28,7 +28,7 @@ SPELLINGS: dict[str, tuple[tuple[str, str], ...]] = {
         (r"vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
     ),
 }
-# where a layout keeps language model, vision tower and line end
+# where each layout keeps the language model, the vision tower and the end of a line of tiles
 PREFIXES = {
     "official": ("", "model.vision_tower.vision_tower.vision_model.", "model.image_newline"),
     "transformers": ("language_model.", "vision_tower.vision_model.", "image_newline"),
@@ -39,16 +39,20 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 def layout_of(keys: Iterable[str]) -> str:
-    """Whose names these are: `"official"` or `"transformers"`."""
+    """The layout that keys belong to: `"official"` or `"transformers"`."""
     theirs = re.compile(r"(.*\.)?(multi_modal_projector|language_model)\..*")
     return "transformers" if any(theirs.fullmatch(key) for key in keys) else "official"
 
 
 def usual_names(keys: Iterable[str], layout: str) -> dict[str, str]:
-    """From a checkpoint's keys to the names that its layout usually has, see `SPELLINGS`.
+    """Map a checkpoint's keys to the usual names of its layout; see `SPELLINGS`.
+
+    Args:
+        keys: The keys.
+        layout: See `layout_of`.
 
     Raises:
-        ConversionError: A tensor is there under two names.
+        ConversionError: Two keys stand for one tensor.
     """
     names: dict[str, str] = {}
     for key in keys:
@@ -65,7 +69,7 @@ def projector_layers(shapes: Shapes, layout: str) -> list[str]:
     """Names of the projector's linear layers, in order.
 
     Args:
-        shapes: Of the checkpoint, under its layout's usual names.
+        shapes: The checkpoint's shapes, by the usual names of its layout.
         layout: See `layout_of`.
 
     Raises:
@@ -88,7 +92,7 @@ def projector_layers(shapes: Shapes, layout: str) -> list[str]:
 
 
 def projector_table(config: MLPLlavaConfig, layout: str) -> list[Rule]:
-    """What the projector becomes.
+    """The conversion table of the projector.
 
     Args:
         config: The converted model's configuration.
@@ -108,7 +112,7 @@ def projector_table(config: MLPLlavaConfig, layout: str) -> list[Rule]:
 
 
 def checkpoint_table(config: MLPLlavaConfig, tensors: Iterable[str], layout: str = "official") -> list[Rule]:
-    """What a checkpoint of LLaVA becomes.
+    """The conversion table of a whole checkpoint of LLaVA.
 
     Args:
         config: The converted model's configuration.
@@ -128,3 +132,15 @@ def checkpoint_table(config: MLPLlavaConfig, tensors: Iterable[str], layout: str
     table.append(Drop(f"{vision}embeddings.position_ids", BUFFER))
     table += language_table(config.text_config, tensors, source=language)
     return table
+
+
+__all__ = [
+    "EMBEDDING",
+    "IMAGE_BORDERS",
+    "LLAVA_LANGUAGE_MODELS",
+    "PREFIXES",
+    "checkpoint_table",
+    "layout_of",
+    "projector_layers",
+    "usual_names",
+]

@@ -1,4 +1,4 @@
-"""convert_llava_processor"""
+"""Tokenizer, conversation and image processor of LLaVA's checkpoints."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 def load_tokenizer(
     source: str | os.PathLike, fields: Mapping, text_config: PreTrainedConfig, rows: int
 ) -> PreTrainedTokenizerBase:
-    """The language model's tokenizer with LLaVA's tokens, in the official order, and `<image>` behind them.
+    """Load the language model's tokenizer, and add LLaVA's tokens in the official order and `<image>` after them.
 
     Args:
         source: Folder or Hub id.
-        fields: LLaVA's configuration.
-        text_config: The language model's.
-        rows: Of the embedding table that was trained with the tokenizer: it tells whether `<im_patch>` is there, where the
-            configuration does not.
+        fields: The fields of LLaVA's configuration.
+        text_config: The language model's configuration.
+        rows: Rows of the embedding table that was trained with the tokenizer. They tell whether the tokenizer had
+            `<im_patch>`, if the configuration does not.
 
     Source: `load_pretrained_model` in `llava/model/builder.py`.
     """
@@ -50,16 +50,16 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
-    if hasattr(tokenizer, "legacy"):  # transformers' class takes it, but does not save it
+    if hasattr(tokenizer, "legacy"):  # transformers' class accepts it, but does not save it
         tokenizer.init_kwargs["legacy"] = tokenizer.legacy
     return tokenizer
 
 
 def conversation_of(name: str, config: MLPLlavaConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The conversation that a release was trained with.
+    """Name of the conversation format that a release was trained with.
 
     Args:
-        name: Of the release, as far as it is known.
+        name: Names of the release, as far as they are known.
         config: The model's configuration.
         tokenizer: Its tokenizer.
 
@@ -76,8 +76,8 @@ def conversation_of(name: str, config: MLPLlavaConfig, tokenizer: PreTrainedToke
     return "llava_v1" if config.projector_type == "linear" else "vicuna_v1"
 
 
-def starts_anew(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether text behind `<image>` needs a space to be tokenised like a text of its own, as the official code does it.
+def needs_space_after_image(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether text after `<image>` needs a space to be tokenised like separate text, as the official code does.
 
     Source: `tokenizer_image_token` in `llava/mm_utils.py`.
     """
@@ -88,7 +88,7 @@ def starts_anew(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _chat_template(place: str | os.PathLike) -> str | None:
-    """The conversation that a repository of transformers' brings along."""
+    """The chat template in a repository of transformers' own classes."""
     if (path := find_file(place, "chat_template.jinja")) is not None:
         return path.read_text(encoding="utf-8")
     given = (read_fields(place, name).get("chat_template") for name in ("chat_template.json", "processor_config.json"))
@@ -99,14 +99,14 @@ def load_image_processor(place: str | os.PathLike | None, side: int) -> CLIPImag
     """The vision encoder's image processor.
 
     Args:
-        place: Where it lies; CLIP's defaults where there is none.
-        side: Of the images, in pixels.
+        place: Folder or Hub id; CLIP's defaults are used if it has none.
+        side: Height and width of the encoder's images, in pixels.
     """
     fields = {} if place is None or os.path.isfile(place) else image_fields(place)
     kind = str(fields.get("image_processor_type") or fields.get("feature_extractor_type") or "CLIP")
     if not fields:
         return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    if kind.startswith(("CLIP", "Llava")):  # what is LLaVA's about it is our processor's affair
+    if kind.startswith(("CLIP", "Llava")):  # LLaVA's own steps are done by MLPLlavaProcessor
         own = ("size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std")
         own += tuple(name for name in fields if name.startswith("do_") and name != "do_pad")
         return CLIPImageProcessor(**{name: fields[name] for name in own if name in fields})
@@ -114,7 +114,7 @@ def load_image_processor(place: str | os.PathLike | None, side: int) -> CLIPImag
 
 
 def end_tokens(text_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | list[int]:
-    """Tokens that end an answer: the language model's, and ChatML's end of a turn where the tokenizer knows it."""
+    """Tokens that end an answer: the language model's, and ChatML's end of a turn if the tokenizer knows it."""
     ends = text_config.eos_token_id if text_config.eos_token_id is not None else tokenizer.eos_token_id
     ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
     end_of_turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
@@ -152,7 +152,7 @@ def build_processor(
         image_aspect_ratio=settings.image_aspect_ratio,
         conversation=conversation,
         mm_use_im_start_end=bool(settings.borders),
-        space_after_image=not settings.native and starts_anew(tokenizer),
+        space_after_image=not settings.native and needs_space_after_image(tokenizer),
     )
 
 
@@ -162,5 +162,5 @@ __all__ = [
     "end_tokens",
     "load_image_processor",
     "load_tokenizer",
-    "starts_anew",
+    "needs_space_after_image",
 ]

@@ -1,4 +1,4 @@
-"""convert_llava_transformers"""
+"""MLP-LLaVA models in transformers' own classes, LlavaForConditionalGeneration and LlavaNextForConditionalGeneration."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ from .convert_sources import resized
 from .convert_tables import ConversionError, dropped, invert, plan
 
 
-# language models whose logits are more than their last hidden state times one matrix: transformers' LLaVA has that only
+# fields of language models that change the logits after the output matrix, which transformers' LLaVA does not do
 HEAD_FIELDS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0}
-# encoders whose files have one level more than their classes, as they had it until transformers 5
+# encoders whose files have one level more than their classes, which had it too until transformers 5
 NESTED = ("clip_vision_model", "siglip_vision_model")
-# encoders whose last hidden state is `hidden_states[-1]` too
+# encoders whose last hidden state equals `hidden_states[-1]`
 ENDS_BARE = ("clip_vision_model",)
 
 
 def refuse_llava(config: MLPLlavaConfig, language_model: PreTrainedModel) -> None:
-    """Say what transformers' classes for LLaVA can't express.
+    """Refuse a model that transformers' classes for LLaVA can't express.
 
     Args:
-        config: Our model's configuration.
+        config: The model's configuration.
         language_model: Its language model, on the meta device.
 
     Raises:
-        ConversionError: There is something.
+        ConversionError: They can't; the reasons are named.
     """
     problems = []
     if config.vision_layout == "grid":
         problems.append("they take encoders that give a sequence of tokens, this one is a CNN, which gives a grid")
     if config.vision_feature_layer is None and config.vision_config.model_type not in ENDS_BARE:
         problems.append(
-            "they read one of the encoder's hidden_states, this model what comes behind its last norm "
+            "they read one of the encoder's hidden_states, this model the output of its last norm "
             "(vision_feature_layer=None)"
         )
     if config.vision_feature_select_strategy == "patch" and (config.num_prefix_tokens or 0) > 1:
@@ -94,10 +94,13 @@ def refuse_llava(config: MLPLlavaConfig, language_model: PreTrainedModel) -> Non
 
 
 def plan_llava(saved: Saved) -> tuple[Conversion, ProcessorMixin]:
-    """Work out what becomes of an MLP-LLaVA in transformers' class; nothing is read yet.
+    """Plan the conversion of an MLP-LLaVA to transformers' class; no tensor is read yet.
 
     Args:
         saved: The model.
+
+    Returns:
+        The conversion, and the processor of transformers' class.
 
     Raises:
         ConversionError: Transformers' class can't express it.
@@ -108,7 +111,7 @@ def plan_llava(saved: Saved) -> tuple[Conversion, ProcessorMixin]:
     tiled = config.image_grid_pinpoints is not None
     rows = max(config.text_config.vocab_size, config.image_token_id + 1)
     text_config = copy.deepcopy(config.text_config)
-    text_config.vocab_size, text_config.dtype = rows, None  # the dtype is the whole model's affair
+    text_config.vocab_size, text_config.dtype = rows, None  # the dtype stands in the outer configuration
     vision_config = copy.deepcopy(config.vision_config)
     vision_config.dtype = None
     select = "default" if config.vision_feature_select_strategy == "patch" and config.num_prefix_tokens else "full"
@@ -173,13 +176,13 @@ def _llava_notes(config: MLPLlavaConfig, processor: ProcessorMixin, rows: int) -
         )
     if config.image_grid_pinpoints is not None:
         yield (
-            "Transformers rounds where the official code truncates: for some sizes of pictures there is one row or column of "
-            "visual tokens more."
+            "Transformers rounds where the official code truncates: for some image sizes there is one more row or column of "
+            "visual tokens."
         )
     if processor.space_after_image:
         yield (
-            "The original tokenises the text behind an image like the beginning of a text. The chat template does so too; in "
-            "prompts written by hand, put a space behind <image>."
+            "The original tokenises the text after an image like the beginning of a text. The chat template does so too; in "
+            "prompts written by hand, put a space after <image>."
         )
 
 

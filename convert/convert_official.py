@@ -1,4 +1,4 @@
-"""convert_official"""
+"""Models of vlbridge in the official layouts: OpenFlamingo's, LAVIS' and LLaVA's. The tables are those of the import, inverted."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from .convert_writing import output_folder, write_tensors
 
 
 LAVIS = "LAVIS's layout"
-LAVIS_EPSILON = 1e-5  # torch's default, which the official code leaves as it is
+LAVIS_EPSILON = 1e-5  # torch's default, which the official code uses
 FROZEN = "frozen: official checkpoints have it elsewhere"
 
 
 def official_flamingo(saved: Saved) -> tuple[list[Rule], re.Pattern]:
-    """The table from our names to open-flamingo's, and which of its names are in released files."""
+    """The table from vlbridge's names to open-flamingo's, and a pattern for the names that released files hold."""
     config = saved.config
     if not config.freeze_vision_model:
         raise ConversionError(
@@ -41,7 +41,7 @@ def official_flamingo(saved: Saved) -> tuple[list[Rule], re.Pattern]:
             "save_pretrained()."
         )
     rules = flamingo_table(config, saved.tensors.shapes)
-    # where two names lead to one tensor, the last is the one of the official code's time
+    # if two names lead to one tensor, the last is the one that the official code's transformers used
     last = {rule.target: rule for rule in rules if isinstance(rule, Rename)}
     table = invert([rule for rule in rules if not isinstance(rule, Rename) or last[rule.target] is rule])
     table += [Drop(name, FROZEN) for name in saved.tensors.shapes if name.startswith("vision_model.")]
@@ -50,7 +50,7 @@ def official_flamingo(saved: Saved) -> tuple[list[Rule], re.Pattern]:
 
 
 def official_blip2(saved: Saved) -> tuple[list[Rule], re.Pattern]:
-    """Likewise to LAVIS's."""
+    """The table from vlbridge's names to LAVIS', and a pattern for the names that released files hold."""
     config, model = saved.config, saved.conversion.model
     text_config = config.text_config
     language = None
@@ -85,26 +85,26 @@ def official_blip2(saved: Saved) -> tuple[list[Rule], re.Pattern]:
         for kind in ("weight", "bias")
         if vision is EVA_TABLE
     ]
-    # twins of frozen tables survive the official filter
+    # second copies of frozen tables pass the official filter
     second = [re.escape(rule.source) for rule in table if isinstance(rule, Twin)]
     trained = r"query_tokens|temp|ln_vision\..*|Qformer\..*|(opt|t5|llm|vision|text)_proj\..*|itm_head\..*"
     return back, re.compile("|".join([trained, *second]))
 
 
 def plan_official(saved: Saved) -> tuple[Conversion, dict[str, str]]:
-    """Work out the official checkpoint of a Perceiver-Flamingo or a Q-Former BLIP-2; nothing is read yet.
+    """Plan the official checkpoint of a Perceiver-Flamingo or a Q-Former BLIP-2; no tensor is read yet.
 
-    What is in it: what was in the file that the model was converted from, where that is known, else what the official code
-    saves; a part that was trained here is in it too.
+    It holds the tensors of the official file that the model was converted from. If there was none, it holds what the official
+    code saves. Parts that were trained here are added.
 
     Args:
         saved: The model.
 
     Returns:
-        The conversion, and our names of what is left out, with the reason.
+        The conversion, and the tensors of the model that are left out, with the reason.
 
     Raises:
-        ConversionError: The official layout can't express it.
+        ConversionError: The official layout can't express the model.
     """
     config, tensors = saved.config, saved.tensors
     table, released = (official_flamingo if isinstance(config, PerceiverFlamingoConfig) else official_blip2)(saved)
@@ -122,9 +122,9 @@ def plan_official(saved: Saved) -> tuple[Conversion, dict[str, str]]:
         second = released.fullmatch(target) and not source.startswith(("bridge.", "vision_model."))
         if source in recorded or source.startswith(("bridge.", *trained)) or (second and not recorded):
             kept[target] = piece
-    if recorded:  # second copies of tables that stay away
-        again = {rule.target for rule in table if rule.duplicates}
-        kept.update((target, pieces[target]) for target in again & pieces.keys())
+    if recorded:  # second copies of tables that are left out
+        duplicates = {rule.target for rule in table if rule.duplicates}
+        kept.update((target, pieces[target]) for target in duplicates & pieces.keys())
     done = Conversion(
         config, {target: (tensors, piece, None) for target, piece in kept.items()}, saved.conversion.model
     )
@@ -135,12 +135,12 @@ def plan_official(saved: Saved) -> tuple[Conversion, dict[str, str]]:
 
 
 def write_official(saved: Saved, output: str | os.PathLike, verify: bool = True) -> Conversion:
-    """Write the official checkpoint: `checkpoint.pt` of OpenFlamingo, `checkpoint.pth` of LAVIS, or LLaVA's folder.
+    """Write a model in its official layout: OpenFlamingo's `checkpoint.pt`, LAVIS' `checkpoint.pth` or LLaVA's folder.
 
     Args:
         saved: The model.
-        output: Empty folder, or one that is made.
-        verify: Check what was written, see `certify`.
+        output: The folder to write: a new one, or an empty one.
+        verify: Whether to check what was written; see `certify`.
     """
     if isinstance(saved.config, MLPLlavaConfig):
         return write_official_llava(saved, output, verify)
@@ -166,11 +166,11 @@ def write_torch(done: Conversion, output: str | os.PathLike, name: str, wrapper:
     """Write a checkpoint with `torch.save`, and its certificate.
 
     Args:
-        done: What is in it.
-        output: Empty folder, or one that is made.
-        name: Of the file.
-        wrapper: Key that the tensors are under; `None` for none.
-        verify: Check what was written, see `certify`.
+        done: The conversion.
+        output: The folder to write: a new one, or an empty one.
+        name: Name of the file.
+        wrapper: Key of the dictionary that holds the tensors; `None` writes them at the top.
+        verify: Whether to check what was written; see `certify`.
     """
     with output_folder(output) as folder, Checks(done, verify) as checks:
         state = {key: done.load(key) for key in done.pieces}
@@ -181,12 +181,12 @@ def write_torch(done: Conversion, output: str | os.PathLike, name: str, wrapper:
 
 
 def write_official_blip(place: str | os.PathLike, output: str | os.PathLike, verify: bool = True) -> Conversion:
-    """Write LAVIS's checkpoint of a captioner or an image-text matcher of BLIP, which are in transformers' classes here too.
+    """Write LAVIS' checkpoint of a captioner or an image-text matcher of BLIP in transformers' class.
 
     Args:
         place: Folder or Hub id.
-        output: Empty folder, or one that is made.
-        verify: Check what was written, see `certify`.
+        output: The folder to write: a new one, or an empty one.
+        verify: Whether to check what was written; see `certify`.
     """
     files = TensorFiles(place)
     matching = "text_encoder.embeddings.word_embeddings.weight" in files.shapes
@@ -208,15 +208,15 @@ def write_official_blip(place: str | os.PathLike, output: str | os.PathLike, ver
 
 
 def write_official_llava(saved: Saved, output: str | os.PathLike, verify: bool = True) -> Conversion:
-    """Write LLaVA's own layout: a folder that the official code loads.
+    """Write a model in LLaVA's own layout: a folder that the official code loads.
 
     Args:
         saved: The model.
-        output: Empty folder, or one that is made.
-        verify: Check what was written, see `certify`.
+        output: The folder to write: a new one, or an empty one.
+        verify: Whether to check what was written; see `certify`.
 
     Raises:
-        ConversionError: The official layout can't express it.
+        ConversionError: The official layout can't express the model.
     """
     config, tensors, processor = saved.config, saved.tensors, saved.processor
     fields, problems = llava_fields(saved)
@@ -250,7 +250,7 @@ def write_official_llava(saved: Saved, output: str | os.PathLike, verify: bool =
 
 
 def llava_fields(saved: Saved) -> tuple[dict, list[str]]:
-    """LLaVA's `config.json`, and what it has no field for."""
+    """The fields of LLaVA's `config.json`, and reasons why it can't describe the model."""
     config, processor = saved.config, saved.processor
     kinds = {kind: name for name, kind in LLAVA_LANGUAGE_MODELS.items() if name != "llava"}
     problems = []
@@ -264,7 +264,7 @@ def llava_fields(saved: Saved) -> tuple[dict, list[str]]:
     if config.projector_hidden_size not in (None, config.text_config.hidden_size) or not config.projector_bias:
         problems.append("its projector has biases and the language model's width between its layers")
     tower = config.vision_config.name_or_path or ((config.frozen_parts or {}).get("vision_model") or {}).get("source")
-    if not tower or os.path.isabs(tower):  # a folder of this machine says nothing to others
+    if not tower or os.path.isabs(tower):  # a folder of this machine means nothing on others
         tower = "openai/clip-vit-large-patch14" + ("-336" if config.image_size == 336 else "")
     fields = {
         **config.text_config.to_diff_dict(),

@@ -1,4 +1,4 @@
-"""convert_qformer"""
+"""What every conversion to a Q-Former BLIP-2 needs: its class, the tokenizer of its Q-Former and its processor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .convert_tables import ConversionError
 
 
 def model_class(config: BridgedConfig) -> type[PreTrainedModel]:
-    """The class that a configuration is for."""
+    """The model class that belongs to a configuration."""
     stage1 = isinstance(config, QFormerBlip2PreTrainingConfig)
     return QFormerBlip2ForPreTraining if stage1 else QFormerBlip2ForConditionalGeneration
 
@@ -24,15 +24,15 @@ def model_class(config: BridgedConfig) -> type[PreTrainedModel]:
 def load_qformer_tokenizer(
     source: str | os.PathLike, vocab_size: int, instructed: bool = False
 ) -> PreTrainedTokenizerBase:
-    """BERT's tokenizer with `[DEC]`.
+    """Load BERT's tokenizer, and add `[DEC]`.
 
     Args:
         source: Folder or Hub id.
-        vocab_size: Tokens that the Q-Former knows.
-        instructed: It reads instructions, of which the end counts.
+        vocab_size: Number of tokens in the Q-Former's embedding table.
+        instructed: Whether it reads instructions, which are truncated at their beginning.
 
     Raises:
-        ConversionError: It is not the one that the checkpoint was trained with.
+        ConversionError: The tokenizer has another number of tokens.
     """
     tokenizer = BertTokenizer.from_pretrained(source)
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
@@ -45,14 +45,14 @@ def load_qformer_tokenizer(
 
 
 def build_processor(config: BridgedConfig, language: str | None, image_processor, tokenizer, qformer_tokenizer):
-    """The processor that belongs to the model.
+    """The converted model's processor.
 
     Args:
         config: The model's configuration.
-        language: What the checkpoint calls its language model.
-        image_processor: Its image processor.
+        language: LAVIS' name of the language model: `"opt"`, `"t5"` or `"llm"`; `None` for stage 1.
+        image_processor: The image processor.
         tokenizer: The language model's tokenizer; `None` for stage 1.
-        qformer_tokenizer: The Q-Former's; `None` where it reads no text.
+        qformer_tokenizer: The Q-Former's tokenizer; `None` if it reads no text.
     """
     if language is None:
         return QFormerBlip2PreTrainingProcessor.from_config(config, image_processor, qformer_tokenizer)
@@ -62,8 +62,11 @@ def build_processor(config: BridgedConfig, language: str | None, image_processor
         # the official order is image, beginning of sequence, text
         tokenizer.add_bos_token = tokenizer.init_kwargs["add_bos_token"] = False
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B")
-        # LLaMA's tokenizer takes the space for the one that it puts in front of every text
+        # LLaMA's tokenizer takes this space for the one that it puts before every text
         options["text_start"] = tokenizer.bos_token + (" " if language == "llm" else "")
     return QFormerBlip2Processor.from_config(
         config, image_processor, tokenizer, qformer_tokenizer=qformer_tokenizer, **options
     )
+
+
+__all__ = ["build_processor", "load_qformer_tokenizer", "model_class"]

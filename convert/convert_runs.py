@@ -1,4 +1,4 @@
-"""convert_runs"""
+"""Runs of both models of a conversion on the same inputs, and the comparison of their outputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NEW_TOKENS = 8
 
 
 def fixed_image(height: int = 64, width: int = 96) -> Image.Image:
-    """A picture of two gradients: the same on every machine."""
+    """An image of two gradients, the same on every machine; sizes in pixels."""
     red, green = torch.meshgrid(
         torch.arange(width) * 255 // (width - 1), torch.arange(height) * 255 // (height - 1), indexing="xy"
     )
@@ -26,12 +26,15 @@ def fixed_image(height: int = 64, width: int = 96) -> Image.Image:
 
 
 def compare_outputs(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> dict:
-    """Largest difference of what two models say.
+    """Compare the outputs of two models.
 
     Args:
-        ours: Of one model.
-        theirs: Of the other; rows of tokens that only it has may be behind.
-        what: Names it.
+        ours: Output of the model of vlbridge, `(..., n)`.
+        theirs: Output of the other model, `(..., m)`; if it has more tokens, m > n, the last ones are ignored.
+        what: Name of the output.
+
+    Returns:
+        The entry of the certificate, with the largest difference.
 
     Raises:
         ConversionError: They differ by more than rounding explains.
@@ -47,17 +50,17 @@ def compare_outputs(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> dict
 
 
 def run_generation(model, processor, other, other_processor, prompts: tuple[str, str]) -> list[dict]:
-    """Let two models that write text answer the same picture.
+    """Compare two generating models on one image and one prompt.
 
     Args:
-        model: Ours.
+        model: The model of vlbridge.
         processor: Its processor.
-        other: Transformers'.
+        other: The model of transformers.
         other_processor: Its processor.
-        prompts: The same prompt, as each of the processors takes it.
+        prompts: The prompt as each of the two processors takes it.
 
     Returns:
-        What was compared, and the largest differences.
+        What was compared, with the largest differences.
 
     Raises:
         ConversionError: Their logits differ by more than rounding explains.
@@ -103,17 +106,20 @@ def run_generation(model, processor, other, other_processor, prompts: tuple[str,
 
 
 def run_retrieval(model, processor, other, other_processor, texts: tuple[str, ...]) -> list[dict]:
-    """Let two models for retrieval score a picture and texts.
+    """Compare two retrieval models on one image and several texts.
 
     Args:
-        model: Ours.
+        model: The model of vlbridge.
         processor: Its processor.
-        other: Transformers'.
+        other: The model of transformers.
         other_processor: Its processor.
-        texts: What the picture is compared with.
+        texts: The texts that the image is compared with.
+
+    Returns:
+        What was compared, with the largest differences.
 
     Raises:
-        ConversionError: Scores differ by more than rounding explains.
+        ConversionError: Their scores differ by more than rounding explains.
     """
     images = [fixed_image()] * len(texts)
     ours = processor(images=images, text=list(texts), return_tensors="pt")
@@ -140,12 +146,18 @@ def run_retrieval(model, processor, other, other_processor, texts: tuple[str, ..
 
 
 def run_llava(ours: str | os.PathLike, theirs: str | os.PathLike, model_class) -> list[dict]:
-    """Let our LLaVA and transformers' answer the same input, in float32.
+    """Compare an MLP-LLaVA with transformers' class on the same input, in float32.
 
     Args:
-        ours: Folder or Hub id of ours.
-        theirs: Of theirs.
-        model_class: Theirs.
+        ours: Folder or Hub id of the model of vlbridge.
+        theirs: Folder or Hub id of transformers' model.
+        model_class: Its class.
+
+    Returns:
+        What was compared, with the largest differences.
+
+    Raises:
+        ConversionError: Their logits differ by more than rounding explains, or weights are missing.
     """
     other, info = model_class.from_pretrained(theirs, dtype=torch.float32, output_loading_info=True)
     if any(info.values()):
@@ -157,7 +169,7 @@ def run_llava(ours: str | os.PathLike, theirs: str | os.PathLike, model_class) -
 
 
 def _llava_prompts(ours: ProcessorMixin, theirs: ProcessorMixin) -> tuple[str, str]:
-    """The same question as each of the processors takes it: as a conversation, where both know one that shows an image."""
+    """A question as each of the two processors takes it: as a conversation, if both have a template with an image."""
     asked, token = ours.caption_prompt, ours.image_token
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": asked}]}]
     try:
@@ -167,6 +179,9 @@ def _llava_prompts(ours: ProcessorMixin, theirs: ProcessorMixin) -> tuple[str, s
         )
         if all(prompt.count(token) == 1 for prompt in prompts):
             return prompts
-    except (ValueError, TemplateError):  # no template, or one that wants other messages
+    except (ValueError, TemplateError):  # no template, or one that needs other messages
         pass
     return f"{token}\n{asked}", f"{token}{' ' if ours.space_after_image else ''}\n{asked}"
+
+
+__all__ = ["compare_outputs", "fixed_image", "run_generation", "run_llava", "run_retrieval"]

@@ -1,4 +1,4 @@
-"""convert_vision"""
+"""Vision encoders in other layouts: open_clip's and OpenAI's CLIP, LAVIS' EVA ViT-g and CLIP ViT-L, and any in transformers'."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _UNKNOWN_HEADS = (
     "Shapes don't tell how many attention heads a vision encoder of width {} has: give it in --config, as "
     '{{"vision_config": {{"num_attention_heads": ...}}}}.'
 )
-# open_clip's vision tower, as transformers' CLIPVisionModel calls it
+# from open_clip's names of the vision tower to those of transformers' CLIPVisionModel
 _CLIP_LAYER = ("visual.transformer.resblocks.{}", "vision_model.encoder.layers.{}")
 OPEN_CLIP_TABLE: list[Rule] = [
     Rename("visual.class_embedding", "vision_model.embeddings.class_embedding"),
@@ -51,10 +51,10 @@ OPEN_CLIP_TABLE: list[Rule] = [
         for kind in ("weight", "bias")
     ),
 ]
-# of the other tower
+# keys of the text tower
 CLIP_TEXT = re.compile(r"(transformer|token_embedding|ln_final|text|text_model)\..*|positional_embedding|logit_scale|"
                        r"logit_bias|(text|visual)_projection(\.weight)?|.*\.?position_ids")  # fmt: skip
-# what shapes can't tell about LAVIS's encoders, by layout and width; its encoders end one block before their files do
+# what shapes can't tell about LAVIS' encoders, by layout and width; the last block in their files is not used
 LAVIS_ENCODERS: dict[tuple[str, int], dict] = {
     ("eva", 1408): {"num_hidden_layers": 39, "num_attention_heads": 16},
     ("clip", 1024): {"num_hidden_layers": 23, "num_attention_heads": 16},
@@ -62,7 +62,7 @@ LAVIS_ENCODERS: dict[tuple[str, int], dict] = {
 
 
 def vision_layout(keys: Iterable[str]) -> str:
-    """Whose names these are: `"clip"` (open_clip and OpenAI), `"eva"` (LAVIS) or `"transformers"`."""
+    """The layout that keys belong to: `"clip"` (open_clip and OpenAI), `"eva"` (LAVIS) or `"transformers"`."""
     keys = set(keys)
     if "visual.conv1.weight" in keys:
         return "clip"
@@ -70,11 +70,11 @@ def vision_layout(keys: Iterable[str]) -> str:
 
 
 def open_clip_config(shapes: Shapes, **overrides) -> CLIPVisionConfig:
-    """Configuration of open_clip's vision tower.
+    """Infer the configuration of open_clip's vision tower.
 
     Args:
-        shapes: Of its checkpoint.
-        overrides: What shapes can't tell: `num_attention_heads` (64 channels each in CLIP) and `hidden_act` (OpenAI's
+        shapes: Shapes of its tensors.
+        overrides: Fields that shapes can't tell: `num_attention_heads` (64 channels each in CLIP) and `hidden_act` (OpenAI's
             models have `"quick_gelu"`, the default).
 
     Raises:
@@ -103,11 +103,11 @@ def open_clip_config(shapes: Shapes, **overrides) -> CLIPVisionConfig:
 
 
 def eva_config(shapes: Shapes, **overrides) -> Blip2VisionConfig:
-    """Configuration of LAVIS's EVA ViT-g.
+    """Infer the configuration of LAVIS' EVA ViT-g.
 
     Args:
-        shapes: Of its checkpoint.
-        overrides: What shapes can't tell: `num_attention_heads`.
+        shapes: Shapes of its tensors.
+        overrides: Fields that shapes can't tell: `num_attention_heads`.
 
     Raises:
         ConversionError: The number of attention heads is not known for an encoder of this width.
@@ -131,15 +131,15 @@ def eva_config(shapes: Shapes, **overrides) -> Blip2VisionConfig:
 
 
 def read_vision_config(files, vision: str | os.PathLike | None, overrides: Mapping) -> PreTrainedConfig:
-    """A vision encoder's configuration: from its files' shapes, or from its folder.
+    """A vision encoder's configuration, from the shapes of its tensors or from its folder.
 
     Args:
         files: Its tensors.
-        vision: Where they lie.
-        overrides: What shapes can't tell, as fields of the configuration.
+        vision: Where they lie: a file, a folder or a Hub id.
+        overrides: Fields of the configuration that shapes can't tell.
 
     Raises:
-        ConversionError: It is none of the known layouts.
+        ConversionError: The layout is not known, or the number of attention heads is not.
     """
     layout = vision_layout(files.shapes)
     if layout == "eva":
@@ -159,12 +159,15 @@ def read_vision_config(files, vision: str | os.PathLike | None, overrides: Mappi
 
 
 def vision_pieces(files, expected: Iterable[str], num_layers: int | None = None) -> dict[str, Piece]:
-    """Where the tensors of the vision encoder come from.
+    """Find where the tensors of the vision encoder come from.
 
     Args:
         files: The encoder's tensors.
-        expected: Names of the tensors that are wanted, with `vision_model.` in front.
-        num_layers: Layers beyond these are left out; `None` takes all.
+        expected: Names of the converted model's tensors that begin with `vision_model.`.
+        num_layers: Number of layers to take; `None` takes all.
+
+    Returns:
+        From target names to their pieces.
 
     Raises:
         ConversionError: A key is unknown.
@@ -176,7 +179,7 @@ def vision_pieces(files, expected: Iterable[str], num_layers: int | None = None)
     layout = vision_layout(keys)
     if layout != "transformers":
         return plan(OPEN_CLIP_TABLE if layout == "clip" else EVA_TABLE, keys)
-    # a whole vision-language model: the rest of it is not meant
+    # of a whole vision-language model, only the vision encoder is taken
     if any(key.startswith(("language_model.", "qformer.")) for key in keys):
         keys = [key for key in keys if key.startswith("vision_model.")]
     # until transformers 5 the names of CLIP's vision tower began with `vision_model.`
@@ -188,7 +191,15 @@ def vision_pieces(files, expected: Iterable[str], num_layers: int | None = None)
 
 
 def interpolated(positions: torch.Tensor, side: int) -> torch.Tensor:
-    """Position embeddings, `(..., 1 + patches, channels)` with CLS in front, for a grid of `side` x `side` patches."""
+    """Interpolate position embeddings to another grid of patches.
+
+    Args:
+        positions: `(..., 1 + patches, channels)`, that of CLS first.
+        side: Patches per row and column of the new grid.
+
+    Returns:
+        `(..., 1 + side * side, channels)`.
+    """
     table = positions.reshape(-1, positions.shape[-1]).float()
     old = round((table.shape[0] - 1) ** 0.5)
     grid = table[1:].T.reshape(1, -1, old, old)
@@ -198,5 +209,18 @@ def interpolated(positions: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def for_grid(side: int) -> Change:
-    """The change to position embeddings for images of another size."""
+    """The change that fits position embeddings to a grid of `side` x `side` patches."""
     return Change(partial(interpolated, side=side), lambda shape: (*shape[:-2], 1 + side * side, shape[-1]))
+
+
+__all__ = [
+    "LAVIS_ENCODERS",
+    "OPEN_CLIP_TABLE",
+    "eva_config",
+    "for_grid",
+    "interpolated",
+    "open_clip_config",
+    "read_vision_config",
+    "vision_layout",
+    "vision_pieces",
+]

@@ -302,7 +302,7 @@ def test_composed_llavas_speak_alike(language, vision, options, tmp_path):
     "args, options, reason",
     [
         (("mlp", "llama", "resnet"), {}, "this one is a CNN"),
-        (("mlp", "llama", "siglip"), {}, "behind its last norm"),
+        (("mlp", "llama", "siglip"), {}, "the output of its last norm"),
         (("mlp", "llama", "clip"), {"projector_type": "linear"}, "this one is linear"),
         (("mlp", "llama", "clip"), {"projector_hidden_size": 24}, "this one 24"),
         (("mlp", "llama", "clip"), {"pooling": "average", "pooling_factor": 2}, "don't pool"),

@@ -169,7 +169,7 @@ def first_9b(tmp_path_factory):
     model.vision_model.load_state_dict(clip.vision_model.state_dict())
     theirs = language.state_dict()
     theirs["lm_head.weight"] = torch.cat([theirs["lm_head.weight"], theirs["lm_head.weight"].mean(0).expand(2, -1)])
-    theirs["language_model.model.embed_tokens.weight"] = model.language_model.model.embed_tokens.weight.detach().clone()
+    theirs["model.embed_tokens.weight"] = model.language_model.model.embed_tokens.weight.detach().clone()
     model.language_model.load_state_dict(theirs)
 
     table = checkpoint_table(config, ["language_model.model.embed_tokens.weight"])
