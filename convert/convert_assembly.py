@@ -183,8 +183,8 @@ def assemble(
         config: The converted model's configuration.
         model: The converted model, on the meta device.
         expected: Names and shapes of its tensors.
-        sources: Checkpoints, each with the pieces that it gives and the changes to them, by target name. If several give
-            a tensor, the first is used.
+        sources: Checkpoints, each with the pieces that it gives and the changes to them, by target name. If several
+            give a tensor, the first is used.
         what: Name of the checkpoint, for errors.
 
     Returns:

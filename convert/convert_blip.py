@@ -1,7 +1,7 @@
-"""BLIP's (2022) captioners and image-text matchers, as LAVIS and the original code write them, for transformers' classes.
+"""BLIP's (2022) captioners and image-text matchers, from LAVIS or the original code to transformers' classes.
 
-Source: `lavis/models/{vit,med}.py` and `lavis/models/blip_models/{blip_caption,blip_image_text_matching,blip_retrieval}.py`
-of salesforce-lavis 1.0.2.
+Source: `lavis/models/{vit,med}.py` and
+`lavis/models/blip_models/{blip_caption,blip_image_text_matching,blip_retrieval}.py` of salesforce-lavis 1.0.2.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def infer_config(shapes: Shapes, overrides: Mapping | None = None) -> BlipConfig
     )
     if text is None or "visual_encoder.patch_embed.proj.weight" not in shapes:
         raise ConversionError(
-            "The checkpoint has no visual_encoder, or neither text_decoder (captioners) nor text_encoder (matchers): it is "
-            "not one of BLIP's."
+            "The checkpoint has no visual_encoder, or neither text_decoder (captioners) nor text_encoder (matchers): "
+            "it is not one of BLIP's."
         )
     width, _, patch_size, _ = dimensions(shapes, "visual_encoder.patch_embed.proj.weight", 4)
     vocab_size, text_width = dimensions(shapes, f"{text}.embeddings.word_embeddings.weight", 2)
@@ -160,9 +160,10 @@ def convert_blip(
 ) -> Conversion:
     """Convert a captioner or an image-text matcher of BLIP into a folder that transformers' own classes load.
 
-    The official captioner begins its texts with "a picture of " and generates with `num_beams=3, min_length=10, max_length=30`;
-    transformers' class takes such settings as arguments of `generate` only. For its matching head,
-    the official matcher replaces the first token, `[CLS]`, by `[ENC]`; with transformers' class the caller has to do it.
+    The official captioner begins its texts with "a picture of " and generates with `num_beams=3, min_length=10,
+    max_length=30`; transformers' class takes such settings as arguments of `generate` only. For its matching head,
+    the official matcher replaces the first token, `[CLS]`, by `[ENC]`; with transformers' class the caller has to do
+    it.
 
     Args:
         checkpoint: A file of LAVIS or of the original code.

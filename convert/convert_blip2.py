@@ -1,10 +1,10 @@
-"""BLIP-2's and InstructBLIP's checkpoints, as LAVIS writes them: stage 1, stage 2 (OPT, FlanT5), stage 3 (Vicuna, FlanT5).
+"""BLIP-2's and InstructBLIP's checkpoints, as LAVIS writes them: stage 1 (no language model), 2 and 3.
 
-They hold what was trained: query tokens, Q-Former, projections, the layer norm on the patch features, and the ViT if it was
-trained too (`caption_coco_*`). The frozen ViT and the language model come from elsewhere.
+They hold what was trained: query tokens, Q-Former, projections, the layer norm on the patch features, and the ViT if it
+was trained too (`caption_coco_*`). The frozen ViT and the language model come from elsewhere.
 
-Source: `lavis/models/blip2_models/*.py`, `eva_vit.py`, `clip_vit.py` and `runners/runner_base.py` of salesforce-lavis 1.0.2
-and of its main branch.
+Source: `lavis/models/blip2_models/*.py`, `eva_vit.py`, `clip_vit.py` and `runners/runner_base.py` of salesforce-lavis
+1.0.2 and of its main branch.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def language_of(keys: Iterable[str]) -> str | None:
     found = [name for name in LAVIS_LANGUAGE_MODELS if f"{name}_proj.weight" in keys]
     if not found and "itm_head.weight" not in keys:
         raise ConversionError(
-            "The checkpoint has neither a projection to a language model (opt_proj, t5_proj, llm_proj) nor stage 1's heads "
-            "(itm_head): it is not a checkpoint of BLIP-2 that is known here."
+            "The checkpoint has neither a projection to a language model (opt_proj, t5_proj, llm_proj) nor stage 1's "
+            "heads (itm_head): it is not a checkpoint of BLIP-2 that is known here."
         )
     return found[0] if found else None
 
@@ -170,8 +170,8 @@ def infer_config(
         raise ConversionError(f"The checkpoint has {language}_proj: it needs its language model.")
     if text_config.model_type not in LAVIS_LANGUAGE_MODELS[language]:
         raise ConversionError(
-            f"The checkpoint has {language}_proj, for a language model of type {' or '.join(LAVIS_LANGUAGE_MODELS[language])}; "
-            f"this one is a {text_config.model_type}."
+            f"The checkpoint has {language}_proj, for a language model of type "
+            f"{' or '.join(LAVIS_LANGUAGE_MODELS[language])}; this one is a {text_config.model_type}."
         )
     if language == "t5":
         text_config.dense_act_fn = "gelu"  # LAVIS replaces FlanT5's gelu_new
@@ -195,8 +195,8 @@ def plan_conversion(checkpoint, vision, language, config: BridgedConfig) -> Conv
         model = model_class(config)(config)
     tied = dict(model.all_tied_weights_keys)
     if language is not None and not getattr(config.text_config, "scale_decoder_outputs", True):
-        # FlanT5's head is its own. Transformers' configuration of T5 says that all is tied, whatever the checkpoint's says
-        # (which lives on under this other name), and unties what differs when it loads.
+        # FlanT5's head is its own. Transformers' configuration of T5 says that all is tied, whatever the checkpoint's
+        # says (which lives on under this other name), and unties what differs when it loads.
         if "lm_head.weight" in language.shapes:
             tied.pop("language_model.lm_head.weight", None)
     expected = expected_tensors(model, model.all_tied_weights_keys.keys() - tied)
@@ -299,8 +299,9 @@ def convert_blip2(
 
     Args:
         checkpoint: LAVIS' file; or a folder or Hub id of transformers' own classes, which needs no other parts.
-        vision: EVA ViT-g as LAVIS uses it (`eva_vit_g.pth`), CLIP ViT-L as LAVIS or open_clip save it, or a folder or Hub id
-            in transformers' layout; `None` if the checkpoint holds the encoder. Those tensors are used in any case.
+        vision: EVA ViT-g as LAVIS uses it (`eva_vit_g.pth`), CLIP ViT-L as LAVIS or open_clip save it, or a folder or
+            Hub id in transformers' layout; `None` if the checkpoint holds the encoder. Those tensors are used in any
+            case.
         language: The language model: a folder or a Hub id; `None` for stage 1.
         output: Folder to write to.
         tokenizer: Folder or Hub id of the language model's tokenizer, if it does not lie beside it.

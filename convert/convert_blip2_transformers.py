@@ -1,4 +1,7 @@
-"""convert_blip2_transformers"""
+"""BLIP-2 and InstructBLIP in transformers' own classes, converted in both directions with one table.
+
+Source: `models/blip_2` and `models/instructblip` of transformers 5.
+"""
 
 from __future__ import annotations
 
@@ -142,7 +145,8 @@ def refuse_port(config: BridgedConfig) -> None:
         problems.append(f"their vision encoder is EVA ViT-g's architecture, this one is a {vision}")
     elif config.vision_feature_layer != -1:
         problems.append(
-            f"they read the encoder's last layer before the norm (-1), this one vision_feature_layer={config.vision_feature_layer}"
+            "they read the encoder's last layer before the norm (-1), this one "
+            f"vision_feature_layer={config.vision_feature_layer}"
         )
     if config.vision_feature_select_strategy != "full":
         problems.append("their Q-Former reads the class token too, this one patches alone")
@@ -152,8 +156,8 @@ def refuse_port(config: BridgedConfig) -> None:
         problems.append("transformers has no MPT-1B (mosaic_gpt)")
     if problems:
         raise ConversionError(
-            f"{PORTS[port_of(config)].model_class.__name__} can't express this model: {'; '.join(problems)}. What can be "
-            "done: --to official writes LAVIS's layout; save_pretrained(bridge_only=True) makes a repository that "
+            f"{PORTS[port_of(config)].model_class.__name__} can't express this model: {'; '.join(problems)}. What can "
+            "be done: --to official writes LAVIS's layout; save_pretrained(bridge_only=True) makes a repository that "
             "AutoModel loads where vlbridge is installed."
         )
 
@@ -275,7 +279,8 @@ def _notes(config: BridgedConfig, processor: ProcessorMixin, rows: int | None) -
     theirs, ours = config.vision_config.layer_norm_eps, config.vision_layer_norm_eps
     if theirs != ours:
         yield (
-            f"The norm on the patch features has epsilon {theirs:g} here: transformers' classes give it the vision encoder's. "
+            f"The norm on the patch features has epsilon {theirs:g} here: transformers' classes give it the vision "
+            "encoder's. "
             f"In the original it is {ours:g}."
         )
     if rows is None:
@@ -284,20 +289,20 @@ def _notes(config: BridgedConfig, processor: ProcessorMixin, rows: int | None) -
     if rows != config.text_config.vocab_size:
         yield (
             f"The language model's tables have {rows} rows instead of {config.text_config.vocab_size}, so that the "
-            "placeholder can be looked up. New rows are the mean of the others: greedily they are never chosen, and all "
-            "together they take less probability than one average token."
+            "placeholder can be looked up. New rows are the mean of the others: greedily they are never chosen, and "
+            "all together they take less probability than one average token."
         )
     tokenizer = processor.tokenizer
     begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     if not config.is_encoder_decoder and begins and not processor.text_start:
         yield (
-            f"The order differs: here {tokenizer.bos_token} stands after the image's tokens, in the original before them. "
-            "Transformers' processor has no other order."
+            f"The order differs: here {tokenizer.bos_token} stands after the image's tokens, in the original before "
+            "them. Transformers' processor has no other order."
         )
     yield "Prompts have one image each, which stands at the beginning: transformers' processor puts it there."
     yield (
-        "generate() without arguments asks the language model's own defaults, which are greedy here; pass num_beams and the "
-        "like, or pipeline(), which reads generation_config.json."
+        "generate() without arguments asks the language model's own defaults, which are greedy here; pass num_beams "
+        "and the like, or pipeline(), which reads generation_config.json."
     )
 
 
@@ -439,7 +444,8 @@ def convert_port(
     generation = None
     if retrieval:
         conversion.notes.append(
-            "The captioning head and the contrastive temperature are not in the checkpoint: retrieval works, captions don't."
+            "The captioning head and the contrastive temperature are not in the checkpoint: retrieval works, captions "
+            "don't."
         )
         bert = without_placeholder(tokenizer, model_config.qformer_config.vocab_size)
         bert.add_special_tokens({"bos_token": "[DEC]"})

@@ -1,7 +1,7 @@
 """The checks of a conversion, whose results are written to `conversion.json` in the converted folder.
 
-There are three: every source tensor is put together again from the written files and compared bit by bit; if both models
-can run here, their outputs on fixed inputs are compared; and all files are identified by their SHA-256.
+There are three: every source tensor is put together again from the written files and compared bit by bit; if both
+models can run here, their outputs on fixed inputs are compared; and all files are identified by their SHA-256.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ def export(
     Args:
         model: Folder or Hub id of a full model, or of a bridge that names its frozen parts.
         output: The folder to write: a new one, or an empty one.
-        to: `"transformers"` writes a folder of transformers' own class, with processor, tokenizer and generation defaults;
-            `"official"` writes the layout of the family's own code.
+        to: `"transformers"` writes a folder of transformers' own class, with processor, tokenizer and generation
+            defaults; `"official"` writes the layout of the family's own code.
         verify: Whether to check what was written; see `certify`.
 
     Returns:
@@ -51,7 +51,8 @@ def export(
     if isinstance(config, PerceiverFlamingoConfig):
         raise ConversionError(
             "Transformers has no class for Perceiver-Flamingo. What can be done: --to official writes OpenFlamingo's "
-            "layout; save_pretrained(bridge_only=True) makes a repository that AutoModel loads where vlbridge is installed."
+            "layout; save_pretrained(bridge_only=True) makes a repository that AutoModel loads where vlbridge is "
+            "installed."
         )
     if isinstance(config, MLPLlavaConfig):
         conversion, processor = plan_llava(saved)
@@ -71,6 +72,7 @@ def _card(saved: Saved, name: str) -> str:
     label = saved.place if not os.path.exists(saved.place) else Path(saved.place).resolve().name
     head = "---\nlibrary_name: transformers\n" + ("pipeline_tag: image-text-to-text\n" if task != "AutoModel" else "")
     return (
-        f"{head}---\n\n# {label}\n\nA {saved.config.model_type} model, exported to transformers' own `{name}`: it loads with "
+        f"{head}---\n\n# {label}\n\nA {saved.config.model_type} model, exported to transformers' own `{name}`: it "
+        "loads with "
         f"`{name if task == 'AutoModel' else task}` and `AutoProcessor`.\n"
     )

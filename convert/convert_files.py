@@ -1,8 +1,8 @@
 """Reading checkpoints tensor by tensor: a checkpoint never lies in memory as a whole.
 
-Files are not trusted. Pickles are read with `weights_only=True`; headers and directories are checked before data is read from
-where they point; zip records are compared with their CRC-32. Files are read rather than mapped, so that
-their pages do not stay in memory.
+Files are not trusted. Pickles are read with `weights_only=True`; headers and directories are checked before data is
+read from where they point; zip records are compared with their CRC-32. Files are read rather than mapped,
+so that their pages do not stay in memory.
 
 Source: the safetensors format, https://github.com/huggingface/safetensors#format; `torch/serialization.py`.
 """
@@ -122,7 +122,8 @@ class Record:
     def compare(self, crc: int) -> None:
         if crc != self.crc:
             raise ConversionError(
-                f"{self.file} is damaged: a tensor's bytes do not have the checksum that was saved with them. Fetch it anew."
+                f"{self.file} is damaged: a tensor's bytes do not have the checksum that was saved with them. Fetch it "
+                "anew."
             )
 
 
@@ -295,8 +296,8 @@ class TensorFiles:
     """The tensors of a checkpoint in any format; each is read when it is asked for.
 
     Args:
-        path: A file (`.safetensors`, or one of `torch.save`), a folder in transformers' layout, whole or sharded, or the Hub
-            id of such a folder.
+        path: A file (`.safetensors`, or one of `torch.save`), a folder in transformers' layout, whole or sharded, or
+            the Hub id of such a folder.
         hub_kwargs: Arguments for the Hub's client: `revision`, `cache_dir` and so on.
 
     Raises:
@@ -330,9 +331,9 @@ class TensorFiles:
             self._check_index(files[0].parent)
         if empty := [name for name, shape in self.shapes.items() if 0 in shape]:
             raise ConversionError(
-                f"{len(empty)} tensors in {self.path} are empty, {empty[0]} is {list(self.shapes[empty[0]])}: DeepSpeed's "
-                "ZeRO-3 saves that where the shards were not gathered. Make a whole file of its checkpoint with its "
-                "zero_to_fp32.py."
+                f"{len(empty)} tensors in {self.path} are empty, {empty[0]} is {list(self.shapes[empty[0]])}: "
+                "DeepSpeed's ZeRO-3 saves that where the shards were not gathered. Make a whole file of its checkpoint "
+                "with its zero_to_fp32.py."
             )
 
     def _check_index(self, folder: Path) -> None:
@@ -354,7 +355,8 @@ class TensorFiles:
             raise ConversionError(f"{file} is empty.")
         records = zip_records(file) if zipped else {}
         try:
-            # of the new (zip) format, only names, shapes and positions are read here; a file of the old one is read whole
+            # of the new (zip) format, only names, shapes and positions are read here; a file of the old one is read
+            # whole
             if zipped:
                 tensors = load_without_weights(file)
             else:
@@ -364,8 +366,8 @@ class TensorFiles:
                 "It is a TorchScript archive (OpenAI's CLIP files are): give the same model as a folder in "
                 "transformers' layout or a Hub id, such as openai/clip-vit-large-patch14."
                 if "TorchScript" in str(error)
-                else "Only files that hold nothing but tensors and plain containers are read, as anything else could run "
-                "code. If you trust it, load it with torch.load(weights_only=False) and save its state dict again."
+                else "Only files that hold nothing but tensors and plain containers are read, as anything else could "
+                "run code. If you trust it, load it with torch.load(weights_only=False) and save its state dict again."
             )
             raise ConversionError(f"{file} can't be read safely: {_first_line(error)} {hint}") from error
         for wrapper in WRAPPERS:
@@ -386,7 +388,8 @@ class TensorFiles:
             # one element seen as many would fill the memory
             if claimed > storage.nbytes() or tensor.numel() * tensor.dtype.itemsize > storage.nbytes():
                 raise ConversionError(
-                    f"{file}: {name} is {list(tensor.shape)} of {tensor.dtype}, but its storage has {storage.nbytes()} bytes."
+                    f"{file}: {name} is {list(tensor.shape)} of {tensor.dtype}, but its storage has {storage.nbytes()} "
+                    "bytes."
                 )
             found[name] = tensor.detach()
         if not zipped:

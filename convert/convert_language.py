@@ -113,8 +113,8 @@ def lora_changes(files, settings: Mapping) -> dict[str, Change]:
     kind = settings.get("peft_type", "LORA")
     if kind != "LORA" or settings.get("use_dora"):
         raise ConversionError(
-            f"The adapter is one of {'DoRA' if settings.get('use_dora') else kind}; only LoRA's are merged here. Merge it "
-            "with PEFT's merge_and_unload first."
+            f"The adapter is one of {'DoRA' if settings.get('use_dora') else kind}; only LoRA's are merged here. Merge "
+            "it with PEFT's merge_and_unload first."
         )
     pairs: dict[str, dict[str, str]] = {}
     for key in files.shapes:
@@ -143,8 +143,8 @@ def lora_changes(files, settings: Mapping) -> dict[str, Change]:
         def checked(given, module=module, shape=shape):
             if tuple(given) != shape:
                 raise ConversionError(
-                    f"The adapter is for a {module} of {list(shape)}, but the language model's is {list(given)}: it was "
-                    "trained with another language model."
+                    f"The adapter is for a {module} of {list(shape)}, but the language model's is {list(given)}: it "
+                    "was trained with another language model."
                 )
             return tuple(given)
 

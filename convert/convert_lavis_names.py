@@ -1,4 +1,4 @@
-"""What LAVIS, transformers and vlbridge call the same tensors of BLIP, BLIP-2 and InstructBLIP: one table for all directions.
+"""The names of BLIP's, BLIP-2's and InstructBLIP's tensors in LAVIS, in transformers and in vlbridge.
 
 Source: `lavis/models/eva_vit.py`, `lavis/models/med.py` and `lavis/models/blip2_models/*.py` of salesforce-lavis 1.0.2;
 `models/blip`, `models/blip_2` and `models/instructblip` of transformers 5.
@@ -49,7 +49,8 @@ BLOCK = (
         )
     ),
 )
-# all layers of the bridge; transformers' names are those of Blip2ForConditionalGeneration and Blip2ForImageTextRetrieval
+# all layers of the bridge; transformers' names are those of Blip2ForConditionalGeneration and
+# Blip2ForImageTextRetrieval
 LAYERS = (
     Names("ln_vision", "vision_model.post_layernorm", "bridge.vision_layer_norm"),
     Names("Qformer.bert.embeddings.LayerNorm", "qformer.layernorm", "bridge.qformer.layer_norm"),

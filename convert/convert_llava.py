@@ -1,4 +1,4 @@
-"""LLaVA's checkpoints: v1, v1.5 and v1.6 (NeXT) as the official code writes them, and `llava-hf/*` as transformers does.
+"""LLaVA's checkpoints: v1, v1.5 and v1.6 (NeXT) of the official code, and `llava-hf/*` of transformers.
 
 These are whole models, with or without the vision tower; projectors alone (`mm_projector.bin`); and LoRA fine-tunes
 (`adapter_model` and `non_lora_trainables.bin`), which are merged into the language model.
@@ -116,7 +116,8 @@ def plan_conversion(
     if config.has_image_newline and not any("bridge.image_newline" in pieces for _, pieces, _ in sources):
         raise ConversionError(
             "The configuration asks for lines of tiles that end with image_newline, which is not in the checkpoint: "
-            "mm_projector.bin never holds it. Give the whole checkpoint, or patch_merge_type 'flat' or 'spatial' in --config."
+            "mm_projector.bin never holds it. Give the whole checkpoint, or patch_merge_type 'flat' or 'spatial' in "
+            "--config."
         )
     conversion = assemble(config, model, expected, sources, getattr(checkpoint.files, "path", "the checkpoint"))
     conversion.left_out = dropped(table, own.shapes)
@@ -161,8 +162,8 @@ def convert_llava(
             `mm_projector.bin`, with a `config.json` beside it or not.
         vision: The vision encoder: a folder or Hub id, or a file in open_clip's layout; `None` takes the one that the
             checkpoint names. A vision tower in the checkpoint is used in any case.
-        language: The language model that a projector or a LoRA fine-tune belongs to: a folder or Hub id; `None` takes the
-            one that the adapter names.
+        language: The language model that a projector or a LoRA fine-tune belongs to: a folder or Hub id; `None` takes
+            the one that the adapter names.
         output: Folder to write to.
         conversation: Name of the conversation format; `None` takes the one that the checkpoint was trained with.
         config: Fields of `MLPLlavaConfig` that the checkpoint doesn't tell, or that should differ; `vision_config` is a
@@ -284,8 +285,8 @@ def _open_vision(given, named: str | None, weights: bool, overrides: Mapping) ->
         if given is not None:
             raise
         raise ConversionError(
-            f"The checkpoint names {named!r} as its vision tower, which can't be read: {str(error).splitlines()[0]} Give "
-            "the vision encoder's folder or Hub id (--vision)."
+            f"The checkpoint names {named!r} as its vision tower, which can't be read: {str(error).splitlines()[0]} "
+            "Give the vision encoder's folder or Hub id (--vision)."
         ) from error
 
 
@@ -308,7 +309,8 @@ def _load_tokenizer(release: Checkpoint, base: Checkpoint | None, settings: Sett
         text_config.vocab_size = max(text_config.vocab_size, wanted)
     elif wanted > text_config.vocab_size:
         raise ConversionError(
-            f"{settings.borders[-1]} is token {wanted - 1}, but the language model has {text_config.vocab_size} rows: the "
+            f"{settings.borders[-1]} is token {wanted - 1}, but the language model has {text_config.vocab_size} rows: "
+            "the "
             f"tokenizer in {place} is not the one that the checkpoint was trained with."
         )
     return tokenizer

@@ -199,8 +199,8 @@ def infer_projector(shapes: Shapes, layout: str, declared: str | None = None) ->
         if declared == "identity":
             return {"projector_type": "identity"}
         raise ConversionError(
-            "There is no projector in the checkpoint (mm_projector or multi_modal_projector): it is not one of LLaVA's, or "
-            "only a part of one."
+            "There is no projector in the checkpoint (mm_projector or multi_modal_projector): it is not one of "
+            "LLaVA's, or only a part of one."
         )
     linear = layers == ["model.mm_projector"]
     found = {
@@ -221,7 +221,8 @@ def _official_options(fields: Mapping) -> tuple[dict, str]:
     select = {"patch": "patch", "cls_patch": "full"}.get(fields.get("mm_vision_select_feature", "patch"))
     if select is None:
         raise ConversionError(
-            f"config.json has mm_vision_select_feature {fields['mm_vision_select_feature']!r}; expected patch or cls_patch."
+            f"config.json has mm_vision_select_feature {fields['mm_vision_select_feature']!r}; expected patch or "
+            "cls_patch."
         )
     options = {
         "vision_feature_layer": fields.get("mm_vision_select_layer", -2),
@@ -236,8 +237,8 @@ def _official_options(fields: Mapping) -> tuple[dict, str]:
             options["image_grid_pinpoints"] = [[int(height), int(width)] for width, height in pinpoints]
         except (SyntaxError, TypeError, ValueError) as error:
             raise ConversionError(
-                f"config.json has image_aspect_ratio 'anyres' and image_grid_pinpoints {given!r}; expected a list of (width, "
-                "height) in pixels."
+                f"config.json has image_aspect_ratio 'anyres' and image_grid_pinpoints {given!r}; expected a list of "
+                "(width, height) in pixels."
             ) from error
     return options, ratio
 

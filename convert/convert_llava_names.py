@@ -11,8 +11,8 @@ from .convert_language import language_table
 from .convert_tables import BUFFER, ConversionError, Drop, Rename, Rule, Shapes
 
 
-# from the names that different ways of saving give a tensor to the usual ones: those of the official class, and those of the
-# repositories `llava-hf/*`
+# from the names that different ways of saving give a tensor to the usual ones: those of the official class, and those
+# of the repositories `llava-hf/*`
 SPELLINGS: dict[str, tuple[tuple[str, str], ...]] = {
     "official": (
         (r"(module\.|_forward_module\.|base_model\.model\.)+", ""),  # distributed training, PEFT

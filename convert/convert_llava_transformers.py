@@ -1,4 +1,4 @@
-"""MLP-LLaVA models in transformers' own classes, LlavaForConditionalGeneration and LlavaNextForConditionalGeneration."""
+"""MLP-LLaVA models in transformers' own classes for LLaVA and LLaVA-NeXT."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def refuse_llava(config: MLPLlavaConfig, language_model: PreTrainedModel) -> Non
         problems.append(f"their projector is mlp2x_gelu, this one is {config.projector_type}")
     if config.projector_hidden_size not in (None, config.text_config.hidden_size):
         problems.append(
-            f"their projector is as wide as the language model between its layers, this one {config.projector_hidden_size}"
+            "their projector is as wide as the language model between its layers, this one "
+            f"{config.projector_hidden_size}"
         )
     if config.pooling is not None:
         problems.append(f"they don't pool, this model has pooling={config.pooling!r}")
@@ -73,7 +74,8 @@ def refuse_llava(config: MLPLlavaConfig, language_model: PreTrainedModel) -> Non
         getattr(language_model, "model", None), "embed_tokens", None
     ):
         problems.append(
-            f"they look for the language model's table at model.embed_tokens, where a {config.text_config.model_type} has none"
+            f"they look for the language model's table at model.embed_tokens, where a {config.text_config.model_type} "
+            "has none"
         )
     for name, neutral in HEAD_FIELDS.items():
         if getattr(config.text_config, name, neutral) not in (neutral, None):
@@ -87,9 +89,9 @@ def refuse_llava(config: MLPLlavaConfig, language_model: PreTrainedModel) -> Non
             else "LlavaNextForConditionalGeneration"
         )
         raise ConversionError(
-            f"{name} can't express this model: {'; '.join(problems)}. What can be done: --to official writes LLaVA's own "
-            "layout, where that has it; save_pretrained(bridge_only=True) makes a repository that AutoModel loads where "
-            "vlbridge is installed."
+            f"{name} can't express this model: {'; '.join(problems)}. What can be done: --to official writes LLaVA's "
+            "own layout, where that has it; save_pretrained(bridge_only=True) makes a repository that AutoModel loads "
+            "where vlbridge is installed."
         )
 
 
@@ -171,26 +173,26 @@ def _llava_notes(config: MLPLlavaConfig, processor: ProcessorMixin, rows: int) -
     if rows != config.text_config.vocab_size:
         yield (
             f"The language model's tables have {rows} rows instead of {config.text_config.vocab_size}, so that the "
-            "placeholder can be looked up. New rows are the mean of the others: greedily they are never chosen, and all "
-            "together they take less probability than one average token."
+            "placeholder can be looked up. New rows are the mean of the others: greedily they are never chosen, and "
+            "all together they take less probability than one average token."
         )
     if config.image_grid_pinpoints is not None:
         yield (
-            "Transformers rounds where the official code truncates: for some image sizes there is one more row or column of "
-            "visual tokens."
+            "Transformers rounds where the official code truncates: for some image sizes there is one more row or "
+            "column of visual tokens."
         )
     if processor.space_after_image:
         yield (
-            "The original tokenises the text after an image like the beginning of a text. The chat template does so too; in "
-            "prompts written by hand, put a space after <image>."
+            "The original tokenises the text after an image like the beginning of a text. The chat template does so "
+            "too; in prompts written by hand, put a space after <image>."
         )
 
 
 def _llava_processor(config: MLPLlavaConfig, processor: ProcessorMixin, select: str) -> ProcessorMixin:
     """The processor of transformers' class."""
     ours = processor.image_processor
-    names = ("size", "crop_size", "resample", "do_resize", "do_center_crop", "do_rescale", "rescale_factor", "do_normalize",
-             "image_mean", "image_std")  # fmt: skip
+    names = ("size", "crop_size", "resample", "do_resize", "do_center_crop", "do_rescale", "rescale_factor",
+             "do_normalize", "image_mean", "image_std")  # fmt: skip
     fields = {name: getattr(ours, name) for name in names if getattr(ours, name, None) is not None}
     tokenizer = copy.deepcopy(processor.tokenizer)
     template = processor.chat_template

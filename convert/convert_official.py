@@ -1,4 +1,4 @@
-"""Models of vlbridge in the official layouts: OpenFlamingo's, LAVIS' and LLaVA's. The tables are those of the import, inverted."""
+"""Models of vlbridge in the official layouts of OpenFlamingo, LAVIS and LLaVA."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def official_flamingo(saved: Saved) -> tuple[list[Rule], re.Pattern]:
     config = saved.config
     if not config.freeze_vision_model:
         raise ConversionError(
-            "This model's vision encoder was trained, which OpenFlamingo's checkpoints have no place for. What can be done: "
-            "save_pretrained()."
+            "This model's vision encoder was trained, which OpenFlamingo's checkpoints have no place for. What can be "
+            "done: save_pretrained()."
         )
     rules = flamingo_table(config, saved.tensors.shapes)
     # if two names lead to one tensor, the last is the one that the official code's transformers used
@@ -60,8 +60,8 @@ def official_blip2(saved: Saved) -> tuple[list[Rule], re.Pattern]:
         )
         if language is None:
             raise ConversionError(
-                f"LAVIS has no BLIP-2 with a {text_config.model_type}; it has OPT, T5 and LLaMA. What can be done: --to "
-                "transformers, or save_pretrained(bridge_only=True)."
+                f"LAVIS has no BLIP-2 with a {text_config.model_type}; it has OPT, T5 and LLaMA. What can be done: "
+                "--to transformers, or save_pretrained(bridge_only=True)."
             )
     tied = {name: of for name, of in model.all_tied_weights_keys.items() if name not in saved.tensors.shapes}
     table = lavis_table(model, language, tied)
@@ -73,7 +73,8 @@ def official_blip2(saved: Saved) -> tuple[list[Rule], re.Pattern]:
     vision = kinds.get(config.vision_config.model_type)
     if vision is None:
         raise ConversionError(
-            f"LAVIS's BLIP-2 has EVA ViT-g or CLIP ViT-L; this model's vision encoder is a {config.vision_config.model_type}. "
+            "LAVIS's BLIP-2 has EVA ViT-g or CLIP ViT-L; this model's vision encoder is a "
+            f"{config.vision_config.model_type}. "
             "What can be done: save_pretrained(bridge_only=True)."
         )
     back = invert(table)
@@ -94,8 +95,8 @@ def official_blip2(saved: Saved) -> tuple[list[Rule], re.Pattern]:
 def plan_official(saved: Saved) -> tuple[Conversion, dict[str, str]]:
     """Plan the official checkpoint of a Perceiver-Flamingo or a Q-Former BLIP-2; no tensor is read yet.
 
-    It holds the tensors of the official file that the model was converted from. If there was none, it holds what the official
-    code saves. Parts that were trained here are added.
+    It holds the tensors of the official file that the model was converted from. If there was none, it holds what the
+    official code saves. Parts that were trained here are added.
 
     Args:
         saved: The model.
@@ -110,8 +111,9 @@ def plan_official(saved: Saved) -> tuple[Conversion, dict[str, str]]:
     table, released = (official_flamingo if isinstance(config, PerceiverFlamingoConfig) else official_blip2)(saved)
     if config.special_token_ids:
         raise ConversionError(
-            "The rows of this model's special tokens are in its bridge, beside the language model's table; the official "
-            "layout has them in the table. Models that were converted from the official layout have them there too."
+            "The rows of this model's special tokens are in its bridge, beside the language model's table; the "
+            "official layout has them in the table. Models that were converted from the official layout have them "
+            "there too."
         )
     pieces = plan(table, tensors.shapes)
     recorded = saved.released
@@ -155,8 +157,8 @@ def write_official(saved: Saved, output: str | os.PathLike, verify: bool = True)
         )
     if len(left_out) > len(done.left_out):
         done.notes.append(
-            f"{len(left_out) - len(done.left_out)} tensors of the frozen vision encoder and language model are left out, as "
-            "in the official releases."
+            f"{len(left_out) - len(done.left_out)} tensors of the frozen vision encoder and language model are left "
+            "out, as in the official releases."
         )
     write_torch(done, output, "checkpoint.pt" if flamingo else "checkpoint.pth", None if flamingo else "model", verify)
     return done
@@ -237,7 +239,8 @@ def write_official_llava(saved: Saved, output: str | os.PathLike, verify: bool =
     done.direction = ("vlbridge", "LLaVA's layout")
     if not inside:
         done.notes.append(
-            f"The vision tower is left out, as in the official releases: config.json names it, {fields['mm_vision_tower']!r}."
+            "The vision tower is left out, as in the official releases: config.json names it, "
+            f"{fields['mm_vision_tower']!r}."
         )
     with output_folder(output, done.fingerprint()) as folder, Checks(done, verify) as checks:
         write_tensors(folder, done.entries(), when_written=checks.file)

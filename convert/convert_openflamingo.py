@@ -1,7 +1,7 @@
 """OpenFlamingo's checkpoints: the released 3B, 4B and 9B, the first 9B, and what its training code writes.
 
-They hold what was trained: Perceiver Resampler, gated cross-attention and, unless they were frozen, the language model's
-embedding tables. CLIP and the language model come from elsewhere.
+They hold what was trained: Perceiver Resampler, gated cross-attention and, unless they were frozen, the language
+model's embedding tables. CLIP and the language model come from elsewhere.
 
 Source: `open_flamingo/src/{factory,flamingo,flamingo_lm,helpers}.py` and `train/train_utils.py` of open-flamingo 2.0.1.
 """
@@ -113,8 +113,8 @@ def checkpoint_table(config: PerceiverFlamingoConfig, tensors: Iterable[str]) ->
 def usual_names(keys: Iterable[str], layers: str) -> dict[str, str]:
     """Map a checkpoint's keys to the names of open-flamingo 2.0.1.
 
-    Distributed training adds `module.` at the beginning. The first release has separate lists of the cross-attention blocks
-    and of the plain decoder layers. If a tensor is there under both names, the usual one is kept.
+    Distributed training adds `module.` at the beginning. The first release has separate lists of the cross-attention
+    blocks and of the plain decoder layers. If a tensor is there under both names, the usual one is kept.
 
     Args:
         keys: The keys.
@@ -167,14 +167,12 @@ def infer_config(
             f"There is no cross-attention for the layers of a {text_config.model_type} in the checkpoint"
             + (f"; it looks like one for {' or '.join(others)}." if others else ".")
         )
-    every = conditioned[0] + 1
-    expected = list(range(every - 1, text_config.num_hidden_layers, every))
-    if conditioned != expected or cross_attn_every_n_layers not in (None, every):
+    every, num_layers = conditioned[0] + 1, text_config.num_hidden_layers
+    if conditioned != list(range(every - 1, num_layers, every)) or cross_attn_every_n_layers not in (None, every):
+        every = cross_attn_every_n_layers or every
         raise ConversionError(
-            f"The checkpoint has cross-attention before layers {conditioned}; "
-            f"{'cross_attn_every_n_layers=' + str(cross_attn_every_n_layers or every)} and a language model of "
-            f"{text_config.num_hidden_layers} layers want it before "
-            f"{list(range((cross_attn_every_n_layers or every) - 1, text_config.num_hidden_layers, cross_attn_every_n_layers or every))}."
+            f"The checkpoint has cross-attention before layers {conditioned}; cross_attn_every_n_layers={every} and a "
+            f"language model of {num_layers} layers want it before {list(range(every - 1, num_layers, every))}."
         )
     num_latents, vision_dim = dimensions(shapes, "perceiver.latents", 2)
     block = f"lang_encoder.{layers}.{conditioned[0]}.gated_cross_attn_layer"
@@ -216,8 +214,8 @@ def resized_text_config(text_config: PreTrainedConfig, shapes: Shapes, num_token
     for name, rows in tables.items():
         if rows != num_tokens:
             raise ConversionError(
-                f"{name} has {rows} rows, but the tokenizer has {num_tokens} tokens, the special ones included. Give the "
-                "tokenizer that the checkpoint was trained with."
+                f"{name} has {rows} rows, but the tokenizer has {num_tokens} tokens, the special ones included. Give "
+                "the tokenizer that the checkpoint was trained with."
             )
     text_config.vocab_size = num_tokens
     return text_config

@@ -39,7 +39,8 @@ def load_qformer_tokenizer(
     tokenizer.truncation_side = tokenizer.init_kwargs["truncation_side"] = "left" if instructed else "right"
     if len(tokenizer) != vocab_size:
         raise ConversionError(
-            f"The Q-Former knows {vocab_size} tokens, but the tokenizer in {source} has {len(tokenizer)}, [DEC] included."
+            f"The Q-Former knows {vocab_size} tokens, but the tokenizer in {source} has {len(tokenizer)}, [DEC] "
+            "included."
         )
     return tokenizer
 

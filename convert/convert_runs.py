@@ -43,8 +43,8 @@ def compare_outputs(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> dict
     difference, largest = (ours - theirs).abs().max().item(), ours.abs().max().item()
     if not difference <= LARGEST_RELATIVE_DIFFERENCE * largest:  # NaN too
         raise ConversionError(
-            f"On the same input {what} differ by {difference:.3g} (the largest is {largest:.3g}): the two models are not the "
-            "same, and nothing was written."
+            f"On the same input {what} differ by {difference:.3g} (the largest is {largest:.3g}): the two models are "
+            "not the same, and nothing was written."
         )
     return {"what": what, "shape": list(ours.shape), "largest_difference": difference, "largest_value": largest}
 

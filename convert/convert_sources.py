@@ -1,4 +1,4 @@
-"""Checkpoints as conversions read them: under other names, merged, with constants, and with changes to their tensors."""
+"""Checkpoints under other names, merged checkpoints, constants, and changes to tensors."""
 
 from __future__ import annotations
 

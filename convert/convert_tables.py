@@ -1,8 +1,8 @@
 """Conversion tables: what every tensor of an official checkpoint becomes, as data that is read in both directions.
 
-A table is a list of rules. `{}` in a rule's names stands for a number, the same one in all of its names. Names match in full
-or not at all. Each key must match exactly one rule, and each target must come from exactly one: anything else is an error.
-A rule knows its inverse, and which tensors of the target it gives.
+A table is a list of rules. `{}` in a rule's names stands for a number, the same one in all of its names. Names match in
+full or not at all. Each key must match exactly one rule, and each target must come from exactly one: anything else is
+an error. A rule knows its inverse, and which tensors of the target it gives.
 """
 
 from __future__ import annotations
@@ -383,8 +383,8 @@ def plan(table: Iterable[Rule], keys: Iterable[str]) -> dict[str, Piece]:
             pieces[target] = piece
     if unmapped:
         raise ConversionError(
-            f"{len(unmapped)} of {len(keys)} keys are in no conversion table: {_shown(unmapped)}. The checkpoint is not of "
-            "this kind, or was written by code that this table does not know."
+            f"{len(unmapped)} of {len(keys)} keys are in no conversion table: {_shown(unmapped)}. The checkpoint is "
+            "not of this kind, or was written by code that this table does not know."
         )
     if incomplete:
         targets = [rule.target.format(*numbers) for rule, numbers in incomplete]

@@ -1,4 +1,4 @@
-"""Vision encoders in other layouts: open_clip's and OpenAI's CLIP, LAVIS' EVA ViT-g and CLIP ViT-L, and any in transformers'."""
+"""Vision encoders: open_clip's and OpenAI's CLIP, LAVIS' EVA ViT-g and CLIP ViT-L, and any in transformers' layout."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def open_clip_config(shapes: Shapes, **overrides) -> CLIPVisionConfig:
 
     Args:
         shapes: Shapes of its tensors.
-        overrides: Fields that shapes can't tell: `num_attention_heads` (64 channels each in CLIP) and `hidden_act` (OpenAI's
-            models have `"quick_gelu"`, the default).
+        overrides: Fields that shapes can't tell: `num_attention_heads` (64 channels each in CLIP) and `hidden_act`
+            (OpenAI's models have `"quick_gelu"`, the default).
 
     Raises:
         ConversionError: There is no vision transformer in the checkpoint.

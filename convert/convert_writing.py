@@ -39,8 +39,9 @@ def output_folder(output: str | os.PathLike, key: str | None = None) -> Iterator
 
     Args:
         output: The folder to write: a new one, or an empty one.
-        key: Identifies what is written. If the conversion is interrupted (Ctrl-C, a killed process), its finished shards
-            stay in a hidden folder beside `output`, named by the key, and the next run with the same key continues there.
+        key: Identifies what is written. If the conversion is interrupted (Ctrl-C, a killed process), its finished
+            shards stay in a hidden folder beside `output`, named by the key, and the next run with the same key
+            continues there.
 
     Yields:
         The temporary folder, to write to.

@@ -1,8 +1,8 @@
-"""The official releases of the three families: where they lie, what belongs to them, and what was published about them.
+"""The official releases of the three families: where they lie, their parts, and the figures published about them.
 
 Sources: `README.md` and the model cards of open_flamingo and its paper (arXiv 2308.01390, tables 11 and 12); LAVIS'
-`lavis/configs/models/blip2/*.yaml`, `projects/{blip2,instructblip}/README.md`, BLIP-2 (arXiv 2301.12597, table 2); LLaVA's
-`docs/MODEL_ZOO.md`.
+`lavis/configs/models/blip2/*.yaml`, `projects/{blip2,instructblip}/README.md`, BLIP-2 (arXiv 2301.12597, table 2);
+LLaVA's `docs/MODEL_ZOO.md`.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class File:
-    """A file that is fetched by name.
+    """A file of a Hub repository, or at a URL.
 
     Args:
         where: A Hub repository, or the URL of the file itself.
         name: Its path in the repository; `None` for a URL.
-        revision: Commit of the repository, where it is pinned.
+        revision: Commit of the repository, if it is pinned.
     """
 
     where: str
@@ -49,21 +49,22 @@ class Release:
     """An official release.
 
     Args:
-        name: What users call it: its Hub id, or LAVIS' architecture and type.
+        name: Its Hub id, or LAVIS' architecture and type.
         family: `"openflamingo"`, `"blip2"` or `"llava"`: the command that converts it.
-        title: In words.
-        checkpoint: What was trained: a `File`, or a Hub id of a whole repository; `None` where it can't be had by itself.
-        vision: The frozen vision encoder, likewise; `None` where the checkpoint has it or names it.
-        language: The frozen language model: a Hub id; `None` where the checkpoint has it or there is none.
-        tokenizer: Where the language model's tokenizer lies, if not beside it.
-        holds: Names of the vision encoder and the language model that the checkpoint has or was made from, as far as they
-            are not named above; in this order, Hub ids where there are some.
-        licence: Of the weights, as their publishers name it; `None` where they don't.
-        prompts: What to ask with, by task.
+        title: Its name in words.
+        checkpoint: The trained weights: a `File`, or the Hub id of a whole repository; `None` if they can't be
+            downloaded as they are.
+        vision: The frozen vision encoder: a `File` or a Hub id; `None` if the checkpoint holds it or names it.
+        language: Hub id of the frozen language model; `None` if the checkpoint holds it or there is none.
+        tokenizer: Hub id of the language model's tokenizer, if it does not lie beside it.
+        holds: Names of the vision encoder and the language model that the checkpoint holds or was made from, if they
+            are not named above; in this order, as Hub ids if there are any.
+        licence: The licence of the weights, as their publishers name it; `None` if they don't.
+        prompts: Prompts by task.
         generation: Generation defaults of the official code or evaluation.
-        config: What shapes can't tell, as the converter takes it.
-        published: Figures, by benchmark and setting.
-        note: What else has to be known or done.
+        config: Fields that shapes can't tell, as the converter takes them.
+        published: Published figures, by benchmark and setting.
+        note: What else users have to know or do.
     """
 
     name: str
@@ -121,7 +122,8 @@ OPENFLAMINGO = (
     ),
     _flamingo(
         "OpenFlamingo-4B-vitl-rpj3b-langinstruct", "OpenFlamingo 4B Instruct (RedPajama-3B Instruct)",
-        "togethercomputer/RedPajama-INCITE-Instruct-3B-v1", (81.2, 85.8, 94.8, 98.0, 99.2), (46.9, 49.0, 47.4, 45.1, 47.3),
+        "togethercomputer/RedPajama-INCITE-Instruct-3B-v1",
+        (81.2, 85.8, 94.8, 98.0, 99.2), (46.9, 49.0, 47.4, 45.1, 47.3),
     ),
     _flamingo(
         "OpenFlamingo-9B-vitl-mpt7b", "OpenFlamingo 9B (MPT-7B)", "anas-awadalla/mpt-7b",
@@ -192,8 +194,8 @@ BLIP2 = (
            vision=CLIP_L_LAVIS),
     _blip2("pretrain_flant5xxl", "BLIP-2 (FlanT5-XXL)", "blip2_pretrained_flant5xxl", "google/flan-t5-xxl",
            published=_zero_shot(65.2, 65.0, 45.9, 44.7)),
-    _blip2("caption_coco_flant5xl", "BLIP-2, captions on COCO (FlanT5-XL)", "blip2_caption_flant5xl", "google/flan-t5-xl",
-           vision=None, holds=(_EVA_NAME,), published={"COCO CIDEr": 144.5}),
+    _blip2("caption_coco_flant5xl", "BLIP-2, captions on COCO (FlanT5-XL)", "blip2_caption_flant5xl",
+           "google/flan-t5-xl", vision=None, holds=(_EVA_NAME,), published={"COCO CIDEr": 144.5}),
     _instruct("flant5xl", "InstructBLIP (FlanT5-XL)", "instruct_blip_flanxl_trimmed", "google/flan-t5-xl"),
     _instruct("flant5xxl", "InstructBLIP (FlanT5-XXL)", "instruct_blip_flanxxl_trimmed", "google/flan-t5-xxl"),
     _instruct("vicuna7b", "InstructBLIP (Vicuna-7B)", "instruct_blip_vicuna7b_trimmed", None,
@@ -230,16 +232,18 @@ LLAVA = (
            holds=(_CLIP_336, "mistralai/Mistral-7B-Instruct-v0.2")),
     _llava("llava-v1.6-34b", "LLaVA-1.6 (Hermes-Yi-34B)", (83.7, 67.1, 69.5, 87.7),
            holds=(_CLIP_336, "NousResearch/Nous-Hermes-2-Yi-34B")),
-    _llava("llava-v1.5-7b", "LLaVA-1.5 (Vicuna-7B)", (78.5, 62.0, 58.2, 85.9), holds=(_CLIP_336, "lmsys/vicuna-7b-v1.5")),
+    _llava("llava-v1.5-7b", "LLaVA-1.5 (Vicuna-7B)", (78.5, 62.0, 58.2, 85.9),
+           holds=(_CLIP_336, "lmsys/vicuna-7b-v1.5")),
     _llava("llava-v1.5-13b", "LLaVA-1.5 (Vicuna-13B)", (80.0, 63.3, 61.3, 85.9),
            holds=(_CLIP_336, "lmsys/vicuna-13b-v1.5")),
-    _llava("llava-v1.5-7b-lora", "LLaVA-1.5, LoRA (Vicuna-7B)", (79.1, 63.0, 58.2, 86.4), language="lmsys/vicuna-7b-v1.5",
-           holds=(_CLIP_336,)),
+    _llava("llava-v1.5-7b-lora", "LLaVA-1.5, LoRA (Vicuna-7B)", (79.1, 63.0, 58.2, 86.4),
+           language="lmsys/vicuna-7b-v1.5", holds=(_CLIP_336,)),
     _llava("llava-v1.5-13b-lora", "LLaVA-1.5, LoRA (Vicuna-13B)", (80.0, 63.3, 60.2, 86.7),
            language="lmsys/vicuna-13b-v1.5", holds=(_CLIP_336,)),
     _llava("llava-llama-2-13b-chat-lightning-preview", "LLaVA-1 (LLaMA-2-13B-Chat)",
            holds=(CLIP_L, "meta-llama/Llama-2-13b-chat-hf")),
-    _llava("LLaVA-7b-delta-v0", "LLaVA-1 (Vicuna-7B v0)", checkpoint=None, note=_DELTA_NOTE, holds=(CLIP_L, "LLaMA-7B")),
+    _llava("LLaVA-7b-delta-v0", "LLaVA-1 (Vicuna-7B v0)", checkpoint=None, note=_DELTA_NOTE,
+           holds=(CLIP_L, "LLaMA-7B")),
     _llava("LLaVA-13b-delta-v0", "LLaVA-1 (Vicuna-13B v0)", checkpoint=None, note=_DELTA_NOTE,
            holds=(CLIP_L, "LLaMA-13B")),
     _llava("LLaVA-Lightning-7B-delta-v1-1", "LLaVA-1 (Vicuna-7B v1.1)", checkpoint=None, note=_DELTA_NOTE,
@@ -258,7 +262,7 @@ def find(name: str) -> Release:
     """A release by its name.
 
     Raises:
-        ValueError: There is none of that name; the nearest are named.
+        ValueError: There is none of that name; the error suggests similar ones.
     """
     if name in CATALOGUE:
         return CATALOGUE[name]

@@ -1,4 +1,5 @@
-"""Certificates: a tensor that changed on its way is noticed, also where one became several, and words say what was found."""
+"""Certificates: a tensor that changed on its way is noticed, also where one became several, and words say what was
+found."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ NEW_TOKENS = 6
 
 
 def has_native_class(case: Path) -> bool:
-    """BLIP is in transformers' classes to begin with; Flamingo, CLIP with a Q-Former and a linear projector have none."""
+    """BLIP is in transformers' classes anyway; Flamingo, CLIP with a Q-Former and a linear projector have none."""
     return case.parent.name in ("blip2", "llava") and case.name not in ("stage1_clipL", "v1_linear")
 
 
@@ -191,7 +191,9 @@ model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading
 assert not any(info.values()), info
 processor = AutoProcessor.from_pretrained(folder)
 inputs = processor(images=image, text=prompt, return_tensors="pt")
-settings = dict(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0)
+settings = dict(
+    max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0
+)
 ids = model.generate(**inputs, **settings)
 start = 0 if model.config.text_config.is_encoder_decoder else inputs["input_ids"].shape[1]
 pipe = pipeline("image-text-to-text", model=folder)
@@ -199,7 +201,8 @@ said = pipe(images=image, text=prompt, generate_kwargs=settings, return_full_tex
 chat = None
 if processor.chat_template:
     content = [{"type": "image", "image": image}, {"type": "text", "text": "What is it?"}]
-    chat = pipe(text=[{"role": "user", "content": content}], generate_kwargs=settings, return_full_text=False)[0]["generated_text"]
+    chat = pipe(text=[{"role": "user", "content": content}], generate_kwargs=settings, return_full_text=False)
+    chat = chat[0]["generated_text"]
 assert "vlbridge" not in sys.modules
 print(json.dumps({"class": type(model).__name__, "ids": ids[0, start:].tolist(), "said": said[0]["generated_text"],
                   "decoded": processor.decode(ids[0, start:], skip_special_tokens=True), "chat": chat}))
@@ -326,7 +329,8 @@ def test_what_native_classes_can_not_express(args, options, reason, tmp_path):
 @pytest.mark.parametrize(
     "args, reason",
     [(("mlp", "qwen2", "clip"), "this one is a qwen2"), (("mlp", "llama", "siglip"), "vision tower is CLIP's"),
-     (("qformer", "gpt2", "clip"), "OPT, T5 and LLaMA"), (("perceiver", "llama", "clip"), "rows of this model's special tokens")],
+     (("qformer", "gpt2", "clip"), "OPT, T5 and LLaMA"),
+     (("perceiver", "llama", "clip"), "rows of this model's special tokens")],
 )  # fmt: skip
 def test_what_official_layouts_can_not_express(args, reason, tmp_path):
     ours = saved(tmp_path / "ours", *args)

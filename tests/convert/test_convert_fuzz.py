@@ -1,12 +1,13 @@
-"""Seeded corruptions of checkpoints: each is refused by name, or changes nothing; none runs code, crashes or leaves files behind.
+"""Seeded corruptions of checkpoints: each is refused by name, or changes nothing; none runs code, crashes or leaves
+files behind.
 
 The real converters run on the parity cases, whose checkpoints are laid out anew and then damaged. "Refused" is one
-`ConversionError` that names the tensor or the file; "changes nothing" is an output that is the same bit by bit (padding in
-a zip, tensors that are not taken over).
+`ConversionError` that names the tensor or the file; "changes nothing" is an output that is the same bit by bit (padding
+in a zip, tensors that are not taken over).
 
-What can't be known: a flipped bit in the numbers of a safetensors file or of `torch.save`'s old format, which have no checksums,
-as long as the number stays finite; and whatever makes another valid model, such as one latent less in a resampler (`FREE`).
-Flipped bits in today's format of `torch.save` are all found: its CRC-32s are compared.
+What can't be known: a flipped bit in the numbers of a safetensors file or of `torch.save`'s old format, which have no
+checksums, as long as the number stays finite; and whatever makes another valid model, such as one latent less in a
+resampler (`FREE`). Flipped bits in today's format of `torch.save` are all found: its CRC-32s are compared.
 """
 
 from __future__ import annotations
@@ -563,7 +564,8 @@ def test_damaged_tensors(corruption, family, tensors, clean, tmp_path, target):
         if layout == "safetensors":  # which takes no tensors that share memory
             given = {name: tensor.contiguous().clone() for name, tensor in given.items()}
         checkpoint, file = lay_out(given, tmp_path / f"in{number}", layout, family)
-        # a converter may name the tensor as it is called without prefixes or by what it becomes, or the module that is incomplete
+        # a converter may name the tensor as it is called without prefixes or by what it becomes, or the module that is
+        # incomplete
         accepted = set()
         for key in {*keys, *(key.removeprefix("module.") for key in keys)}:
             accepted |= {key, key.rpartition(".")[0] or key, *names.get(key, [])}

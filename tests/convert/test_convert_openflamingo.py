@@ -132,7 +132,8 @@ def test_keys_of_the_first_release_and_of_distributed_training():
     ]
 
 
-# ---------------------------------------------------------------------- from end to end, with a LLaMA as in the first 9B
+# ---------------------------------------------------------------------- from end to end, with a LLaMA as in the first
+# 9B
 
 EVERY, LAYERS, WIDTH = 2, 4, 32
 

@@ -185,8 +185,8 @@ class OfficialPenalty(LogitsProcessor):
 
 
 def count_as_transformers_4(model, prompt_length: int) -> None:
-    """Make beam search count a hypothesis' length as transformers 4 does: with the prompt (of which the official code gives
-    `prompt_length` tokens as ids), without the token that ends it."""
+    """Make beam search count a hypothesis' length as transformers 4 does: with the prompt (of which the official code
+    gives `prompt_length` tokens as ids), without the token that ends it."""
 
     def update(self, *, topk_running_sequences, topk_log_probs, cur_len, decoder_prompt_len, length_penalty, **kwargs):
         generated = cur_len + 1 - decoder_prompt_len
@@ -401,7 +401,8 @@ def test_the_port_reads_images_alike(case, converted, port):
 
 
 def test_the_port_speaks_alike(case, bridged, port):
-    """Logits of the port, its eps changed to LAVIS'. Its FlanT5 must have LAVIS's activation, which the Hub's has not."""
+    """Logits of the port, its eps changed to LAVIS'. Its FlanT5 must have LAVIS's activation, which the Hub's has not.
+    """
     model, processor, _ = bridged
     port.vision_model.post_layernorm.eps = 1e-5
     inputs = inputs_of(case, model, processor, "forward")
