@@ -122,8 +122,8 @@ class Record:
     def compare(self, crc: int) -> None:
         if crc != self.crc:
             raise ConversionError(
-                f"{self.file} is damaged: a tensor's bytes do not have the checksum that was saved with them. Fetch it "
-                "anew."
+                f"{self.file} is damaged: a tensor's bytes do not have the checksum that was saved with them. Download "
+                "it again."
             )
 
 
@@ -282,13 +282,13 @@ def zip_records(file: Path) -> dict[int, Record]:
                     raise ValueError(f"{info.filename} is not where the directory says")
                 start = info.header_offset + 30 + sum(int.from_bytes(local[at : at + 2], "little") for at in (26, 28))
                 if start + info.file_size > size:
-                    raise ValueError(f"{info.filename} ends behind the file's end")
+                    raise ValueError(f"{info.filename} ends after the end of the file")
                 if "/data/" in info.filename:
                     found[start] = Record(file, start, info.file_size, info.CRC)
                 else:
                     archive.read(info)  # compares its checksum
     except Exception as error:  # zipfile has many, also from struct and codecs
-        raise ConversionError(f"{file} can't be read safely: {_first_line(error)}. Fetch it anew.") from error
+        raise ConversionError(f"{file} can't be read safely: {_first_line(error)}. Download it again.") from error
     return found
 
 

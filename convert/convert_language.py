@@ -121,7 +121,9 @@ def lora_changes(files, settings: Mapping) -> dict[str, Change]:
         if "lora_" not in key:
             continue
         if (match := LORA_KEY.fullmatch(key)) is None:
-            raise ConversionError(f"{key} is none of LoRA's matrices for linear layers, which are what is merged here.")
+            raise ConversionError(
+                f"{key} is not one of LoRA's matrices for linear layers, which are the ones merged here."
+            )
         pairs.setdefault(match["module"], {})[match["part"]] = key
     changes = {}
     for module, keys in pairs.items():

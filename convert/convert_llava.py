@@ -206,9 +206,8 @@ def convert_llava(
         conversion.notes.append(f"The vision tower is the checkpoint's own: the weights in {vision} are not used.")
     if settings.native:
         conversion.direction = ("transformers", "vlbridge")
-        their_class = LlavaForConditionalGeneration
-        if model_config.image_grid_pinpoints is not None:
-            their_class = LlavaNextForConditionalGeneration
+        tiled = model_config.image_grid_pinpoints is not None
+        their_class = LlavaNextForConditionalGeneration if tiled else LlavaForConditionalGeneration
         conversion.run = lambda folder: run_llava(folder, settings.place, their_class)
     files, piece, _ = conversion.pieces[f"language_model.{EMBEDDING}"]
     model_config.dtype = files.dtypes[piece.sources[0]]  # the official code runs all parts in the language model's

@@ -81,10 +81,10 @@ def needs_space_after_image(tokenizer: PreTrainedTokenizerBase) -> bool:
 
     Source: `tokenizer_image_token` in `llava/mm_utils.py`.
     """
-    alone, behind, spaced = (
+    alone, after, spaced = (
         tokenizer.encode(text, add_special_tokens=False) for text in ("\nWhat", "<image>\nWhat", "<image> \nWhat")
     )
-    return behind[1:] != alone and spaced[1:] == alone
+    return after[1:] != alone and spaced[1:] == alone
 
 
 def _chat_template(place: str | os.PathLike) -> str | None:

@@ -90,8 +90,8 @@ def refuse_llava(config: MLPLlavaConfig, language_model: PreTrainedModel) -> Non
         )
         raise ConversionError(
             f"{name} can't express this model: {'; '.join(problems)}. What can be done: --to official writes LLaVA's "
-            "own layout, where that has it; save_pretrained(bridge_only=True) makes a repository that AutoModel loads "
-            "where vlbridge is installed."
+            "own layout, if it can express the model; save_pretrained(bridge_only=True) makes a repository that "
+            "AutoModel loads where vlbridge is installed."
         )
 
 

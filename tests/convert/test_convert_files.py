@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -115,6 +116,23 @@ def test_a_failure_leaves_nothing_behind(tmp_path):
         pass
     with pytest.raises(ConversionError, match="is a file"), output_folder(tmp_path / "model" / "config.json"):
         pass
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o002])
+@pytest.mark.parametrize("key", [None, "0" * 64])
+def test_permissions_follow_the_umask(mask, key, tmp_path, monkeypatch):
+    """As with any new file; the umask itself is never changed, as other threads may be creating files."""
+    before = os.umask(mask)
+    try:
+        with monkeypatch.context() as patch:
+            patch.delattr(os, "umask")
+            with output_folder(tmp_path / "model", key) as folder:
+                write_tensors(folder, entries([]), 1)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o777 & ~mask
+    assert set(modes.values()) == {0o666 & ~mask} and len(modes) == 4
 
 
 # ---------------------------------------------------------------------- interruptions

@@ -461,7 +461,7 @@ def test_lora_on_a_llava(parts, tmp_path):
         ({"use_dora": True}, {}, "DoRA"),
         ({"peft_type": "LOHA"}, {}, "LOHA"),
         ({}, {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": None}, "only one of LoRA's two"),
-        ({}, {"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(3, 100)}, "lora_embedding_A is none"),
+        ({}, {"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(3, 100)}, "lora_embedding_A is not"),
         ({}, {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(3, 5)}, r"of \[32, 5\]"),
         ({}, {"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": torch.ones(3, 32),
               "base_model.model.model.layers.7.self_attn.q_proj.lora_B.weight": torch.ones(32, 3)}, "layers.7"),
