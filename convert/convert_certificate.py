@@ -118,18 +118,14 @@ class Comparison:
             for name in names:
                 self._compare_stored(self.written[name].stored(name), files.stored(piece.sources[0]), name)
             return
-        tensors = [files.read(key) for key in piece.sources]
-        if piece.zero_part is not None and len(tensors) > 1:
-            tensors.insert(piece.zero_part, torch.zeros_like(tensors[0]))
         if piece.parts == 1:
-            expected = torch.cat(tensors)
+            expected = piece.concatenated(map(files.read, piece.sources))
             for name in names:
                 _same(self.written[name].read(name).reshape(expected.shape), expected, name)
             return
-        given = {self.conversion.pieces[name][1].part: self.written[name].read(name) for name in names}
-        if piece.zero_part is not None:
-            given[piece.zero_part] = torch.zeros_like(next(iter(given.values())))
-        _same(torch.cat([given[part] for part in range(piece.parts)]), tensors[0], piece.sources[0])
+        parts = {self.conversion.pieces[name][1].part: self.written[name].read(name) for name in names}
+        source = piece.sources[0]
+        _same(piece.concatenated(parts[number] for number in sorted(parts)), files.read(source), source)
 
     def _compare_stored(self, given: Stored | torch.Tensor, expected: Stored | torch.Tensor, name: str) -> None:
         """Compare two tensors, block by block if both lie in files."""

@@ -73,6 +73,17 @@ class Piece:
             raise ConversionError(f"{self.sources[0]} has {rows} rows, which can't be cut into {self.parts} parts.")
         return (rows // self.parts, *shape[1:])
 
+    def concatenated(self, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Concatenate the sources to the target, or all targets to their source again.
+
+        Args:
+            tensors: The tensors in order, without the part that is zero.
+        """
+        tensors = list(tensors)
+        if self.zero_part is not None:
+            tensors.insert(self.zero_part, torch.zeros_like(tensors[0]))
+        return torch.cat(tensors)
+
     def load(self, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
         """Make the target tensor.
 
@@ -83,10 +94,7 @@ class Piece:
             ConversionError: A part that must be zero isn't.
         """
         if len(self.sources) > 1:
-            tensors = [read(source) for source in self.sources]
-            if self.zero_part is not None:
-                tensors.insert(self.zero_part, torch.zeros_like(tensors[0]))
-            return torch.cat(tensors)
+            return self.concatenated(map(read, self.sources))
         tensor = read(self.sources[0])
         if self.reshaped is not None:
             return tensor.reshape(self.reshaped[1])
