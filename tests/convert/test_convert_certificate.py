@@ -1,5 +1,4 @@
-"""Certificates: a tensor that changed on its way is noticed, also where one became several, and words say what was
-found."""
+"""Certificates: a changed tensor is noticed, also if it was split or fused, and the results are described."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ SOURCE = {
 
 @pytest.fixture
 def written(tmp_path):
-    """A conversion with every kind of rule, and its tensors as they should be in the file."""
+    """A conversion with every kind of rule, the tensors that its file should hold, and the folder for it."""
     save_file(SOURCE, tmp_path / "source.safetensors")
     files = TensorFiles(tmp_path / "source.safetensors")
     pieces = {name: (files, piece, None) for name, piece in plan(TABLE, SOURCE).items()}
@@ -62,7 +61,7 @@ def certified(conversion, folder):
         return certify(conversion, folder, checks)
 
 
-def test_everything_comes_back(written):
+def test_all_tensors_are_found_again(written):
     conversion, tensors, folder = written
     save_file(tensors, folder / "model.safetensors")
     found = compare_back(conversion, TensorFiles(folder))
@@ -80,7 +79,7 @@ def test_a_changed_tensor_is_noticed(written, name):
 
 
 def test_files_are_compared_as_they_come(written):
-    """A group of tensors that lies in two files is compared when both are there; one that never comes is missed."""
+    """Targets of one source that lie in two files are compared when both are written; a missing file is noticed."""
     conversion, tensors, folder = written
     first = {name: tensors[name] for name in ("x", "q", "v", "v_bias")}
     rest = {name: tensor for name, tensor in tensors.items() if name not in first}
@@ -127,13 +126,13 @@ def test_what_is_written_down(written, monkeypatch):
         and card_section(certificate) in card
         and "| logits | largest difference 2e-06 |" in card
     )
-    # too large to be run: said, not done
+    # too large to be run: the certificate says so
     monkeypatch.setattr("vlbridge.convert.convert_certificate.RUN_BYTES", 100)
     assert "the limit is 100" in certified(conversion, folder)["checks"][1]["why"]
 
 
 def test_a_run_that_fails(written):
-    """A source that can't be run is no reason not to take its weights; what goes out must run."""
+    """A source that can't be run is converted all the same; an exported model must run."""
     conversion, tensors, folder = written
     save_file(tensors, folder / "model.safetensors")
 

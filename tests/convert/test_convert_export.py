@@ -1,4 +1,4 @@
-"""The way out: official and native layouts come back bit by bit, and the exported models speak without this package."""
+"""Export: official and native layouts come back bit by bit, and exported models run without this package."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def has_native_class(case: Path) -> bool:
 
 
 def pytest_generate_tests(metafunc):
-    """Every official case that a test applies to."""
+    """Each official case that the test applies to."""
     if "case" not in metafunc.fixturenames:
         return
     root = Path(metafunc.config.getoption("--parity-root") or CASES)
@@ -58,7 +58,7 @@ def pytest_generate_tests(metafunc):
 
 
 def convert(case: Path, output: Path) -> None:
-    """The case's checkpoint as a model of ours."""
+    """The case's checkpoint, converted to a model of vlbridge."""
     meta = json.loads((case / "meta.json").read_text())
     sizes = meta["config"] if isinstance(meta.get("config"), dict) else {}
     family = case.parent.name
@@ -108,7 +108,7 @@ def same_tensors(one, other) -> None:
 
 
 def official_of(case: Path):
-    """The official tensors under the names that today's releases have, and what does not come back, with the reason."""
+    """The official tensors under their current names, and those that do not come back, with the reason."""
     family = case.parent.name
     if family == "llava":
         return open_checkpoint(case / "checkpoint").files
@@ -122,7 +122,7 @@ def official_of(case: Path):
 
 @pytest.mark.core
 def test_official_layouts_come_back(case, ours, tmp_path):
-    """Bit by bit, names and dtypes included, but for buffers, which models compute by themselves."""
+    """Bit by bit, with names and dtypes, except for buffers that models compute by themselves."""
     done = export(ours, tmp_path / "official", to="official")
     folder = tmp_path / "official"
     back = TensorFiles(next(folder.glob("checkpoint.pt*"), folder))
@@ -210,7 +210,7 @@ print(json.dumps({"class": type(model).__name__, "ids": ids[0, start:].tolist(),
 
 
 @pytest.mark.core
-def test_an_exported_model_speaks_without_this_package(case, ours, native, tmp_path):
+def test_an_exported_model_runs_without_this_package(case, ours, native, tmp_path):
     """The same tokens through the Auto classes, and the same text through the pipeline."""
     image = tiny_image(3, (48, 33))
     image.save(tmp_path / "image.png")
@@ -221,7 +221,7 @@ def test_an_exported_model_speaks_without_this_package(case, ours, native, tmp_p
                 "repetition_penalty": 1.0}  # fmt: skip
     theirs = AutoProcessor.from_pretrained(native)
     inputs = processor(images=[image], text=[prompt if llava else "<image>" + prompt], return_tensors="pt")
-    # pictures are rounded differently, by up to a grey level or two: the same pixels for both
+    # the image processors differ by up to two grey levels: both models get the same pixels
     other = theirs(images=[image], text=[prompt], return_tensors="pt")
     assert torch.equal(inputs["input_ids"], other["input_ids"])
     torch.testing.assert_close(
@@ -248,7 +248,7 @@ def test_an_exported_model_speaks_without_this_package(case, ours, native, tmp_p
 
 @pytest.mark.core
 def test_certificates_hold(case, ours, native):
-    """What they say of files is true, and nothing of this machine is in them."""
+    """The hashes of files are right, and no path of this machine is in them."""
     for folder in (ours, native):
         text = (folder / CERTIFICATE).read_text()
         assert str(folder.parent) not in text and str(case.parent) not in text
@@ -293,7 +293,7 @@ def checks_of(folder: Path) -> dict[str, dict]:
         ("llama", "clip", {"image_aspect_ratio": "anyres"}),
     ],
 )
-def test_composed_llavas_speak_alike(language, vision, options, tmp_path):
+def test_composed_llavas_give_the_same_outputs(language, vision, options, tmp_path):
     export(saved(tmp_path / "ours", "mlp", language, vision, **options), tmp_path / "native")
     found = checks_of(tmp_path / "native")
     assert found["token ids of the prompt"]["equal"] and found["greedy tokens"]["equal"]
@@ -318,7 +318,7 @@ def test_composed_llavas_speak_alike(language, vision, options, tmp_path):
     ],
 )
 def test_what_native_classes_can_not_express(args, options, reason, tmp_path):
-    """It is said before anything is written, with what can be done."""
+    """The error comes before anything is written, and says what can be done."""
     ours = saved(tmp_path / "ours", *args, **options)
     with pytest.raises(ConversionError, match=reason) as error:
         export(ours, tmp_path / "native")
@@ -340,7 +340,7 @@ def test_what_official_layouts_can_not_express(args, reason, tmp_path):
 
 
 def test_retrieval_scores_without_this_package(tmp_path):
-    """Stage 1 of a fresh Q-Former on CLIP has no class; on EVA ViT-g's architecture it scores alike."""
+    """There is no class for stage 1 on CLIP; on EVA ViT-g's architecture the scores are the same."""
     model, processor = tiny_stage1()
     model.save_pretrained(tmp_path / "clip")
     processor.save_pretrained(tmp_path / "clip")
@@ -356,7 +356,7 @@ def test_retrieval_scores_without_this_package(tmp_path):
 
 
 def test_a_bridge_fetches_its_frozen_parts(tmp_path):
-    """What is exported from a bridge alone is what is exported from the whole model."""
+    """Exporting a bridge alone gives the same as exporting the full model."""
     model, processor = tiny_model("mlp")
     parts = {"vision": tmp_path / "clip", "language": tmp_path / "llama"}
     model.vision_model.save_pretrained(parts["vision"])
@@ -389,7 +389,7 @@ def test_nothing_is_overwritten(tmp_path):
 
 
 def test_different_models_are_not_certified(tmp_path, monkeypatch):
-    """A class that computes something else is noticed, and nothing is left behind."""
+    """A class that computes other logits is noticed, and nothing is written."""
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
     ours = saved(tmp_path / "ours", "mlp")

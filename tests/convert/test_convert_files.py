@@ -1,4 +1,4 @@
-"""Reading any checkpoint file safely, writing models shard by shard, leaving nothing half-written."""
+"""Checkpoint files are read safely; models are written shard by shard, whole or not at all."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Harmful:
         ({}, "no tensors"),
     ],
 )
-def test_what_is_no_checkpoint_is_refused(content, message, tmp_path, capsys):
+def test_files_that_are_not_checkpoints_are_refused(content, message, tmp_path, capsys):
     torch.save(content, tmp_path / "weights.pt")
     with pytest.raises(ConversionError, match=message):
         TensorFiles(tmp_path / "weights.pt")
@@ -139,7 +139,7 @@ def test_permissions_follow_the_umask(mask, key, tmp_path, monkeypatch):
 
 
 def entries(read: list[str], stop: str | None = None):
-    """What `write_tensors` takes, as three shards of 24, 8 and 1 bytes; the user interrupts at one of them."""
+    """Arguments for `write_tensors`: three tensors of 24, 8 and 1 bytes; loading `stop` interrupts the run."""
 
     def give(name):
         if name == stop:
@@ -158,8 +158,8 @@ def interrupt(output: Path, key: str) -> Path:
 
 
 @pytest.mark.parametrize("damage", [None, "bits", "length", "record", "half"])
-def test_an_interrupted_run_goes_on(damage, tmp_path):
-    """Finished shards are kept, and written again only where they are not what they were."""
+def test_an_interrupted_run_is_resumed(damage, tmp_path):
+    """Finished shards are kept, and written again only if they have changed since."""
     folder = interrupt(tmp_path / "model", "0" * 64)
     first = folder / "model-00001-of-00003.safetensors"
     assert sorted(finished_shards(folder)) == ["model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"]
@@ -182,7 +182,7 @@ def test_an_interrupted_run_goes_on(damage, tmp_path):
     assert all(torch.equal(files.read(name), tensor) for name, tensor in TENSORS.items())
 
 
-def test_other_inputs_begin_anew(tmp_path):
+def test_other_inputs_start_from_scratch(tmp_path):
     interrupt(tmp_path / "model", "0" * 64)
     read = []
     with output_folder(tmp_path / "model", "1" * 64) as folder:
@@ -190,7 +190,7 @@ def test_other_inputs_begin_anew(tmp_path):
     assert read == ["a", "b", "c"]
 
 
-def test_an_error_is_no_interruption(tmp_path):
+def test_an_error_leaves_nothing_to_resume(tmp_path):
     with pytest.raises(RuntimeError), output_folder(tmp_path / "model", "0" * 64) as folder:
         write_tensors(folder, entries([]), 1)
         raise RuntimeError
@@ -198,7 +198,7 @@ def test_an_error_is_no_interruption(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
-def test_two_runs_do_not_write_the_same(tmp_path):
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
     with output_folder(tmp_path / "model", "0" * 64) as folder:
         with pytest.raises(ConversionError, match="Another process"), output_folder(tmp_path / "model", "0" * 64):
             pass
@@ -228,8 +228,8 @@ convert_blip(sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4]))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no SIGKILL")
-def test_a_killed_conversion_goes_on(tmp_path, monkeypatch):
-    """Of a real converter, in a process of its own, killed while it writes its fourth shard."""
+def test_a_killed_conversion_is_resumed(tmp_path, monkeypatch):
+    """A real converter in its own process is killed while it writes its fourth shard."""
     bert = BLIP / "bert-base-uncased"
     arguments = [BLIP / "itm.pth", tmp_path / "model", bert, json.dumps(HEADS)]
     done = subprocess.run([sys.executable, "-c", KILLED, *map(str, arguments)], capture_output=True, text=True)
@@ -239,7 +239,7 @@ def test_a_killed_conversion_goes_on(tmp_path, monkeypatch):
     before = {path.name: path.stat().st_mtime_ns for path in left.glob("*.safetensors")}
     assert len(before) == 3
 
-    # with other settings it is another conversion
+    # other settings make another conversion
     other = {**HEADS, "text_config": {"num_attention_heads": 2}}
     monkeypatch.setattr(convert_assembly, "write_tensors", partial(write_tensors, shard_bytes=40_000))
     convert_blip(BLIP / "itm.pth", tmp_path / "other", bert, other)
@@ -258,8 +258,8 @@ def test_a_killed_conversion_goes_on(tmp_path, monkeypatch):
 
 
 @pytest.mark.core
-def test_others_read_what_is_written(tmp_path):
-    """safetensors' own reader, also where dtypes of several sizes are in one file."""
+def test_safetensors_reads_what_is_written(tmp_path):
+    """With dtypes of several sizes in one file, too."""
     given = {**TENSORS, "d": torch.arange(3, dtype=torch.int8), "\u00e9": torch.ones(2, 2, dtype=torch.float64).T}
     write_tensors(
         tmp_path,
@@ -291,13 +291,13 @@ def test_views_of_one_storage(zipped, tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_small_file_that_says_it_is_large_is_refused(zipped, tmp_path):
+def test_a_small_file_that_claims_to_be_large_is_refused(zipped, tmp_path):
     torch.save({"a": torch.ones(1).expand(10**12)}, tmp_path / "bomb.pt", _use_new_zipfile_serialization=zipped)
     with pytest.raises(ConversionError, match=r"a is \[1000000000000\] of torch.float32, but its storage has 4 bytes"):
         TensorFiles(tmp_path / "bomb.pt")
 
 
-def test_one_flipped_bit_is_found_where_there_are_checksums(tmp_path):
+def test_one_flipped_bit_is_found_if_there_are_checksums(tmp_path):
     torch.save(TENSORS, tmp_path / "a.pt")
     data = bytearray((tmp_path / "a.pt").read_bytes())
     place = data.index(TENSORS["a"].numpy().tobytes())

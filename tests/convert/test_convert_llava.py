@@ -48,7 +48,7 @@ PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
 class Manifest:
-    """Checkpoints of which only names, shapes and dtypes are known."""
+    """Checkpoints with names, shapes and dtypes, but no data."""
 
     def __init__(self, content: dict, path: str = "manifest"):
         self.path = path
@@ -72,7 +72,7 @@ RELEASES = sorted({name.rpartition(".")[0] for name in INDEX})
 
 
 def official_config(release: str) -> dict:
-    """What the release's `config.json` says, as far as it matters here."""
+    """The fields of the release's `config.json` that these tests need."""
     size = release.rpartition("_")[2]
     fields = {"model_type": "llava_llama", **VICUNA[size], "vocab_size": 32003 if "v1_" in release else 32000}
     fields["mm_projector_type"] = "linear" if "v1_" in release else "mlp2x_gelu"
@@ -112,7 +112,7 @@ def count(content: dict) -> int:
 
 @pytest.mark.parametrize("release", RELEASES)
 def test_full_size_manifests_map_completely(release):
-    """As released, and with the vision tower and the buffers that older or self-trained checkpoints have besides."""
+    """As released, and with the vision tower and the buffers that older or self-trained checkpoints hold."""
     checkpoint, fields = manifest(f"{release}.checkpoint"), official_config(release)
     assert len(checkpoint) == INDEX[f"{release}.checkpoint"]["n_keys"]
     assert count(checkpoint) == INDEX[f"{release}.checkpoint"]["n_elements"]
@@ -157,7 +157,7 @@ def test_full_size_projectors_map_completely(release):
 
 
 def test_the_34b_maps_completely():
-    """Of which there is no manifest: Yi's names from transformers' own class, LLaVA's parts from the 13B's."""
+    """It has no manifest: Yi's names come from transformers' class, LLaVA's parts from the 13B."""
     smaller = manifest("llava_v1.6_vicuna_13b.checkpoint")
     with torch.device("meta"):
         language = LlamaForCausalLM(LlamaConfig(**YI))
@@ -208,7 +208,7 @@ def test_one_tensor_under_two_names_is_refused():
 
 
 def official_tensors(model, vision: bool = True) -> dict[str, torch.Tensor]:
-    """A model of ours as the official code saves it: by the table, read backwards."""
+    """A model of vlbridge as the official code would save it: with the inverted table."""
     tensors = model.state_dict()
     pieces = plan(invert(checkpoint_table(model.config, tensors)), tensors)
     official = {name: piece.load(tensors.__getitem__).clone() for name, piece in pieces.items()}
@@ -277,7 +277,7 @@ def test_every_way_of_saving_gives_the_same_model(parts, tmp_path, layout, tower
         if layout == "deepspeed":
             tensors = {"module": {f"module.{name}": tensor for name, tensor in tensors.items()}, "global_step": 1}
         torch.save(tensors, place / ("consolidated.pt" if layout == "one file" else "pytorch_model.bin"))
-    # the release's own projector lies beside the whole
+    # the release also has its projector in a file
     shutil.copy(folder / "mm_projector.bin", place)
     done = convert_llava(place / "consolidated.pt" if layout == "one file" else place, output=tmp_path / "out")
     assert done.notes == []
@@ -302,7 +302,7 @@ def test_other_projectors(projector_type, tmp_path):
 
 
 def test_half_precision_stays(parts, tmp_path):
-    """All parts are loaded as the language model was saved, whatever the vision encoder's file has."""
+    """All parts are loaded in the dtype of the language model, whatever that of the vision encoder's file."""
     folder, model = parts
     place = shutil.copytree(folder / "llava", tmp_path / "checkpoint")
     tensors = {name: tensor.half() for name, tensor in official_tensors(model, vision=False).items()}
@@ -310,7 +310,7 @@ def test_half_precision_stays(parts, tmp_path):
     convert_llava(place, output=tmp_path / "out")
     loaded = AutoModel.from_pretrained(tmp_path / "out")
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float16}
-    # a merged weight too
+    # merged weights keep it, too
     lora(folder, model, tmp_path / "lora")
     llm = shutil.copytree(folder / "llm", tmp_path / "llm")
     save_file({k: t.half() for k, t in load_file(llm / "model.safetensors").items()}, llm / "model.safetensors")
@@ -318,7 +318,7 @@ def test_half_precision_stays(parts, tmp_path):
     assert TensorFiles(tmp_path / "merged").dtypes["language_model.model.layers.0.mlp.up_proj.weight"] == torch.float16
 
 
-def test_the_tower_in_the_checkpoint_counts(parts, tmp_path):
+def test_the_tower_in_the_checkpoint_is_used(parts, tmp_path):
     folder, model = parts
     place = shutil.copytree(folder / "llava", tmp_path / "checkpoint")
     trained = official_tensors(model)
@@ -391,7 +391,7 @@ def test_tokens_around_images(parts, tmp_path):
 
 
 def lora(folder: Path, model, place: Path, kind: str = "safetensors", **settings) -> LlamaForCausalLM:
-    """A fine-tune as the official code leaves it behind; returns the language model as PEFT merges it."""
+    """Write a fine-tune as the official code does; returns the language model as PEFT merges it."""
     place.mkdir()
     base = LlamaForCausalLM.from_pretrained(folder / "llm")
     targets = ["q_proj", "v_proj", "up_proj", "down_proj"]
@@ -439,7 +439,7 @@ def test_lora_is_merged_as_peft_merges_it(parts, tmp_path, kind, settings):
 
 
 def test_lora_on_a_llava(parts, tmp_path):
-    """The base is a LLaVA that the adapter names; its projector stayed frozen, so that only the base has it."""
+    """The base is a LLaVA that the adapter names; its projector stayed frozen, so only the base has it."""
     folder, model = parts
     merged = lora(folder, model, tmp_path / "lora")
     (tmp_path / "lora" / "non_lora_trainables.bin").unlink()
@@ -484,7 +484,7 @@ def test_adapters_that_do_not_fit_are_refused(parts, tmp_path, settings, tensors
 
 
 def native(kind: str, folder: Path):
-    """A repository as `llava-hf/*` are: `<image>` has a row in the language model's table."""
+    """A repository like `llava-hf/*`: `<image>` has a row in the language model's table."""
     torch.manual_seed(3)
     config_class, model_class = {
         "llava": (LlavaConfig, LlavaForConditionalGeneration),
@@ -591,9 +591,9 @@ def test_chatml_ends_a_turn(parts, tmp_path):
     assert asked.endswith("<|im_start|>user\nwhat?<|im_end|><|im_start|>assistant\n")
 
 
-def test_text_behind_an_image_is_tokenised_like_a_text(tmp_path):
-    """The releases' tokenizers put sentencepiece's space in front of a whole text only (`legacy` is false), but the
-    official code tokenises what is behind an image by itself."""
+def test_text_after_an_image_is_tokenised_like_separate_text(tmp_path):
+    """The releases' tokenizers put sentencepiece's space before a whole text only (`legacy` is false), but the
+    official code tokenises the text after an image separately."""
     pytest.importorskip("google.protobuf", reason="transformers reads sentencepiece files by it")
     place = shutil.copytree(CASE / "checkpoint", tmp_path / "checkpoint")
     settings = json.loads((place / "tokenizer_config.json").read_text())
@@ -608,7 +608,7 @@ def test_text_behind_an_image_is_tokenised_like_a_text(tmp_path):
         image = processor.image_token_id
         once = [token for index, token in enumerate(ids) if token != image or ids[index - 1] != image]
         assert [-200 if token == image else token for token in once] == official
-    # behind other special tokens nothing is put
+    # after other special tokens nothing is added
     assert processor.tokenizer.tokenize("</s>USER") != processor.tokenizer.tokenize("</s> USER")
 
 

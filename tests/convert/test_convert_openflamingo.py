@@ -1,4 +1,4 @@
-"""OpenFlamingo's layouts: full-size manifests map completely, every spelling of the keys is known, errors are loud.
+"""OpenFlamingo's layouts: full-size manifests map completely, all spellings of the keys are known, errors are raised.
 
 The numbers of converted models are compared with the official ones in tests/parity.
 """
@@ -47,7 +47,7 @@ NUM_TOKENS = 50280
 
 
 class Manifest:
-    """A checkpoint of which only names, shapes and dtypes are known."""
+    """A checkpoint with names, shapes and dtypes, but no data."""
 
     def __init__(self, name: str, prefix: str = ""):
         content = json.loads(gzip.decompress((MANIFESTS / f"{name}.json.gz").read_bytes()))
@@ -90,7 +90,7 @@ def test_full_size_manifests_map_completely(checkpoint, every):
     assert (config.num_latents, config.resampler_depth, config.resampler_num_heads) == (64, 6, 8)
     assert (config.cross_attention_every_n_layers, config.cross_attention_num_heads) == (every, 8)
     done = plan_conversion(manifest, vision, Manifest(checkpoint.split(".")[0] + ".base_lm"), config)
-    # every key of the checkpoint that is not a buffer of the language model has gone somewhere
+    # all keys of the checkpoint are used, except for buffers of the language model
     used = {source for files, piece, _ in done.pieces.values() for source in piece.sources if files.path == checkpoint}
     left = {key for key in manifest.shapes if key not in used}
     assert all(re.search(r"attention\.(bias|masked_bias|rotary_emb\.inv_freq)$", key) for key in left)
@@ -132,15 +132,14 @@ def test_keys_of_the_first_release_and_of_distributed_training():
     ]
 
 
-# ---------------------------------------------------------------------- from end to end, with a LLaMA as in the first
-# 9B
+# ---------------------------------------------------------------------- from end to end, with LLaMA
 
 EVERY, LAYERS, WIDTH = 2, 4, 32
 
 
 @pytest.fixture(scope="module")
 def first_9b(tmp_path_factory):
-    """A model of ours, written as the first release wrote its own: by the table, read backwards.
+    """A model of vlbridge, written as the first release was: with the inverted table.
 
     LLaMA's head is not in such files, as its name lacks "embed": the two new tokens' rows of it are lost.
     """
@@ -211,7 +210,7 @@ def test_the_first_release_comes_back(first_9b, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, atol=1e-6, rtol=0)
     assert loaded.generation_config.eos_token_id == processor.tokenizer.convert_tokens_to_ids("<|endofchunk|>")
-    # it is an ordinary model: once more to disk and back
+    # it is an ordinary model, which can be saved and loaded again
     loaded.save_pretrained(tmp_path / "again")
     again = AutoModel.from_pretrained(tmp_path / "again")
     assert torch.equal(again(**inputs).logits, loaded(**inputs).logits)

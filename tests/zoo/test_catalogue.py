@@ -43,7 +43,7 @@ def test_releases_are_complete(release):
 
 
 def test_every_release_with_a_manifest_is_known():
-    """What the conversions are tested with at full size is what the catalogue offers."""
+    """The conversions are tested at full size with the releases of the catalogue."""
     lavis = {
         path.name.split(".checkpoint_model")[0].removeprefix("blip2_")
         for path in MANIFESTS.glob("blip2_*.checkpoint_model*")
@@ -59,7 +59,7 @@ def test_every_release_with_a_manifest_is_known():
 
 
 def test_published_figures_are_those_of_the_papers():
-    """A few of each table, typed once more."""
+    """A few figures of each table."""
     assert find(RELEASE).published["COCO CIDEr"][4] == 77.3
     assert find("openflamingo/OpenFlamingo-9B-vitl-mpt7b").published["VQAv2"][32] == 53.3
     assert find("blip2_t5/pretrain_flant5xxl").published["VQAv2 test-dev"] == 65.0
@@ -75,7 +75,7 @@ def test_unknown_names_are_refused_with_the_nearest():
 
 @pytest.mark.parametrize("name", ["liuhaotian/LLaVA-7b-delta-v0", "blip2_vicuna_instruct/vicuna7b",
                                   "openflamingo/OpenFlamingo-9B-deprecated"])  # fmt: skip
-def test_what_can_not_be_fetched_says_what_to_do(name, tmp_path):
+def test_releases_that_can_not_be_fetched_say_what_to_do(name, tmp_path):
     done = CliRunner().invoke(app, ["convert", name, str(tmp_path / "out")])
     assert done.exit_code == 1 and CATALOGUE[name].note.split(":")[0] in done.output
     assert not (tmp_path / "out").exists()
@@ -94,7 +94,7 @@ def test_list():
 
 @pytest.fixture
 def released(hub, tmp_path):
-    """The tiny case, where the real release lies; and what it converts to."""
+    """The tiny case in place of the real release, on the local Hub; returns its conversion."""
     release = CATALOGUE[RELEASE]
     clip = json.loads((CASE / "meta.json").read_text())["config"]["clip"]
     heads = {"num_attention_heads": clip["vision_cfg"]["width"] // clip["vision_cfg"]["head_width"]}
@@ -114,7 +114,7 @@ def released(hub, tmp_path):
 
 
 def test_a_release_converts_by_its_name(hub, released, tmp_path):
-    """With nothing else given; the same model as from the files."""
+    """With its name alone; the model is the same as from the files."""
     done = hub.run(tmp_path / "home", "-m", "vlbridge.cli", "convert", RELEASE, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "perceiver_flamingo" in done.stdout
@@ -140,7 +140,7 @@ def test_a_missing_file_is_named(hub, tmp_path):
 
 @pytest.fixture
 def part(hub, tmp_path, monkeypatch):
-    """A file that is fetched from its URL, as LAVIS' files are, which lie on a server of their own."""
+    """A file that is downloaded from a URL, as LAVIS' files are."""
     (tmp_path / "release").mkdir()
     shutil.copy(CASE / "checkpoint.pt", tmp_path / "release")
     hub.add(RELEASE, tmp_path / "release")
@@ -161,7 +161,7 @@ def test_files_from_urls_are_fetched_once(hub, part, tmp_path):
 
 
 def test_a_download_that_ends_early_is_noticed(hub, part, tmp_path):
-    """The server announces the whole file and closes the connection in its middle."""
+    """The server announces the whole file, and closes the connection after a part of it."""
     hub.fail("/cdn/", method="GET", cut_after=1000)
     with pytest.raises(OSError, match="checkpoint.pt can't be fetched: the connection ended after 1,000 of"):
         catalogue.fetch(part)
@@ -183,7 +183,7 @@ def test_a_file_that_changed_since_its_download_is_fetched_again(part):
 
 @pytest.mark.parametrize("content, whole", [(b"weights", True), (b"weighty", False)])
 def test_the_md5_that_a_server_announces_is_compared(content, whole, tmp_path, monkeypatch):
-    """As Google's storage announces it, in a header of its own."""
+    """Google's storage, where LAVIS' files lie, announces it in a header."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
