@@ -14,6 +14,7 @@ from vlbridge.convert.convert_tables import (
     Reshape,
     Split,
     Twin,
+    ZeroKeyBias,
     check,
     dropped,
     invert,
@@ -59,6 +60,25 @@ def test_both_directions():
     for name, tensor in back.items():
         assert torch.equal(tensor, TENSORS[name])
     assert invert([Drop("a", "why")]) == []
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Rename("a.{}", "b.{}"),
+        Split("a", ("b", "c")),
+        Fuse(("a", "b"), "c"),
+        Reshape("a", "b", (), (1,)),
+        Twin("a", "b"),
+        ZeroKeyBias(("q.{}", "v.{}"), "qkv.{}"),
+    ],
+    ids=lambda rule: type(rule).__name__,
+)
+def test_rules_know_their_inverse(rule):
+    assert rule.inverse() != rule and rule.inverse().inverse() == rule
+    longer = rule.renamed(lambda name: f"source.{name}", lambda name: f"target.{name}")
+    assert all(name.startswith("source.") for name in longer.source_names)
+    assert all(name.startswith("target.") for name in longer.inverse().source_names)
 
 
 def test_scalars_in_both_directions():
