@@ -94,8 +94,8 @@ def infer_qformer_config(shapes: Shapes, **overrides) -> QFormerConfig:
     every = crossed[1] - crossed[0] if len(crossed) > 1 else overrides.get("cross_attention_frequency", 2)
     if not layers or crossed != list(range(0, len(layers), every)):
         raise ConversionError(
-            f"The Q-Former has {len(layers)} blocks, and cross-attention in {crossed}; expected it in the first and in "
-            f"every {every}. from there on."
+            f"The Q-Former has {len(layers)} blocks, and cross-attention in {crossed}; expected it in "
+            f"blocks {list(range(0, len(layers), every))}."
         )
     if "num_attention_heads" not in overrides and width not in QFORMER_HEADS:
         raise ConversionError(
@@ -119,11 +119,11 @@ def infer_qformer_config(shapes: Shapes, **overrides) -> QFormerConfig:
 
 
 def usual_vision(files, inside=None):
-    """A vision encoder's tensors under usual names: LAVIS leaves open_clip's `visual.` out.
+    """A vision encoder's tensors under their usual names: LAVIS leaves out open_clip's `visual.`.
 
     Args:
         files: The encoder's own checkpoint, or `None`.
-        inside: The part of LAVIS' checkpoint that is the encoder, or `None`; what it has counts.
+        inside: The part of LAVIS' checkpoint that is the encoder, or `None`; its tensors are used first.
     """
     found = []
     for source in (inside, files):
@@ -133,7 +133,7 @@ def usual_vision(files, inside=None):
             source = Renamed(source, {key: f"visual.{key}" for key in source.shapes})
         found.append(source)
     if len(found) == 2 and vision_layout(found[0].shapes) != vision_layout(found[1].shapes):
-        found.pop()  # the trained encoder has all that is needed
+        found.pop()  # the trained encoder is complete
     return Merged(*found) if len(found) == 2 else found[0]
 
 
@@ -195,8 +195,8 @@ def plan_conversion(checkpoint, vision, language, config: BridgedConfig) -> Conv
         model = model_class(config)(config)
     tied = dict(model.all_tied_weights_keys)
     if language is not None and not getattr(config.text_config, "scale_decoder_outputs", True):
-        # FlanT5's head is its own. Transformers' configuration of T5 says that all is tied, whatever the checkpoint's
-        # says (which lives on under this other name), and unties what differs when it loads.
+        # FlanT5 has a separate head. transformers' T5Config ignores the checkpoint's tie_word_embeddings, keeps it as
+        # scale_decoder_outputs, and ties the weights; from_pretrained unties those that differ.
         if "lm_head.weight" in language.shapes:
             tied.pop("language_model.lm_head.weight", None)
     expected = expected_tensors(model, model.all_tied_weights_keys.keys() - tied)
