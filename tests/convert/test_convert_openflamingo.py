@@ -250,7 +250,7 @@ def test_a_changed_checkpoint_is_refused(first_9b, tmp_path, change, message):
 
 def test_wrong_parts_are_named(first_9b, tmp_path):
     folder, _ = first_9b
-    with pytest.raises(ConversionError, match=r"front of layers \[1, 3\]"):
+    with pytest.raises(ConversionError, match=r"before layers \[1, 3\]"):
         convert_openflamingo(
             folder / "checkpoint.pt", folder / "clip", folder / "llama", tmp_path / "out", cross_attn_every_n_layers=1
         )
