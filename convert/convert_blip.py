@@ -204,3 +204,6 @@ def convert_blip(
     processor = BlipProcessor(BlipImageProcessor(size={"height": side, "width": side}), bert)
     conversion.write(output, None, processor, verify)
     return conversion
+
+
+__all__ = ["CAPTION_TABLE", "MATCHING_TABLE", "convert_blip", "infer_config", "plan_conversion"]

@@ -370,3 +370,13 @@ def lavis_depth(config: PreTrainedConfig, overrides: Mapping) -> PreTrainedConfi
     if "num_hidden_layers" not in overrides and known:
         config.num_hidden_layers = min(config.num_hidden_layers, known["num_hidden_layers"])
     return config
+
+
+__all__ = [
+    "checkpoint_table",
+    "convert_blip2",
+    "infer_config",
+    "infer_qformer_config",
+    "language_of",
+    "plan_conversion",
+]

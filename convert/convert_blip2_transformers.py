@@ -464,3 +464,16 @@ def convert_port(
     conversion.run = lambda folder: run_port(folder, checkpoint, model_config)
     conversion.write(output, generation, processor, verify)
     return conversion
+
+
+__all__ = [
+    "PORTS",
+    "convert_port",
+    "infer_config",
+    "is_port",
+    "plan_port",
+    "port_config",
+    "port_of",
+    "port_table",
+    "run_port",
+]

@@ -303,3 +303,6 @@ def _run(conversion, folder: Path) -> list[dict]:
 def _without_folders(text: str) -> str:
     """Shorten absolute paths, which mean nothing on other machines, to their last part."""
     return re.sub(r"(?<!\S)(?:[A-Za-z]:)?[/\\]\S*[/\\](\S+)", r"\1", text)
+
+
+__all__ = ["Checks", "Comparison", "certify"]

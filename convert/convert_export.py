@@ -76,3 +76,6 @@ def _card(saved: Saved, name: str) -> str:
         "loads with "
         f"`{name if task == 'AutoModel' else task}` and `AutoProcessor`.\n"
     )
+
+
+__all__ = ["TARGETS", "export"]

@@ -424,3 +424,15 @@ class TensorFiles:
     def origin(self, name: str) -> TensorFiles:
         """The checkpoint that a tensor is read from."""
         return self
+
+
+__all__ = [
+    "BLOCK_BYTES",
+    "DTYPE_NAMES",
+    "ShapeTable",
+    "Stored",
+    "TensorFiles",
+    "dimensions",
+    "layer_numbers",
+    "safetensors_header",
+]

@@ -210,3 +210,6 @@ def _llava_processor(config: MLPLlavaConfig, processor: ProcessorMixin, select: 
         return LlavaNextProcessor(images, tokenizer, **options)
     images = ours if processor.image_aspect_ratio == "square" else LlavaImageProcessor(**fields, do_pad=True)
     return LlavaProcessor(images, tokenizer, **options)
+
+
+__all__ = ["plan_llava", "refuse_llava"]

@@ -288,3 +288,6 @@ def llava_fields(saved: Saved) -> tuple[dict, list[str]]:
         # the official pairs are (width, height)
         fields["image_grid_pinpoints"] = [[width, height] for height, width in config.image_grid_pinpoints]
     return fields, problems
+
+
+__all__ = ["plan_official", "write_official", "write_official_blip", "write_official_llava"]

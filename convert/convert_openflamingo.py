@@ -337,3 +337,6 @@ def convert_openflamingo(
     )
     conversion.write(output, generation, processor, verify)
     return conversion
+
+
+__all__ = ["checkpoint_table", "convert_openflamingo", "infer_config", "plan_conversion"]

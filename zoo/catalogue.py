@@ -313,7 +313,7 @@ def _note_of(path: Path) -> Path:
 def _is_damaged(path: Path) -> bool:
     """Whether a downloaded file is no longer what was downloaded; files without a note are taken as they are."""
     note = read_json(_note_of(path), {})
-    if not note or (path.stat().st_size == note["bytes"] and sha256_of(path) == note["sha256"]):
+    if not note or (path.stat().st_size == note.get("bytes") and sha256_of(path) == note.get("sha256")):
         return False
     logger.warning(f"{path} has changed since it was downloaded: it is downloaded again.")
     return True
