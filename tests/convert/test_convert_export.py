@@ -25,10 +25,10 @@ from vlbridge.convert import (
     export,
 )
 from vlbridge.convert.convert_files import TensorFiles
-from vlbridge.convert.convert_language import BUFFER
 from vlbridge.convert.convert_llava_checkpoint import open_checkpoint
 from vlbridge.convert.convert_openflamingo import usual_names
 from vlbridge.convert.convert_sources import Renamed
+from vlbridge.convert.convert_tables import BUFFER
 from vlbridge.files import sha256_of
 
 
@@ -50,7 +50,7 @@ def pytest_generate_tests(metafunc):
     assert found, f"no cases in {root}"
     if "native" in metafunc.fixturenames:
         found = [case for case in found if has_native_class(case)]
-    if "speaks" in metafunc.function.__name__:
+    if "generates" in metafunc.function.__name__:
         found = [case for case in found if not case.name.startswith("stage1")]
     if "refused" in metafunc.function.__name__:
         found = [case for case in found if case.parent.name != "blip" and not has_native_class(case)]
@@ -210,7 +210,7 @@ print(json.dumps({"class": type(model).__name__, "ids": ids[0, start:].tolist(),
 
 
 @pytest.mark.core
-def test_an_exported_model_runs_without_this_package(case, ours, native, tmp_path):
+def test_an_exported_model_generates_without_this_package(case, ours, native, tmp_path):
     """The same tokens through the Auto classes, and the same text through the pipeline."""
     image = tiny_image(3, (48, 33))
     image.save(tmp_path / "image.png")
