@@ -34,7 +34,7 @@ from tokenizers import Tokenizer, models
 from transformers import CLIPVisionConfig, PreTrainedTokenizerFast
 
 import vlbridge
-from vlbridge.convert.convert_files import write_tensors
+from vlbridge.convert.convert_writing import write_tensors
 
 
 MANIFESTS = Path(__file__).resolve().parents[1] / "tests" / "convert" / "manifests"

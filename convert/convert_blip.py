@@ -1,7 +1,7 @@
-"""BLIP's (2022) captioners and image-text matchers, as LAVIS and the original code write them, for transformers' classes.
+"""BLIP's (2022) captioners and image-text matchers, from LAVIS or the original code to transformers' classes.
 
-Source: `lavis/models/{vit,med}.py` and `lavis/models/blip_models/{blip_caption,blip_image_text_matching,blip_retrieval}.py`
-of salesforce-lavis 1.0.2.
+Source: `lavis/models/{vit,med}.py` and
+`lavis/models/blip_models/{blip_caption,blip_image_text_matching,blip_retrieval}.py` of salesforce-lavis 1.0.2.
 """
 
 from __future__ import annotations
@@ -20,79 +20,35 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .convert_files import TensorFiles, dimensions
-from .convert_parts import (
-    BUFFER,
-    EVA_TABLE,
-    Conversion,
-    assemble,
-    compare_twins,
-    expected_tensors,
-    for_grid,
-    layer_numbers,
-)
+from .convert_assembly import Conversion, assemble, compare_twins, expected_tensors
+from .convert_files import TensorFiles, dimensions, layer_numbers
+from .convert_lavis_names import BLIP_VISION_TABLE, KINDS, blip_bert_table
 from .convert_tables import ConversionError, Drop, Rename, Rule, Shapes, Twin, dropped, plan
-
-
-_KINDS = ("weight", "bias")
-VISION_TABLE: list[Rule] = [
-    # the same ViT as BLIP-2's, but with one bias for query, key and value, and a norm at the end
-    *(
-        Rename(f"visual_encoder.{rule.source}", rule.target)
-        for rule in EVA_TABLE
-        if isinstance(rule, Rename) and "norm.weight" not in rule.source
-    ),
-    Rename("visual_encoder.blocks.{}.attn.qkv.bias", "vision_model.encoder.layers.{}.self_attn.qkv.bias"),
-    *(Rename(f"visual_encoder.norm.{kind}", f"vision_model.post_layernorm.{kind}") for kind in _KINDS),
-]
-
-
-def _bert_table(prefix: str) -> list[Rule]:
-    """BLIP's BERT keeps its names in transformers."""
-    block = (
-        *(
-            f"{attention}.{part}"
-            for attention in ("attention", "crossattention")
-            for part in ("self.query", "self.key", "self.value", "output.dense", "output.LayerNorm")
-        ),
-        "intermediate.dense",
-        "output.dense",
-        "output.LayerNorm",
-    )
-    names = [
-        "embeddings.word_embeddings.weight",
-        "embeddings.position_embeddings.weight",
-        *(f"embeddings.LayerNorm.{kind}" for kind in _KINDS),
-        *(f"encoder.layer.{{}}.{name}.{kind}" for name in block for kind in _KINDS),
-    ]
-    return [
-        Drop(f"{prefix}.embeddings.position_ids", BUFFER),
-        *(Rename(f"{prefix}.{name}", f"{prefix}.{name}") for name in names),
-    ]
+from .convert_vision import for_grid
 
 
 _HEAD = "text_decoder.cls.predictions"
 CAPTION_TABLE: list[Rule] = [
-    *VISION_TABLE,
-    *_bert_table("text_decoder.bert"),
+    *BLIP_VISION_TABLE,
+    *blip_bert_table("text_decoder.bert"),
     Rename(f"{_HEAD}.bias", f"{_HEAD}.bias"),
     *(
         Rename(f"{_HEAD}.transform.{name}.{kind}", f"{_HEAD}.transform.{name}.{kind}")
         for name in ("dense", "LayerNorm")
-        for kind in _KINDS
+        for kind in KINDS
     ),
     Twin(f"{_HEAD}.decoder.weight", "text_decoder.bert.embeddings.word_embeddings.weight"),
     Twin(f"{_HEAD}.decoder.bias", f"{_HEAD}.bias"),
 ]
 _MATCHING: list[Rule] = [
-    *VISION_TABLE,
-    *_bert_table("text_encoder"),
-    *(Rename(f"{name}.{kind}", f"{name}.{kind}") for name in ("vision_proj", "text_proj") for kind in _KINDS),
+    *BLIP_VISION_TABLE,
+    *blip_bert_table("text_encoder"),
+    *(Rename(f"{name}.{kind}", f"{name}.{kind}") for name in ("vision_proj", "text_proj") for kind in KINDS),
 ]
 MATCHING_TABLE: list[Rule] = [
     *_MATCHING,
-    *(Rename(f"itm_head.{kind}", f"itm_head.{kind}") for kind in _KINDS),
-    # retrieval checkpoints hold what contrastive training needs beside the model
+    *(Rename(f"itm_head.{kind}", f"itm_head.{kind}") for kind in KINDS),
+    # checkpoints for retrieval also hold what contrastive training needs
     *(
         Drop(rule.source.replace(".", "_m.", 1), "the momentum copy, used in training only")
         for rule in _MATCHING
@@ -106,15 +62,15 @@ HEADS = {768: 12, 1024: 16}
 
 
 def infer_config(shapes: Shapes, overrides: Mapping | None = None) -> BlipConfig:
-    """Read the model's dimensions off a checkpoint's shapes.
+    """Infer the model's configuration from the shapes of a checkpoint.
 
     Args:
-        shapes: Of the checkpoint.
-        overrides: Fields of the configuration; `vision_config` and `text_config` are dicts of their own. Shapes can't tell
-            their `num_attention_heads` beyond ViT-B, ViT-L and BERT-base.
+        shapes: The checkpoint's shapes.
+        overrides: Fields of the configuration; `vision_config` and `text_config` are dicts of their own. Their
+            `num_attention_heads` are needed for other widths than those of ViT-B, ViT-L and BERT-base.
 
     Raises:
-        ConversionError: The checkpoint is neither a captioner nor a matcher, or head counts are not known.
+        ConversionError: The checkpoint is neither a captioner nor a matcher, or its numbers of heads are not known.
     """
     overrides = dict(overrides or {})
     text = next(
@@ -127,8 +83,8 @@ def infer_config(shapes: Shapes, overrides: Mapping | None = None) -> BlipConfig
     )
     if text is None or "visual_encoder.patch_embed.proj.weight" not in shapes:
         raise ConversionError(
-            "The checkpoint has no visual_encoder, or neither text_decoder (captioners) nor text_encoder (matchers): it is "
-            "not one of BLIP's."
+            "The checkpoint has no visual_encoder, or neither text_decoder (captioners) nor text_encoder (matchers): "
+            "it is not one of BLIP's."
         )
     width, _, patch_size, _ = dimensions(shapes, "visual_encoder.patch_embed.proj.weight", 4)
     vocab_size, text_width = dimensions(shapes, f"{text}.embeddings.word_embeddings.weight", 2)
@@ -170,11 +126,11 @@ def infer_config(shapes: Shapes, overrides: Mapping | None = None) -> BlipConfig
 
 
 def plan_conversion(checkpoint, config: BlipConfig) -> Conversion:
-    """Find for every tensor of the converted model where it comes from; nothing is read yet.
+    """Find where every tensor of the converted model comes from; no tensor is read yet.
 
     Args:
         checkpoint: `TensorFiles` of BLIP's checkpoint.
-        config: Of the converted model.
+        config: The converted model's configuration.
 
     Raises:
         ConversionError: A key is unknown, a tensor missing or left over, or a shape wrong.
@@ -204,22 +160,23 @@ def convert_blip(
 ) -> Conversion:
     """Convert a captioner or an image-text matcher of BLIP into a folder that transformers' own classes load.
 
-    The official captioner begins with "a picture of " and generates with `num_beams=3, min_length=10, max_length=30`;
-    transformers' class takes such settings as arguments of `generate` only. The official matcher puts `[ENC]` in the place
-    of `[CLS]`, the first token, for its matching head: transformers' class does not, so that callers have to.
+    The official captioner begins its texts with "a picture of " and generates with `num_beams=3, min_length=10,
+    max_length=30`; transformers' class takes such settings as arguments of `generate` only. For its matching head,
+    the official matcher replaces the first token, `[CLS]`, by `[ENC]`; with transformers' class the caller has to do
+    it.
 
     Args:
-        checkpoint: LAVIS's file, or the original code's.
+        checkpoint: A file of LAVIS or of the original code.
         output: Folder to write to.
         tokenizer: BERT's tokenizer: a folder or a Hub id.
-        config: What shapes can't tell, see `infer_config`.
-        verify: Check what was written, see `certify`.
+        config: What shapes can't tell; see `infer_config`.
+        verify: Whether to check what was written; see `certify`.
 
     Returns:
-        What was done.
+        The conversion.
 
     Raises:
-        ConversionError: The checkpoint is not BLIP's, or the tokenizer is not its; nothing is written.
+        ConversionError: The checkpoint is not one of BLIP, or the tokenizer does not fit it; nothing is written.
     """
     files = TensorFiles(checkpoint)
     bert = BertTokenizer.from_pretrained(tokenizer)

@@ -1,10 +1,10 @@
-"""BLIP-2's and InstructBLIP's checkpoints, as LAVIS writes them: stage 1, stage 2 (OPT, FlanT5), stage 3 (Vicuna, FlanT5).
+"""BLIP-2's and InstructBLIP's checkpoints, as LAVIS writes them: stage 1 (no language model), 2 and 3.
 
-They hold what was trained: query tokens, Q-Former, projections, the layer norm on the patch features, and the ViT where it
+They hold what was trained: query tokens, Q-Former, projections, the layer norm on the patch features, and the ViT if it
 was trained too (`caption_coco_*`). The frozen ViT and the language model come from elsewhere.
 
-Source: `lavis/models/blip2_models/*.py`, `eva_vit.py`, `clip_vit.py` and `runners/runner_base.py` of salesforce-lavis 1.0.2
-and of its main branch.
+Source: `lavis/models/blip2_models/*.py`, `eva_vit.py`, `clip_vit.py` and `runners/runner_base.py` of salesforce-lavis
+1.0.2 and of its main branch.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ import re
 from collections.abc import Iterable, Mapping
 
 import torch
-from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoTokenizer,
-    BertTokenizer,
     CLIPImageProcessor,
     GenerationConfig,
     PreTrainedConfig,
@@ -28,156 +26,67 @@ from transformers import (
 from ..configuration.configuration_bridged import BridgedConfig
 from ..configuration.configuration_qformer import QFormerBlip2Config, QFormerBlip2PreTrainingConfig, QFormerConfig
 from ..modeling.modeling_bridge import fill_vision_geometry
-from ..modeling.modeling_qformer import QFormerBlip2ForConditionalGeneration
-from ..modeling.modeling_qformer_pretraining import QFormerBlip2ForPreTraining
-from ..processing.processing_qformer import QFormerBlip2PreTrainingProcessor, QFormerBlip2Processor
-from .convert_files import TensorFiles, dimensions
-from .convert_parts import (
-    BUFFER,
-    LAVIS_ENCODERS,
-    Constants,
-    Conversion,
-    Merged,
-    Renamed,
-    assemble,
-    compare_twins,
-    expected_tensors,
-    for_grid,
-    language_table,
-    layer_numbers,
-    read_text_config,
-    read_vision_config,
-    resized,
-    vision_layout,
-    vision_pieces,
-)
-from .convert_tables import ConversionError, Drop, Rename, Reshape, Rule, Shapes, Twin, dropped, plan
+from .convert_assembly import Conversion, assemble, compare_twins, expected_tensors
+from .convert_blip2_transformers import convert_port, is_port
+from .convert_files import TensorFiles, dimensions, layer_numbers
+from .convert_language import language_table, read_text_config
+from .convert_lavis_names import BRIDGE_TABLE, LAVIS_LANGUAGE_MODELS
+from .convert_qformer import build_processor, load_qformer_tokenizer, model_class
+from .convert_sources import Constants, Merged, Renamed, resized
+from .convert_tables import ConversionError, Rename, Rule, Shapes, Twin, dropped, plan
+from .convert_vision import LAVIS_ENCODERS, for_grid, read_vision_config, vision_layout, vision_pieces
 
 
-# what the official classes call their language model, and the types of model that it can be
-LANGUAGE_MODELS = {"opt": ("opt",), "t5": ("t5",), "llm": ("llama",)}
-
-
-def block_names(projections: str) -> tuple[tuple[str, str], ...]:
-    """Names in one block of BERT's layout with feed-forwards for queries, and ours; each stands for a weight and a bias.
-
-    Args:
-        projections: What holds the projections of an attention: `"self"` in LAVIS, `"attention"` in transformers' port.
-    """
-    return (
-        *(
-            (f"{theirs}.{end}", f"{ours}.{name}")
-            for theirs, ours in (("attention", "attention"), ("crossattention", "cross_attention"))
-            for end, name in (
-                (f"{projections}.query", "query"),
-                (f"{projections}.key", "key"),
-                (f"{projections}.value", "value"),
-                ("output.dense", "dense"),
-                ("output.LayerNorm", "layer_norm"),
-            )
-        ),
-        ("intermediate_query.dense", "feed_forward_query.intermediate"),
-        ("output_query.dense", "feed_forward_query.dense"),
-        ("output_query.LayerNorm", "feed_forward_query.layer_norm"),
-        ("intermediate.dense", "feed_forward_text.intermediate"),
-        ("output.dense", "feed_forward_text.dense"),
-        ("output.LayerNorm", "feed_forward_text.layer_norm"),
-    )
-
-
-# outside the blocks; a name stands for its weight and its bias
-LAYERS = (
-    ("ln_vision", "bridge.vision_layer_norm"),
-    ("Qformer.bert.embeddings.LayerNorm", "bridge.qformer.layer_norm"),
-    *((f"{name}_proj", "bridge.language_projection") for name in LANGUAGE_MODELS),
-    # stage 1
-    ("vision_proj", "bridge.vision_projection"),
-    ("text_proj", "bridge.text_projection"),
-    ("itm_head", "bridge.itm_head"),
-    ("Qformer.cls.predictions.transform.dense", "bridge.lm_head.transform_dense"),
-    ("Qformer.cls.predictions.transform.LayerNorm", "bridge.lm_head.transform_layer_norm"),
-)
-BRIDGE_TABLE: list[Rule] = [
-    Rename("query_tokens", "bridge.qformer.query_tokens"),
-    Reshape("temp", "bridge.temperature", (), (1,)),  # FSDP shards no scalars
-    Rename("Qformer.cls.predictions.bias", "bridge.lm_head.bias"),
-    Twin("Qformer.cls.predictions.decoder.bias", "bridge.lm_head.bias"),
-    Twin("Qformer.cls.predictions.decoder.weight", "bridge.qformer.word_embeddings.weight"),
-    Drop("Qformer.bert.embeddings.position_ids", BUFFER),
-    *(
-        Rename(f"Qformer.bert.embeddings.{name}.weight", f"bridge.qformer.{name}.weight")
-        for name in ("word_embeddings", "position_embeddings")
-    ),
-    *(
-        Rename(f"{official}.{kind}", f"{ours}.{kind}")
-        for official, ours in (
-            *LAYERS,
-            *(
-                (f"Qformer.bert.encoder.layer.{{}}.{name}", f"bridge.qformer.layers.{{}}.{ours}")
-                for name, ours in block_names("self")
-            ),
-        )
-        for kind in ("weight", "bias")
-    ),
-]
 # BERT-base has 12 heads; shapes don't tell
 QFORMER_HEADS = {768: 12}
 
 
 def language_of(keys: Iterable[str]) -> str | None:
-    """What the checkpoint calls its language model; `None` for stage 1.
+    """LAVIS' name of the language model that a checkpoint belongs to; `None` for stage 1.
 
     Raises:
-        ConversionError: It is no checkpoint of BLIP-2.
+        ConversionError: It is not a checkpoint of BLIP-2.
     """
     keys = set(keys)
     if not {"query_tokens", "ln_vision.weight"} <= keys:
         raise ConversionError("There is no query_tokens or no ln_vision in the checkpoint: it is not one of BLIP-2's.")
-    found = [name for name in LANGUAGE_MODELS if f"{name}_proj.weight" in keys]
+    found = [name for name in LAVIS_LANGUAGE_MODELS if f"{name}_proj.weight" in keys]
     if not found and "itm_head.weight" not in keys:
         raise ConversionError(
-            "The checkpoint has neither a projection to a language model (opt_proj, t5_proj, llm_proj) nor stage 1's heads "
-            "(itm_head): it is not a checkpoint of BLIP-2 that is known here."
+            "The checkpoint has neither a projection to a language model (opt_proj, t5_proj, llm_proj) nor stage 1's "
+            "heads (itm_head): it is not a checkpoint of BLIP-2 that is known here."
         )
     return found[0] if found else None
 
 
 def checkpoint_table(model: PreTrainedModel, language: str | None, tied: Mapping[str, str]) -> list[Rule]:
-    """What a checkpoint becomes, without the ViT.
+    """The conversion table of a checkpoint without its ViT.
 
     Args:
-        model: The converted model; only names are read.
-        language: What the checkpoint calls its language model.
-        tied: Second names of tensors of the converted model, and the first.
+        model: The converted model; only its names are read.
+        language: See `language_of`.
+        tied: From second names of tensors of the converted model to the first.
     """
     if language is None:
         return list(BRIDGE_TABLE)
-    prefix = "language_model."
-    names = [name.removeprefix(prefix) for name in model.state_dict() if name.startswith(prefix) and name not in tied]
     official = f"{language}_model."
-    # frozen language models are left out, but second names of one tensor survive the filter
-    table = [*BRIDGE_TABLE, *(Twin(official + name.removeprefix(prefix), of) for name, of in tied.items())]
-    second = {rule.source for rule in table if isinstance(rule, Twin)}
-    for rule in language_table(model.config.text_config, names):
-        if isinstance(rule, Rename):
-            table.append(Rename(official + rule.source, prefix + rule.target))
-        elif official + rule.source not in second:
-            table.append(Drop(official + rule.source, rule.why))
-    return table
-
-
-# ---------------------------------------------------------------------- configuration
+    # checkpoints leave frozen language models out, but hold second names of the tensors that were trained
+    second = [Twin(official + name.removeprefix("language_model."), of) for name, of in tied.items()]
+    names = [name for name in model.state_dict() if name not in tied]
+    table = language_table(model.config.text_config, names, source=official)
+    known = {rule.source for rule in second}
+    return [*BRIDGE_TABLE, *second, *(rule for rule in table if rule.source not in known)]
 
 
 def infer_qformer_config(shapes: Shapes, **overrides) -> QFormerConfig:
-    """Read the Q-Former's dimensions off a checkpoint's shapes.
+    """Infer the Q-Former's configuration from the shapes of a checkpoint.
 
     Args:
-        shapes: Of the checkpoint.
-        overrides: What shapes can't tell: `num_attention_heads` (12 at BERT-base's width).
+        shapes: The checkpoint's shapes.
+        overrides: Fields that shapes can't tell: `num_attention_heads` (12 at BERT-base's width).
 
     Raises:
-        ConversionError: The number of heads is not known, or the blocks are not those of a Q-Former.
+        ConversionError: The number of heads is not known, or cross-attention is not where a Q-Former has it.
     """
     _, num_query_tokens, width = dimensions(shapes, "query_tokens", 3)
     block = r"Qformer\.bert\.encoder\.layer\.(\d+)\."
@@ -185,8 +94,8 @@ def infer_qformer_config(shapes: Shapes, **overrides) -> QFormerConfig:
     every = crossed[1] - crossed[0] if len(crossed) > 1 else overrides.get("cross_attention_frequency", 2)
     if not layers or crossed != list(range(0, len(layers), every)):
         raise ConversionError(
-            f"The Q-Former has {len(layers)} blocks, and cross-attention in {crossed}; expected it in the first and in "
-            f"every {every}. from there on."
+            f"The Q-Former has {len(layers)} blocks, and cross-attention in {crossed}; expected it in "
+            f"blocks {list(range(0, len(layers), every))}."
         )
     if "num_attention_heads" not in overrides and width not in QFORMER_HEADS:
         raise ConversionError(
@@ -210,11 +119,11 @@ def infer_qformer_config(shapes: Shapes, **overrides) -> QFormerConfig:
 
 
 def usual_vision(files, inside=None):
-    """A vision encoder's tensors under usual names: LAVIS leaves open_clip's `visual.` out.
+    """A vision encoder's tensors under their usual names: LAVIS leaves out open_clip's `visual.`.
 
     Args:
         files: The encoder's own checkpoint, or `None`.
-        inside: The part of LAVIS's checkpoint that is the encoder, or `None`; what it has counts.
+        inside: The part of LAVIS' checkpoint that is the encoder, or `None`; its tensors are used first.
     """
     found = []
     for source in (inside, files):
@@ -224,7 +133,7 @@ def usual_vision(files, inside=None):
             source = Renamed(source, {key: f"visual.{key}" for key in source.shapes})
         found.append(source)
     if len(found) == 2 and vision_layout(found[0].shapes) != vision_layout(found[1].shapes):
-        found.pop()  # the trained encoder has all that is needed
+        found.pop()  # the trained encoder is complete
     return Merged(*found) if len(found) == 2 else found[0]
 
 
@@ -235,17 +144,17 @@ def infer_config(
     qformer_config: Mapping | None = None,
     **fields,
 ) -> BridgedConfig:
-    """The converted model's configuration.
+    """Infer the converted model's configuration.
 
     Args:
-        shapes: Of the checkpoint.
-        vision_config: Of the vision encoder.
-        text_config: Of the language model; `None` for stage 1.
-        qformer_config: What shapes can't tell, see `infer_qformer_config`.
-        fields: Fields of `QFormerBlip2Config`, for stage 1 of `QFormerBlip2PreTrainingConfig`.
+        shapes: The checkpoint's shapes.
+        vision_config: The vision encoder's configuration.
+        text_config: The language model's configuration; `None` for stage 1.
+        qformer_config: Fields that shapes can't tell; see `infer_qformer_config`.
+        fields: Further fields of `QFormerBlip2Config`, or for stage 1 of `QFormerBlip2PreTrainingConfig`.
 
     Raises:
-        ConversionError: The checkpoint is not BLIP-2's, or not for this language model.
+        ConversionError: The checkpoint is not one of BLIP-2, or belongs to another language model.
     """
     language = language_of(shapes)
     # the official encoders end without a norm, transformers' ones with one; CLIP's touches the pooled output only
@@ -259,27 +168,24 @@ def infer_config(
         return QFormerBlip2PreTrainingConfig(embed_dim=dimensions(shapes, "vision_proj.weight", 2)[0], **fields)
     if text_config is None:
         raise ConversionError(f"The checkpoint has {language}_proj: it needs its language model.")
-    if text_config.model_type not in LANGUAGE_MODELS[language]:
+    if text_config.model_type not in LAVIS_LANGUAGE_MODELS[language]:
         raise ConversionError(
-            f"The checkpoint has {language}_proj, for a language model of type {' or '.join(LANGUAGE_MODELS[language])}; "
-            f"this one is a {text_config.model_type}."
+            f"The checkpoint has {language}_proj, for a language model of type "
+            f"{' or '.join(LAVIS_LANGUAGE_MODELS[language])}; this one is a {text_config.model_type}."
         )
     if language == "t5":
         text_config.dense_act_fn = "gelu"  # LAVIS replaces FlanT5's gelu_new
     return QFormerBlip2Config(text_config=text_config, **fields)
 
 
-# ---------------------------------------------------------------------- the whole
-
-
 def plan_conversion(checkpoint, vision, language, config: BridgedConfig) -> Conversion:
-    """Find for every tensor of the converted model where it comes from; nothing is read yet.
+    """Find where every tensor of the converted model comes from; no tensor is read yet.
 
     Args:
-        checkpoint: `TensorFiles` of LAVIS's checkpoint.
-        vision: Of the vision encoder; `None` where the checkpoint has it.
-        language: Of the language model; `None` for stage 1.
-        config: Of the converted model.
+        checkpoint: `TensorFiles` of LAVIS' checkpoint.
+        vision: `TensorFiles` of the vision encoder; `None` if the checkpoint holds it.
+        language: `TensorFiles` of the language model; `None` for stage 1.
+        config: The converted model's configuration.
 
     Raises:
         ConversionError: A key is unknown, a tensor missing or left over, or a shape wrong.
@@ -289,8 +195,8 @@ def plan_conversion(checkpoint, vision, language, config: BridgedConfig) -> Conv
         model = model_class(config)(config)
     tied = dict(model.all_tied_weights_keys)
     if language is not None and not getattr(config.text_config, "scale_decoder_outputs", True):
-        # FlanT5's head is its own. Transformers' configuration of T5 says that all is tied, whatever the checkpoint's says
-        # (which lives on under this other name), and unties what differs when it loads.
+        # FlanT5 has a separate head. transformers' T5Config ignores the checkpoint's tie_word_embeddings, keeps it as
+        # scale_decoder_outputs, and ties the weights; from_pretrained unties those that differ.
         if "lm_head.weight" in language.shapes:
             tied.pop("language_model.lm_head.weight", None)
     expected = expected_tensors(model, model.all_tied_weights_keys.keys() - tied)
@@ -324,7 +230,7 @@ def plan_conversion(checkpoint, vision, language, config: BridgedConfig) -> Conv
         if name in found and found[name].shape(vision.shapes) != expected[name]
     }
     sources.append((vision, found, changes))
-    # norms behind the encoder, which the official one does not have: they are not read
+    # the norm after the encoder, which the official one does not have: its output is not read
     ends = [name for name in of_vision if name.startswith("vision_model.post_layernorm.")]
     values = {
         name: (expected[name], next(iter(vision.dtypes.values())), float(name.endswith("weight"))) for name in ends
@@ -333,24 +239,20 @@ def plan_conversion(checkpoint, vision, language, config: BridgedConfig) -> Conv
     sources.append((constants, plan([Rename(name, name) for name in values], values), {}))
     # the language model
     if language is not None:
-        prefix = "language_model."
-        names = [name.removeprefix(prefix) for name in expected if name.startswith(prefix)]
-        base = language_table(config.text_config, names, [name.removeprefix(prefix) for name in tied])
-        pieces = {prefix + name: piece for name, piece in plan(base, language.shapes).items()}
-        sources.append((language, pieces, rows))
+        base = language_table(config.text_config, expected, tied)
+        sources.append((language, plan(base, language.shapes), rows))
     conversion = assemble(config, model, expected, sources, getattr(checkpoint, "path", "the checkpoint"))
     conversion.left_out = dropped(table, rest)
     return conversion
 
 
-def model_class(config: BridgedConfig) -> type[PreTrainedModel]:
-    """The class that a configuration is for."""
-    stage1 = isinstance(config, QFormerBlip2PreTrainingConfig)
-    return QFormerBlip2ForPreTraining if stage1 else QFormerBlip2ForConditionalGeneration
-
-
 def load_tokenizer(source: str | os.PathLike, language: str) -> PreTrainedTokenizerBase:
-    """The language model's tokenizer, with LAVIS's special tokens for Vicuna."""
+    """Load the language model's tokenizer, with LAVIS' special tokens for Vicuna.
+
+    Args:
+        source: Folder or Hub id.
+        language: See `language_of`.
+    """
     tokenizer = AutoTokenizer.from_pretrained(source)
     if language == "llm":
         tokenizer.add_special_tokens(
@@ -359,38 +261,15 @@ def load_tokenizer(source: str | os.PathLike, language: str) -> PreTrainedTokeni
     return tokenizer
 
 
-def load_qformer_tokenizer(
-    source: str | os.PathLike, vocab_size: int, instructed: bool = False
-) -> PreTrainedTokenizerBase:
-    """BERT's tokenizer with `[DEC]`.
-
-    Args:
-        source: Folder or Hub id.
-        vocab_size: Tokens that the Q-Former knows.
-        instructed: It reads instructions, of which the end counts.
-
-    Raises:
-        ConversionError: It is not the one that the checkpoint was trained with.
-    """
-    tokenizer = BertTokenizer.from_pretrained(source)
-    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
-    tokenizer.truncation_side = tokenizer.init_kwargs["truncation_side"] = "left" if instructed else "right"
-    if len(tokenizer) != vocab_size:
-        raise ConversionError(
-            f"The Q-Former knows {vocab_size} tokens, but the tokenizer in {source} has {len(tokenizer)}, [DEC] included."
-        )
-    return tokenizer
-
-
 def generation_config(
     language: str, instructed: bool, tokenizer: PreTrainedTokenizerBase, text_config
 ) -> GenerationConfig:
-    """The official defaults.
+    """The official generation defaults.
 
     Args:
-        language: What the checkpoint calls its language model.
-        instructed: It is one of InstructBLIP's.
-        tokenizer: The language model's.
+        language: See `language_of`.
+        instructed: Whether the checkpoint is one of InstructBLIP.
+        tokenizer: The language model's tokenizer.
         text_config: The language model's configuration.
     """
     ends = tokenizer.encode("\n", add_special_tokens=False) if language == "opt" else [tokenizer.eos_token_id]
@@ -419,25 +298,24 @@ def convert_blip2(
     """Convert a checkpoint of BLIP-2 or InstructBLIP into a folder that `from_pretrained` loads.
 
     Args:
-        checkpoint: LAVIS's file; or a folder or Hub id of transformers' own classes, which needs no other parts.
-        vision: EVA ViT-g as LAVIS uses it (`eva_vit_g.pth`), CLIP ViT-L as LAVIS or open_clip save it, or a folder or Hub id
-            in transformers' layout; `None` where the checkpoint has the encoder, whose tensors count in any case.
+        checkpoint: LAVIS' file; or a folder or Hub id of transformers' own classes, which needs no other parts.
+        vision: EVA ViT-g as LAVIS uses it (`eva_vit_g.pth`), CLIP ViT-L as LAVIS or open_clip save it, or a folder or
+            Hub id in transformers' layout; `None` if the checkpoint holds the encoder. Those tensors are used in any
+            case.
         language: The language model: a folder or a Hub id; `None` for stage 1.
         output: Folder to write to.
-        tokenizer: Where the language model's tokenizer lies, if not beside it.
-        qformer_tokenizer: BERT's tokenizer, where the Q-Former reads text: a folder or a Hub id.
-        config: What shapes can't tell, as fields of the model's configuration; `vision_config` and `qformer_config` are
+        tokenizer: Folder or Hub id of the language model's tokenizer, if it does not lie beside it.
+        qformer_tokenizer: Folder or Hub id of BERT's tokenizer, for a Q-Former that reads text.
+        config: Fields of the model's configuration that shapes can't tell; `vision_config` and `qformer_config` are
             dicts of their own.
-        verify: Check what was written, see `certify`.
+        verify: Whether to check what was written; see `certify`.
 
     Returns:
-        What was done.
+        The conversion.
 
     Raises:
         ConversionError: The parts don't fit together; nothing is written.
     """
-    from .convert_transformers import convert_port, is_port
-
     if is_port(checkpoint):
         return convert_port(checkpoint, output, config, verify)
     overrides = dict(config or {})
@@ -486,7 +364,7 @@ def convert_blip2(
 
 
 def lavis_depth(config: PreTrainedConfig, overrides: Mapping) -> PreTrainedConfig:
-    """LAVIS's encoders leave the last block out, which the encoders' own files have."""
+    """Leave out the last block of the encoder, which is in its files, but which LAVIS does not use."""
     kind = "clip" if config.model_type == "clip_vision_model" else "eva"
     known = LAVIS_ENCODERS.get((kind, config.hidden_size), {})
     if "num_hidden_layers" not in overrides and known:
@@ -494,33 +372,7 @@ def lavis_depth(config: PreTrainedConfig, overrides: Mapping) -> PreTrainedConfi
     return config
 
 
-def build_processor(config: BridgedConfig, language: str | None, image_processor, tokenizer, qformer_tokenizer):
-    """The processor that belongs to the model.
-
-    Args:
-        config: The model's configuration.
-        language: What the checkpoint calls its language model.
-        image_processor: Its image processor.
-        tokenizer: The language model's tokenizer; `None` for stage 1.
-        qformer_tokenizer: The Q-Former's; `None` where it reads no text.
-    """
-    if language is None:
-        return QFormerBlip2PreTrainingProcessor.from_config(config, image_processor, qformer_tokenizer)
-    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right" if language == "t5" else "left"
-    options = {"caption_prompt": "A short image description:"} if config.qformer_config.use_text else {}
-    if language != "t5":
-        # the official order is image, beginning of sequence, text
-        tokenizer.add_bos_token = tokenizer.init_kwargs["add_bos_token"] = False
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B")
-        # LLaMA's tokenizer takes the space for the one that it puts in front of every text
-        options["text_start"] = tokenizer.bos_token + (" " if language == "llm" else "")
-    return QFormerBlip2Processor.from_config(
-        config, image_processor, tokenizer, qformer_tokenizer=qformer_tokenizer, **options
-    )
-
-
 __all__ = [
-    "BRIDGE_TABLE",
     "checkpoint_table",
     "convert_blip2",
     "infer_config",

@@ -1,18 +1,15 @@
-"""What a conversion has been checked for, and with what result: `conversion.json` in the folder that it wrote.
+"""The checks of a conversion, whose results are written to `conversion.json` in the converted folder.
 
-Three checks, each as far as it can be made: every tensor of the sources is put together again from the written files and
-compared bit by bit; where both sides can run here, they answer the same fixed inputs; and files are named by SHA-256.
+There are three: every source tensor is put together again from the written files and compared bit by bit; if both
+models can run here, their outputs on fixed inputs are compared; and all files are identified by their SHA-256.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import platform
 import re
 import threading
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,28 +17,26 @@ import numpy as np
 import safetensors
 import torch
 import transformers
-from PIL import Image
 
+from ..certificate import CERTIFICATE, card_section
+from ..files import sha256_of, write_json
 from ..version import __version__
-from .convert_files import BLOCK_BYTES, FINISHED, Stored, TensorFiles, file_sha256, finished_shards
+from .convert_files import BLOCK_BYTES, Stored, TensorFiles
 from .convert_tables import ConversionError
+from .convert_writing import FINISHED, finished_shards
 
 
-CERTIFICATE = "conversion.json"
-# both models together, in float32: more is not run, as it could fill the memory of a machine that converts shard by shard
+# both models in float32: larger ones are not run, as they might not fit into a machine that converts shard by shard
 RUN_BYTES = 8 * 1024**3
-# of the largest logit: beyond this, two models are not the same
-LARGEST_RELATIVE_DIFFERENCE = 1e-2
-NEW_TOKENS = 8
 
 
-def described_file(path: Path, stop: threading.Event | None = None) -> dict:
+def size_and_sha256(path: Path, stop: threading.Event | None = None) -> dict:
     """Bytes and SHA-256 of a file."""
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(path, stop)}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path, stop)}
 
 
 def versions() -> dict[str, str]:
-    """Of everything that had a hand in it."""
+    """Versions of the libraries that take part in a conversion."""
     return {
         "vlbridge": __version__,
         "transformers": transformers.__version__,
@@ -52,16 +47,16 @@ def versions() -> dict[str, str]:
 
 
 class Comparison:
-    """Puts every source tensor together again from written files, and compares bit by bit.
+    """Puts every source tensor together again from the written files, and compares it bit by bit.
 
     Args:
-        conversion: What is written.
+        conversion: The conversion that is being written.
     """
 
     def __init__(self, conversion):
         self.conversion = conversion
         self.changed = self.equal = 0
-        # what comes from the same source tensors is compared together
+        # targets of the same source tensors are compared together
         self.groups: dict[tuple[int, tuple[str, ...]], list[str]] = {}
         self.written: dict[str, TensorFiles] = {}
         self.buffers = bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)
@@ -70,13 +65,13 @@ class Comparison:
                 self.groups.setdefault((id(files), piece.sources), []).append(name)
 
     def add(self, written: TensorFiles) -> None:
-        """Compare what is written by now.
+        """Compare the tensors of a written file, as far as their sources are complete.
 
         Args:
-            written: One of the files, or all.
+            written: One of the files, or all of them.
 
         Raises:
-            ConversionError: A tensor is not what it was.
+            ConversionError: A tensor is not the one that was to be written.
         """
         self.written.update(dict.fromkeys(written.shapes, written))
         touched = {}
@@ -92,11 +87,12 @@ class Comparison:
                 self.equal += len(key[1])
 
     def result(self) -> dict:
-        """How many source tensors came back; how many written ones were changed on purpose, and compared with the change
-        made anew.
+        """The number of source tensors that were found again, and of tensors that the conversion changes.
+
+        The latter are compared with the change applied a second time.
 
         Raises:
-            ConversionError: Something has not been written.
+            ConversionError: A tensor has not been written.
         """
         if missing := [name for name in self.conversion.pieces if name not in self.written]:
             raise ConversionError(f"{len(missing)} tensors were not written, {missing[0]} is one of them.")
@@ -122,28 +118,24 @@ class Comparison:
             for name in names:
                 self._compare_stored(self.written[name].stored(name), files.stored(piece.sources[0]), name)
             return
-        tensors = [files.read(key) for key in piece.sources]
-        if piece.zero_part is not None and len(tensors) > 1:
-            tensors.insert(piece.zero_part, torch.zeros_like(tensors[0]))
         if piece.parts == 1:
-            expected = torch.cat(tensors)
+            expected = piece.concatenated(map(files.read, piece.sources))
             for name in names:
                 _same(self.written[name].read(name).reshape(expected.shape), expected, name)
             return
-        given = {self.conversion.pieces[name][1].part: self.written[name].read(name) for name in names}
-        if piece.zero_part is not None:
-            given[piece.zero_part] = torch.zeros_like(next(iter(given.values())))
-        _same(torch.cat([given[part] for part in range(piece.parts)]), tensors[0], piece.sources[0])
+        parts = {self.conversion.pieces[name][1].part: self.written[name].read(name) for name in names}
+        source = piece.sources[0]
+        _same(piece.concatenated(parts[number] for number in sorted(parts)), files.read(source), source)
 
     def _compare_stored(self, given: Stored | torch.Tensor, expected: Stored | torch.Tensor, name: str) -> None:
-        """Two tensors that need not both be in memory."""
+        """Compare two tensors, block by block if both lie in files."""
         if not (isinstance(given, Stored) and isinstance(expected, Stored) and given.plain and expected.plain):
             given, expected = (each.read(set()) if isinstance(each, Stored) else each for each in (given, expected))
             return _same(given.reshape(expected.shape), expected, name)
         if given.dtype != expected.dtype or math.prod(given.shape) != math.prod(expected.shape):
             raise _differs(name)
         for _ in zip(given.blocks(self.buffers[0]), expected.blocks(self.buffers[1]), strict=True):
-            # whole: behind a last, shorter block both hold what has been compared before
+            # the whole buffers: after a last, shorter block both hold bytes that have been compared before
             if self.buffers[0] != self.buffers[1]:
                 raise _differs(name)
 
@@ -161,11 +153,11 @@ def _same(given: torch.Tensor, expected: torch.Tensor, name: str) -> None:
 
 
 class Checks:
-    """What can be checked while a conversion is still being written, when its files are in the system's cache anyway.
+    """Checks that run while a conversion is being written, when its files are in the system's cache.
 
     Args:
-        conversion: What is written.
-        verify: Check anything at all.
+        conversion: The conversion that is being written.
+        verify: Whether to check anything.
     """
 
     def __init__(self, conversion, verify: bool = True):
@@ -180,7 +172,7 @@ class Checks:
         self._pools = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._compared: list[Future] = []
         if self.verify:
-            self._described = self._pools[0].submit(self._describe)
+            self._hashed = self._pools[0].submit(self._hash_inputs)
         return self
 
     def __exit__(self, *error) -> None:
@@ -188,19 +180,19 @@ class Checks:
         for pool in self._pools:
             pool.shutdown(cancel_futures=True)
 
-    def _describe(self) -> None:
+    def _hash_inputs(self) -> None:
         for label, leaf in self.labels:
             for name, path in sorted(leaf.files.items()):
-                self.inputs[label][name] = described_file(path, self._stop)
+                self.inputs[label][name] = size_and_sha256(path, self._stop)
 
     def file(self, path: Path) -> None:
-        """One of the files is whole.
+        """Check a file that has been written.
 
         Args:
             path: The file.
 
         Raises:
-            ConversionError: One that was whole before is not what was meant to be written.
+            ConversionError: An earlier file does not hold what was to be written.
         """
         if not self.verify:
             return
@@ -210,164 +202,36 @@ class Checks:
                 future.result()
 
     def result(self) -> dict:
-        """What the comparison found; after it, `inputs` tells of all files that were read.
+        """Wait for the checks, and return the result of the comparison; `inputs` is complete then.
 
         Raises:
-            ConversionError: Something is not what was meant to be written.
+            ConversionError: A file does not hold what was to be written.
         """
-        for future in (*self._compared, self._described):
+        for future in (*self._compared, self._hashed):
             future.result()
         return self._comparison.result()
 
 
 def labels_of(conversion) -> list[tuple[str, TensorFiles]]:
-    """What certificates call the files that a conversion reads, sorted."""
+    """The checkpoints that a conversion reads, with their names in the certificate, sorted."""
     found: dict[str, TensorFiles] = {}
     for leaf in conversion.leaves():
         label = leaf.label
-        while found.setdefault(label, leaf) is not leaf:  # two folders of one name
+        while found.setdefault(label, leaf) is not leaf:  # two folders have the same name
             label += "'"
     return sorted(found.items())
 
 
-# ---------------------------------------------------------------------- runs
-
-
-def fixed_image(height: int = 64, width: int = 96) -> Image.Image:
-    """A picture of two gradients: the same on every machine."""
-    red, green = torch.meshgrid(
-        torch.arange(width) * 255 // (width - 1), torch.arange(height) * 255 // (height - 1), indexing="xy"
-    )
-    return Image.fromarray(torch.stack([red, green, (red + green) // 2], dim=-1).to(torch.uint8).numpy())
-
-
-def compare_outputs(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> dict:
-    """Largest difference of what two models say.
-
-    Args:
-        ours: Of one model.
-        theirs: Of the other; rows of tokens that only it has may be behind.
-        what: Names it.
-
-    Raises:
-        ConversionError: They differ by more than rounding explains.
-    """
-    theirs = theirs[..., : ours.shape[-1]]
-    difference, largest = (ours - theirs).abs().max().item(), ours.abs().max().item()
-    if not difference <= LARGEST_RELATIVE_DIFFERENCE * largest:  # NaN too
-        raise ConversionError(
-            f"On the same input {what} differ by {difference:.3g} (the largest is {largest:.3g}): the two models are not the "
-            "same, and nothing was written."
-        )
-    return {"what": what, "shape": list(ours.shape), "largest_difference": difference, "largest_value": largest}
-
-
-def run_generation(model, processor, other, other_processor, prompts: tuple[str, str]) -> list[dict]:
-    """Let two models that write text answer the same picture.
-
-    Args:
-        model: Ours.
-        processor: Its processor.
-        other: Transformers'.
-        other_processor: Its processor.
-        prompts: The same prompt, as each of the processors takes it.
-
-    Returns:
-        What was compared, and the largest differences.
-
-    Raises:
-        ConversionError: Their logits differ by more than rounding explains.
-    """
-    image = fixed_image()
-    ours = processor(images=[image], text=[prompts[0]], return_tensors="pt")
-    theirs = other_processor(images=[image], text=[prompts[1]], return_tensors="pt")
-    found = []
-    same_prompt = torch.equal(ours["input_ids"], theirs["input_ids"])
-    found.append({"what": "token ids of the prompt", "equal": same_prompt, "shape": list(ours["input_ids"].shape)})
-    pixels = ours["pixel_values"], theirs["pixel_values"].reshape(ours["pixel_values"].shape)
-    found.append(
-        {"what": "pixel_values", "shape": list(pixels[0].shape),
-         "largest_difference": (pixels[0] - pixels[1]).abs().max().item()}
-    )  # fmt: skip
-    ours["pixel_values"] = pixels[1]  # the models are compared on the same pixels
-    if not same_prompt:
-        theirs["input_ids"], theirs["attention_mask"] = ours["input_ids"], ours["attention_mask"]
-    decoder = {}
-    if model.config.is_encoder_decoder:
-        start = model.config.text_config.decoder_start_token_id
-        decoder["decoder_input_ids"] = torch.tensor([[start, *range(3, 3 + NEW_TOKENS)]])
-    with torch.no_grad():
-        logits = model(**ours, **decoder).logits.float(), other(**theirs, **decoder).logits.float()
-        found.append(compare_outputs(*logits, "logits"))
-        greedy = {
-            "max_new_tokens": NEW_TOKENS,
-            "min_new_tokens": NEW_TOKENS,
-            "num_beams": 1,
-            "do_sample": False,
-            "repetition_penalty": 1.0,
-        }
-        tokens = [
-            given.generate(**inputs, **greedy)[
-                :, 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1] :
-            ]
-            for given, inputs in ((model, ours), (other, theirs))
-        ]
-    found.append(
-        {"what": "greedy tokens", "equal": tokens[0].tolist() == tokens[1].tolist(), "shape": list(tokens[0].shape)}
-    )
-    return found
-
-
-def run_retrieval(model, processor, other, other_processor, texts: tuple[str, ...]) -> list[dict]:
-    """Let two models for retrieval score a picture and texts.
-
-    Args:
-        model: Ours.
-        processor: Its processor.
-        other: Transformers'.
-        other_processor: Its processor.
-        texts: What the picture is compared with.
-
-    Raises:
-        ConversionError: Scores differ by more than rounding explains.
-    """
-    images = [fixed_image()] * len(texts)
-    ours = processor(images=images, text=list(texts), return_tensors="pt")
-    theirs = other_processor(images=images, text=list(texts), return_tensors="pt", padding=True)
-    found = [
-        {"what": "token ids of the texts", "equal": torch.equal(ours["input_ids"], theirs["input_ids"]),
-         "shape": list(ours["input_ids"].shape)}
-    ]  # fmt: skip
-    with torch.no_grad():
-        found.append(
-            compare_outputs(
-                model(**ours).itc_scores.float(), other(**ours).logits_per_image.float(), "contrastive scores"
-            )
-        )
-        heads = {"use_image_text_matching_head": True}
-        found.append(
-            compare_outputs(
-                model(**ours, **heads).itm_logits.float(),
-                other(**ours, **heads).logits_per_image.float(),
-                "matching logits",
-            )
-        )
-    return found
-
-
-# ---------------------------------------------------------------------- the certificate
-
-
 def certify(conversion, folder: Path, checks: Checks) -> dict:
-    """Check what was written, and say so in `conversion.json` beside it.
+    """Finish the checks of a conversion, and write their results to `conversion.json`.
 
     Args:
-        conversion: What was written.
-        folder: Where it lies.
-        checks: Has been told of every file with tensors.
+        conversion: The conversion.
+        folder: The folder that it was written to.
+        checks: Its checks, with all files of tensors added.
 
     Returns:
-        What was written down.
+        The certificate.
 
     Raises:
         ConversionError: A check failed.
@@ -402,7 +266,7 @@ def certify(conversion, folder: Path, checks: Checks) -> dict:
         "checkpoint": sorted(labels[id(leaf)] for leaf in of_checkpoint.values() if id(leaf) in labels),
         "inputs": checks.inputs,
         "outputs": {
-            str(path.relative_to(folder)): known.get(path.name) or described_file(path)
+            str(path.relative_to(folder)): known.get(path.name) or size_and_sha256(path)
             for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name not in (CERTIFICATE, "README.md", FINISHED)
         }
@@ -414,7 +278,7 @@ def certify(conversion, folder: Path, checks: Checks) -> dict:
         "versions": versions(),
         "tensors": tensors,
     }
-    (folder / CERTIFICATE).write_text(json.dumps(certificate, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / CERTIFICATE, certificate, indent=1, ensure_ascii=False)
     card = folder / "README.md"
     if card.exists():
         card.write_text(
@@ -424,12 +288,12 @@ def certify(conversion, folder: Path, checks: Checks) -> dict:
 
 
 def _run(conversion, folder: Path) -> list[dict]:
-    """Let both sides answer. Where a repository that comes in can't be run that is its own affair; what goes out must run."""
+    """Compare the outputs of both models. A foreign source may fail to run; an exported model may not."""
     try:
         return conversion.run(folder)
     except ConversionError:
         raise
-    except Exception as error:  # whatever other people's files make transformers say
+    except Exception as error:  # foreign files can make transformers raise anything
         why = _without_folders(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         if conversion.direction[0] == "vlbridge":
             raise ConversionError(f"What was exported can't be run, and nothing was written: {why}") from error
@@ -437,41 +301,8 @@ def _run(conversion, folder: Path) -> list[dict]:
 
 
 def _without_folders(text: str) -> str:
-    """Absolute paths say nothing to others: their last part stays."""
+    """Shorten absolute paths, which mean nothing on other machines, to their last part."""
     return re.sub(r"(?<!\S)(?:[A-Za-z]:)?[/\\]\S*[/\\](\S+)", r"\1", text)
 
 
-def card_section(certificate: Mapping) -> str:
-    """The certificate in words, for a model card."""
-    lines = ["## Conversion", "", f"From {certificate['from']} to {certificate['to']} with vlbridge "
-             f"{certificate['versions']['vlbridge']} and transformers {certificate['versions']['transformers']}; the whole "
-             f"record is in `{CERTIFICATE}`.", "", "| checked | result |", "|---|---|"]  # fmt: skip
-    for check in certificate["checks"]:
-        if "why" in check:
-            result = check["why"]
-        elif "equal" in check:
-            result = "equal" if check["equal"] else "not equal"
-        else:
-            result = f"largest difference {check['largest_difference']:.3g}"
-        lines.append(f"| {check['what']} | {result} |")
-    if certificate["notes"]:
-        lines += ["", *(f"- {note}" for note in certificate["notes"])]
-    return "\n".join(lines) + "\n"
-
-
-def read_certificate(folder: str | os.PathLike) -> dict:
-    """The certificate beside a model; empty where there is none."""
-    path = Path(folder) / CERTIFICATE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-__all__ = [
-    "CERTIFICATE",
-    "Checks",
-    "Comparison",
-    "card_section",
-    "certify",
-    "read_certificate",
-    "run_generation",
-    "run_retrieval",
-]
+__all__ = ["Checks", "Comparison", "certify"]

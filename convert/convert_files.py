@@ -1,31 +1,25 @@
-"""Reading checkpoints tensor by tensor, and writing models shard by shard: the whole never lies in memory.
+"""Reading checkpoints tensor by tensor: a checkpoint never lies in memory as a whole.
 
-Files are not trusted. Pickles are read with `weights_only=True`; headers and directories are checked before anything is taken
-from where they point; zip records are compared with their CRC-32. Nothing is mapped into memory, so that what was read does not
-stay there.
+Files are not trusted. Pickles are read with `weights_only=True`; headers and directories are checked before data is
+read from where they point; zip records are compared with their CRC-32. Files are read rather than mapped,
+so that their pages do not stay in memory.
 
 Source: the safetensors format, https://github.com/huggingface/safetensors#format; `torch/serialization.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-import shutil
-import tempfile
-import threading
+import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ..compat import load_without_weights, places_in_file
 from ..modeling.modeling_pins import checkpoint_files
@@ -34,7 +28,6 @@ from .convert_tables import ConversionError
 
 # where training code keeps the weights in a checkpoint that holds more than weights
 WRAPPERS = ("model_state_dict", "state_dict", "model", "module")
-SHARD_BYTES = 2 * 1024**3
 BLOCK_BYTES = 2**22
 LARGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -42,21 +35,6 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
           "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64}  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-FINISHED = ".finished.json"
-
-
-def file_sha256(path: str | os.PathLike, stop: threading.Event | None = None) -> str:
-    """Hexadecimal SHA-256 of a file.
-
-    Args:
-        path: The file.
-        stop: Once it is set the rest is not read, and the result is of no use.
-    """
-    digest, buffer = hashlib.sha256(), bytearray(BLOCK_BYTES)
-    with open(path, "rb", buffering=0) as stream:
-        while (count := stream.readinto(buffer)) and not (stop is not None and stop.is_set()):
-            digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()
 
 
 def _first_line(error: BaseException) -> str:
@@ -64,7 +42,7 @@ def _first_line(error: BaseException) -> str:
 
 
 class ShapeTable(dict):
-    """Shapes by name; to ask for one that is not there is an error of the checkpoint's."""
+    """Shapes by name; a missing name is reported as a fault of the checkpoint."""
 
     def __init__(self, path: str, shapes: Mapping[str, tuple[int, ...]] = {}):
         super().__init__(shapes)
@@ -75,15 +53,25 @@ class ShapeTable(dict):
 
 
 def dimensions(shapes: Mapping[str, tuple[int, ...]], name: str, number: int) -> tuple[int, ...]:
-    """The shape of a tensor that must have so many dimensions.
+    """The shape of a tensor, which must have a given number of dimensions.
+
+    Args:
+        shapes: Shapes by name.
+        name: The tensor.
+        number: Its dimensions.
 
     Raises:
-        ConversionError: It has another number of them, or there is no such tensor.
+        ConversionError: It has another number of dimensions, or there is no such tensor.
     """
     shape = tuple(shapes[name])
     if len(shape) != number:
         raise ConversionError(f"{name} is {list(shape)}, expected a tensor of {number} dimensions.")
     return shape
+
+
+def layer_numbers(keys: Iterable[str], pattern: str) -> list[int]:
+    """The numbers that the first group of a pattern matches at the beginning of keys, sorted."""
+    return sorted({int(match.group(1)) for key in keys if (match := re.match(pattern, key))})
 
 
 # ---------------------------------------------------------------------- reading
@@ -95,9 +83,9 @@ class Record:
 
     Args:
         file: The file.
-        start: First byte.
-        size: Bytes.
-        crc: CRC-32 of them, where the file tells.
+        start: Position of the first byte.
+        size: Number of bytes.
+        crc: Their CRC-32, if the file holds it.
     """
 
     file: Path
@@ -106,7 +94,7 @@ class Record:
     crc: int | None = None
 
     def read(self, start: int, size: int) -> torch.Tensor:
-        """Some of its bytes, `(size,)`."""
+        """Read some of its bytes: `(size,)`, uint8."""
         data = torch.empty(size, dtype=torch.uint8)
         with open(self.file, "rb", buffering=0) as stream:
             stream.seek(self.start + start)
@@ -119,10 +107,10 @@ class Record:
         return data
 
     def check(self) -> None:
-        """Compare with the CRC-32.
+        """Compare its bytes with the CRC-32.
 
         Raises:
-            ConversionError: They differ.
+            ConversionError: They don't match.
         """
         crc, size = 0, 0
         with open(self.file, "rb", buffering=0) as stream:
@@ -134,23 +122,24 @@ class Record:
     def compare(self, crc: int) -> None:
         if crc != self.crc:
             raise ConversionError(
-                f"{self.file} is damaged: a tensor's bytes do not have the checksum that was saved with them. Fetch it anew."
+                f"{self.file} is damaged: a tensor's bytes do not have the checksum that was saved with them. Download "
+                "it again."
             )
 
 
 @dataclass
 class Stored:
-    """One tensor of a file: which bytes, and how they are to be seen."""
+    """A tensor in a file: its bytes, and how they are interpreted. `offset` and `stride` count elements."""
 
     record: Record
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...] | None = None
-    offset: int = 0  # elements
+    offset: int = 0
 
     @property
     def plain(self) -> bool:
-        """Do its elements lie one after the other, and nothing between them?"""
+        """Whether its elements lie one after the other, without gaps."""
         expected = 1
         for size, step in zip(reversed(self.shape), reversed(self.stride or ())):
             if size > 1 and step != expected:
@@ -159,7 +148,7 @@ class Stored:
         return True
 
     def blocks(self, buffer: bytearray) -> Iterator[int]:
-        """Read a plain tensor's bytes block by block into a buffer; yields how many it holds."""
+        """Read a plain tensor block by block into a buffer; yields the number of bytes in the buffer."""
         view = memoryview(buffer)
         with open(self.record.file, "rb", buffering=0) as stream:
             stream.seek(self.record.start + self.offset * self.dtype.itemsize)
@@ -175,13 +164,13 @@ class Stored:
                 yield filled
 
     def read(self, checked: set[Record]) -> torch.Tensor:
-        """The tensor.
+        """Read the tensor.
 
         Args:
-            checked: Records whose checksums were compared before; what is compared now is added.
+            checked: Records whose checksums have been compared already; the tensor's record is added.
 
         Raises:
-            ConversionError: The checksum is another.
+            ConversionError: The checksum doesn't match.
         """
         size = self.dtype.itemsize
         if self.stride is None:
@@ -198,11 +187,11 @@ class Stored:
 
 
 def elements_spanned(shape: Iterable[int], stride: Iterable[int]) -> int:
-    """From a tensor's first element to its last."""
+    """Number of elements in memory from a tensor's first to its last."""
     return sum((size - 1) * step for size, step in zip(shape, stride)) + 1
 
 
-def _once(pairs: list[tuple[str, object]]) -> dict:
+def _unique(pairs: list[tuple[str, object]]) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -211,13 +200,16 @@ def _once(pairs: list[tuple[str, object]]) -> dict:
 
 
 def safetensors_header(file: Path) -> dict[str, Stored]:
-    """What a safetensors file holds, after everything that its header says has been checked.
+    """The tensors of a safetensors file, after its header has been checked in full.
 
     Args:
         file: The file.
 
+    Returns:
+        From names to where the tensors lie.
+
     Raises:
-        ConversionError: It is no whole safetensors file, or its header contradicts itself.
+        ConversionError: It is not a whole safetensors file, or its header contradicts itself.
     """
 
     def refuse(what: str):
@@ -230,7 +222,7 @@ def safetensors_header(file: Path) -> dict[str, Stored]:
             refuse(f"it has {size} bytes, and its header claims {length}" if size >= 8 else f"it has {size} bytes")
         raw = stream.read(length)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         refuse(f"its header can't be read, {_first_line(error)}")
     if not isinstance(header, dict):
@@ -265,7 +257,7 @@ def safetensors_header(file: Path) -> dict[str, Stored]:
 
 
 def zip_records(file: Path) -> dict[int, Record]:
-    """The storages in a file of `torch.save`, by their first byte; everything else in it is compared with its checksum.
+    """The storages in a file of `torch.save`, by their first byte; all other records are compared with their checksums.
 
     Args:
         file: The file.
@@ -290,23 +282,23 @@ def zip_records(file: Path) -> dict[int, Record]:
                     raise ValueError(f"{info.filename} is not where the directory says")
                 start = info.header_offset + 30 + sum(int.from_bytes(local[at : at + 2], "little") for at in (26, 28))
                 if start + info.file_size > size:
-                    raise ValueError(f"{info.filename} ends behind the file's end")
+                    raise ValueError(f"{info.filename} ends after the end of the file")
                 if "/data/" in info.filename:
                     found[start] = Record(file, start, info.file_size, info.CRC)
                 else:
                     archive.read(info)  # compares its checksum
     except Exception as error:  # zipfile has many, also from struct and codecs
-        raise ConversionError(f"{file} can't be read safely: {_first_line(error)}. Fetch it anew.") from error
+        raise ConversionError(f"{file} can't be read safely: {_first_line(error)}. Download it again.") from error
     return found
 
 
 class TensorFiles:
-    """The tensors of a checkpoint, whatever it lies in; they are read when they are asked for.
+    """The tensors of a checkpoint in any format; each is read when it is asked for.
 
     Args:
-        path: A file (`.safetensors`, or anything of `torch.save`), a folder in transformers' layout, whole or sharded, or
-            a Hub id of such a folder.
-        hub_kwargs: `revision`, `cache_dir` and the like.
+        path: A file (`.safetensors`, or one of `torch.save`), a folder in transformers' layout, whole or sharded, or
+            the Hub id of such a folder.
+        hub_kwargs: Arguments for the Hub's client: `revision`, `cache_dir` and so on.
 
     Raises:
         ConversionError: There are no weights there, they are damaged, or loading them would run code.
@@ -318,7 +310,7 @@ class TensorFiles:
             files = [Path(path)] if os.path.isfile(path) else checkpoint_files(self.path, **hub_kwargs)
         except OSError as error:
             raise ConversionError(f"{self.path}: {_first_line(error)}") from error
-        # what certificates call it: a Hub id, or a name without the folders of this machine
+        # its name in certificates: a Hub id, or a file name without the folders of this machine
         self.label = os.path.basename(os.path.abspath(path)) if os.path.exists(path) else self.path
         self.files = {file.name: file for file in files}
         self.shapes: dict[str, tuple[int, ...]] = ShapeTable(self.path)
@@ -339,13 +331,13 @@ class TensorFiles:
             self._check_index(files[0].parent)
         if empty := [name for name, shape in self.shapes.items() if 0 in shape]:
             raise ConversionError(
-                f"{len(empty)} tensors in {self.path} are empty, {empty[0]} is {list(self.shapes[empty[0]])}: DeepSpeed's "
-                "ZeRO-3 saves that where the shards were not gathered. Make a whole file of its checkpoint with its "
-                "zero_to_fp32.py."
+                f"{len(empty)} tensors in {self.path} are empty, {empty[0]} is {list(self.shapes[empty[0]])}: "
+                "DeepSpeed's ZeRO-3 saves that where the shards were not gathered. Make a whole file of its checkpoint "
+                "with its zero_to_fp32.py."
             )
 
     def _check_index(self, folder: Path) -> None:
-        """Are tensors where the index says?"""
+        """Check that the tensors are in the files that the index names."""
         indices = (folder / f"{name}.index.json" for name in ("model.safetensors", "pytorch_model.bin"))
         if (index := next((path for path in indices if path.is_file()), None)) is None:
             return
@@ -363,7 +355,8 @@ class TensorFiles:
             raise ConversionError(f"{file} is empty.")
         records = zip_records(file) if zipped else {}
         try:
-            # of the new (zip) format only names, shapes and places are read here; the old one is read whole
+            # of the new (zip) format, only names, shapes and positions are read here; a file of the old one is read
+            # whole
             if zipped:
                 tensors = load_without_weights(file)
             else:
@@ -373,8 +366,8 @@ class TensorFiles:
                 "It is a TorchScript archive (OpenAI's CLIP files are): give the same model as a folder in "
                 "transformers' layout or a Hub id, such as openai/clip-vit-large-patch14."
                 if "TorchScript" in str(error)
-                else "Only files that hold nothing but tensors and plain containers are read, as anything else could run "
-                "code. If you trust it, load it with torch.load(weights_only=False) and save its state dict again."
+                else "Only files that hold nothing but tensors and plain containers are read, as anything else could "
+                "run code. If you trust it, load it with torch.load(weights_only=False) and save its state dict again."
             )
             raise ConversionError(f"{file} can't be read safely: {_first_line(error)} {hint}") from error
         for wrapper in WRAPPERS:
@@ -395,7 +388,8 @@ class TensorFiles:
             # one element seen as many would fill the memory
             if claimed > storage.nbytes() or tensor.numel() * tensor.dtype.itemsize > storage.nbytes():
                 raise ConversionError(
-                    f"{file}: {name} is {list(tensor.shape)} of {tensor.dtype}, but its storage has {storage.nbytes()} bytes."
+                    f"{file}: {name} is {list(tensor.shape)} of {tensor.dtype}, but its storage has {storage.nbytes()} "
+                    "bytes."
                 )
             found[name] = tensor.detach()
         if not zipped:
@@ -410,10 +404,15 @@ class TensorFiles:
         return found
 
     def stored(self, name: str) -> Stored | torch.Tensor:
-        """Where a tensor lies; the tensor itself, where it is in memory anyway."""
+        """Where a tensor lies in a file, or the tensor itself if it is in memory."""
         return self._tensors[name]
 
     def read(self, name: str) -> torch.Tensor:
+        """Read a tensor.
+
+        Raises:
+            ConversionError: Its checksum doesn't match.
+        """
         tensor = self._tensors[name]
         if isinstance(tensor, torch.Tensor):
             return tensor
@@ -423,229 +422,17 @@ class TensorFiles:
             raise ConversionError(f"{name}: {error}") from error
 
     def origin(self, name: str) -> TensorFiles:
-        """What a tensor really lies in."""
+        """The checkpoint that a tensor is read from."""
         return self
 
 
-# ---------------------------------------------------------------------- writing
-
-
-def finished_shards(folder: Path) -> dict[str, dict]:
-    """Bytes and SHA-256 of the files that `write_tensors` has written to a folder, by name."""
-    try:
-        found = json.loads((folder / FINISHED).read_text())
-        return found if isinstance(found, dict) else {}
-    except (OSError, ValueError):
-        return {}
-
-
-@contextmanager
-def written_whole(output: str | os.PathLike, key: str | None = None):
-    """A temporary folder that becomes `output` once all is there; nothing is left behind on failure.
-
-    Args:
-        output: Where to: no folder yet, or an empty one.
-        key: Names what is written. After an interruption (Ctrl-C, a killed process) the finished shards stay in a hidden
-            folder beside `output` that is called by it, for the next run with the same key to go on with.
-
-    Raises:
-        ConversionError: `output` is a file, or holds something already, or another process is writing the same.
-    """
-    target = Path(output)
-    if target.is_file():
-        raise ConversionError(f"{target} is a file; expected a folder to write to.")
-    if (target / "config.json").exists():
-        raise ConversionError(f"{target} holds a model already; choose another folder, or delete it first.")
-    if target.is_dir() and any(target.iterdir()):
-        raise ConversionError(f"{target} is not empty; choose another folder, or empty it first.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if key is None:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    else:
-        temporary = target.parent / f".{target.name}-{key[:16]}.partial"
-        temporary.mkdir(mode=0o700, exist_ok=True)
-    lock = _locked(temporary)
-    keep = False
-    try:
-        finished = finished_shards(temporary)
-        for path in temporary.iterdir():
-            if path.name != FINISHED and path.name not in finished:
-                path.unlink() if not path.is_dir() else shutil.rmtree(path)
-        yield temporary
-        (temporary / FINISHED).unlink(missing_ok=True)
-        temporary.chmod(0o777 & ~_umask())
-        try:
-            os.replace(temporary, target)
-        except OSError:  # an empty folder is there, and this system or a link doesn't let it be replaced
-            target.mkdir(exist_ok=True)
-            # the configuration last: without it the folder is no model
-            for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
-                os.replace(path, target / path.name)
-    except KeyboardInterrupt:
-        keep = key is not None and bool(finished := finished_shards(temporary))
-        if keep:
-            raise KeyboardInterrupt(
-                f"{len(finished)} finished files stay in {temporary}: the same command goes on from there."
-            ) from None
-        raise
-    finally:
-        if lock is not None:
-            os.close(lock)
-        if not keep:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _locked(folder: Path) -> int | None:
-    """Lock a folder for this process, where the system can: it is unlocked when it is closed or the process ends."""
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise ConversionError(f"Another process is writing to {folder}; wait for it.") from None
-    except OSError:  # a file system without locks
-        pass
-    return lock
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def require_finite(tensor: torch.Tensor, name: str) -> None:
-    """Refuse what training that diverged, or a damaged file, leaves behind.
-
-    Args:
-        tensor: Floats of any shape; others are not looked at.
-        name: Of the tensor.
-
-    Raises:
-        ConversionError: There is NaN or infinity in it.
-    """
-    if not tensor.is_floating_point() or not tensor.numel():
-        return
-    low, high = tensor.aminmax()  # NaN comes through
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        count = int((~torch.isfinite(tensor)).sum())
-        raise ConversionError(
-            f"{name} holds NaN or infinity in {count} of {tensor.numel()} places: the file is damaged, or its training diverged."
-        )
-
-
-Entry = tuple[str, tuple[int, ...], torch.dtype, Callable[[], torch.Tensor]]
-
-
-def write_tensors(
-    folder: Path,
-    tensors: Iterable[Entry],
-    shard_bytes: int = SHARD_BYTES,
-    when_written: Callable[[Path], None] = lambda path: None,
-) -> int:
-    """Write tensors as `model.safetensors`, or as shards with an index; two tensors lie in memory at a time.
-
-    Shards that are there already, by `finished_shards` and their SHA-256, are not written again.
-
-    Args:
-        folder: Where to.
-        tensors: Name, shape, dtype, and a function that gives the tensor; it is called when it is written.
-        shard_bytes: Largest shard; a larger tensor gets a shard of its own.
-        when_written: Called with every shard as soon as it is whole, and with those that were there already.
-
-    Returns:
-        Bytes altogether.
-
-    Raises:
-        ConversionError: A tensor is not what was announced.
-    """
-    shards: list[list[tuple[Entry, int]]] = [[]]
-    filled = 0
-    for entry in tensors:
-        size = math.prod(entry[1]) * entry[2].itemsize
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append((entry, size))
-        filled += size
-    total = sum(size for shard in shards for _, size in shard)
-    weight_map, finished = {}, finished_shards(folder)
-    with tqdm(total=total, desc="writing", unit="B", unit_scale=True, unit_divisor=1024) as progress:
-        for number, shard in enumerate(shards, start=1):
-            name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            weight_map.update((entry[0], name) for entry, _ in shard)
-            path, known = folder / name, finished.get(name)
-            if (
-                known
-                and path.is_file()
-                and path.stat().st_size == known["bytes"]
-                and file_sha256(path) == known["sha256"]
-            ):
-                progress.update(sum(size for _, size in shard))
-                when_written(path)
-                continue
-            part = folder / f"{name}.part"
-            digest = _write_shard(part, shard, progress)
-            part.chmod(0o666 & ~_umask())
-            os.replace(part, path)
-            finished[name] = {"bytes": path.stat().st_size, "sha256": digest}
-            (folder / f"{FINISHED}.part").write_text(json.dumps(finished))
-            os.replace(folder / f"{FINISHED}.part", folder / FINISHED)
-            when_written(path)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return total
-
-
-def _write_shard(path: Path, shard: list[tuple[Entry, int]], progress) -> str:
-    """Write a safetensors file as its tensors come; its SHA-256."""
-    shard = sorted(shard, key=lambda each: -each[0][2].itemsize)  # so that all are aligned
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for (name, shape, dtype, _), size in shard:
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
-        end += size
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
-    digest = hashlib.sha256()
-    # the next tensor is read while one is written
-    with open(path, "wb", buffering=0) as stream, ThreadPoolExecutor(1) as reader:
-
-        def write(data) -> None:
-            view = memoryview(data)
-            digest.update(view)
-            while len(view):
-                view = view[stream.write(view) :]
-
-        write(len(raw).to_bytes(8, "little") + raw)
-        following = reader.submit(shard[0][0][3])
-        for number, ((name, shape, dtype, _), size) in enumerate(shard, start=1):
-            tensor = following.result().detach()
-            following = reader.submit(shard[number][0][3]) if number < len(shard) else None
-            if (tuple(tensor.shape), tensor.dtype) != (tuple(shape), dtype):
-                raise ConversionError(
-                    f"{name} is {list(tensor.shape)} of {tensor.dtype}, expected {list(shape)} of {dtype}."
-                )
-            data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-            for start in range(0, size, BLOCK_BYTES):
-                write(data[start : start + BLOCK_BYTES])
-            progress.update(size)
-    return digest.hexdigest()
-
-
 __all__ = [
+    "BLOCK_BYTES",
+    "DTYPE_NAMES",
     "ShapeTable",
+    "Stored",
     "TensorFiles",
     "dimensions",
-    "file_sha256",
-    "finished_shards",
-    "require_finite",
+    "layer_numbers",
     "safetensors_header",
-    "write_tensors",
-    "written_whole",
 ]

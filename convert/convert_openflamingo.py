@@ -1,7 +1,7 @@
 """OpenFlamingo's checkpoints: the released 3B, 4B and 9B, the first 9B, and what its training code writes.
 
-They hold what was trained (Perceiver Resampler, gated cross-attention and, unless they were frozen, the language model's
-embedding tables); CLIP and the language model come from elsewhere.
+They hold what was trained: Perceiver Resampler, gated cross-attention and, unless they were frozen, the language
+model's embedding tables. CLIP and the language model come from elsewhere.
 
 Source: `open_flamingo/src/{factory,flamingo,flamingo_lm,helpers}.py` and `train/train_utils.py` of open-flamingo 2.0.1.
 """
@@ -22,24 +22,15 @@ from ..configuration.configuration_flamingo import PerceiverFlamingoConfig
 from ..modeling.modeling_bridge import fill_vision_geometry
 from ..modeling.modeling_flamingo import PerceiverFlamingoForConditionalGeneration
 from ..processing.processing_flamingo import PerceiverFlamingoProcessor
-from .convert_files import ShapeTable, TensorFiles, dimensions
-from .convert_parts import (
-    Conversion,
-    Renamed,
-    assemble,
-    expected_tensors,
-    language_table,
-    layer_numbers,
-    open_clip_config,
-    read_text_config,
-    read_vision_config,
-    resized,
-    vision_pieces,
-)
-from .convert_tables import ConversionError, Drop, Rename, Rule, Shapes, dropped, plan
+from .convert_assembly import Conversion, assemble, expected_tensors
+from .convert_files import ShapeTable, TensorFiles, dimensions, layer_numbers
+from .convert_language import language_table, read_text_config
+from .convert_sources import Renamed, resized
+from .convert_tables import ConversionError, Rename, Rule, Shapes, dropped, plan
+from .convert_vision import read_vision_config, vision_pieces
 
 
-# where each language model keeps its decoder layers, in the official code of the time
+# where each language model kept its decoder layers in the transformers of the official code
 DECODER_LAYERS = {
     "gpt_neox": "gpt_neox.layers",
     "llama": "model.layers",
@@ -74,7 +65,7 @@ RESAMPLER_TABLE: list[Rule] = [
         for official, ours in FEED_FORWARD
     ),
 ]
-# of one cross-attention block
+# names in one cross-attention block
 BLOCK = (
     ("attn_gate", "attn_gate.weight"),
     ("ff_gate", "ff_gate.weight"),
@@ -95,12 +86,12 @@ def _layers_of(config: PreTrainedConfig) -> str:
         ) from None
 
 
-def checkpoint_table(config: PerceiverFlamingoConfig, language_tensors: Iterable[str]) -> list[Rule]:
-    """What an OpenFlamingo checkpoint becomes.
+def checkpoint_table(config: PerceiverFlamingoConfig, tensors: Iterable[str]) -> list[Rule]:
+    """The conversion table of an OpenFlamingo checkpoint.
 
     Args:
-        config: The whole model's configuration.
-        language_tensors: As for `language_table`.
+        config: The converted model's configuration.
+        tensors: Names of the converted model's tensors.
     """
     layers, every = _layers_of(config.text_config), config.cross_attention_every_n_layers
     table = list(RESAMPLER_TABLE)
@@ -110,21 +101,24 @@ def checkpoint_table(config: PerceiverFlamingoConfig, language_tensors: Iterable
             Rename(f"{block}.{official}", f"bridge.cross_attention_layers.{number}.{ours}") for official, ours in BLOCK
         ]
     inside = re.compile(re.escape(layers) + r"\.(\d+|\{\})\.")
-    for rule in language_table(config.text_config, language_tensors):
-        # the official code wraps decoder layers: theirs is layers.N.decoder_layer.*
-        official = "lang_encoder." + inside.sub(lambda match: f"{match.group()}decoder_layer.", rule.source)
-        if isinstance(rule, Rename):
-            table.append(Rename(official, f"language_model.{rule.target}"))
-        else:
-            table.append(Drop(official, rule.why))
-    return table
+
+    # the official code wraps decoder layers: their tensors are in layers.N.decoder_layer
+    def wrapped(name: str) -> str:
+        return inside.sub(lambda match: f"{match.group()}decoder_layer.", name)
+
+    language = language_table(config.text_config, tensors, source="lang_encoder.")
+    return table + [rule.renamed(source=wrapped) for rule in language]
 
 
 def usual_names(keys: Iterable[str], layers: str) -> dict[str, str]:
-    """From a checkpoint's keys to the names that open-flamingo 2.0.1 gives them.
+    """Map a checkpoint's keys to the names of open-flamingo 2.0.1.
 
-    Distributed training puts `module.` in front; the first release keeps the cross-attention blocks in a list of their own,
-    and the plain decoder layers too. Where a tensor is there under both names, the usual one is kept.
+    Distributed training adds `module.` at the beginning. The first release has separate lists of the cross-attention
+    blocks and of the plain decoder layers. If a tensor is there under both names, the usual one is kept.
+
+    Args:
+        keys: The keys.
+        layers: Name of the language model's list of decoder layers.
     """
     keys = list(keys)
     names = {}
@@ -141,9 +135,6 @@ def usual_names(keys: Iterable[str], layers: str) -> dict[str, str]:
     return {key: name for key, name in names.items() if key.removeprefix("module.") == name or name not in usual}
 
 
-# ---------------------------------------------------------------------- configuration
-
-
 def infer_config(
     shapes: Shapes,
     vision_config: PreTrainedConfig,
@@ -151,18 +142,18 @@ def infer_config(
     cross_attn_every_n_layers: int | None = None,
     **overrides,
 ) -> PerceiverFlamingoConfig:
-    """Read the bridge's dimensions off a checkpoint's shapes.
+    """Infer the converted model's configuration from the shapes of a checkpoint.
 
     Args:
-        shapes: Of the checkpoint, under their usual names, see `usual_names`.
-        vision_config: Of the vision encoder.
-        text_config: Of the language model, its vocabulary as in the checkpoint.
-        cross_attn_every_n_layers: As the checkpoint was trained with; `None` finds out.
+        shapes: The checkpoint's shapes, by their usual names; see `usual_names`.
+        vision_config: The vision encoder's configuration.
+        text_config: The language model's configuration, with the vocabulary of the checkpoint.
+        cross_attn_every_n_layers: The value that the checkpoint was trained with; `None` infers it.
         overrides: Fields of the configuration that shapes can't tell: `resampler_head_dim`, `cross_attention_head_dim`
             (64 in all of OpenFlamingo) and `only_attend_immediate_media`.
 
     Raises:
-        ConversionError: The checkpoint is not OpenFlamingo's, or not for this language model.
+        ConversionError: The checkpoint is not one of OpenFlamingo, or belongs to another language model.
     """
     layers = _layers_of(text_config)
     if "perceiver.latents" not in shapes:
@@ -176,14 +167,12 @@ def infer_config(
             f"There is no cross-attention for the layers of a {text_config.model_type} in the checkpoint"
             + (f"; it looks like one for {' or '.join(others)}." if others else ".")
         )
-    every = conditioned[0] + 1
-    expected = list(range(every - 1, text_config.num_hidden_layers, every))
-    if conditioned != expected or cross_attn_every_n_layers not in (None, every):
+    every, num_layers = conditioned[0] + 1, text_config.num_hidden_layers
+    if conditioned != list(range(every - 1, num_layers, every)) or cross_attn_every_n_layers not in (None, every):
+        every = cross_attn_every_n_layers or every
         raise ConversionError(
-            f"The checkpoint has cross-attention in front of layers {conditioned}; "
-            f"{'cross_attn_every_n_layers=' + str(cross_attn_every_n_layers or every)} and a language model of "
-            f"{text_config.num_hidden_layers} layers want it in front of "
-            f"{list(range((cross_attn_every_n_layers or every) - 1, text_config.num_hidden_layers, cross_attn_every_n_layers or every))}."
+            f"The checkpoint has cross-attention before layers {conditioned}; cross_attn_every_n_layers={every} and a "
+            f"language model of {num_layers} layers want it before {list(range(every - 1, num_layers, every))}."
         )
     num_latents, vision_dim = dimensions(shapes, "perceiver.latents", 2)
     block = f"lang_encoder.{layers}.{conditioned[0]}.gated_cross_attn_layer"
@@ -206,19 +195,16 @@ def infer_config(
     return PerceiverFlamingoConfig(vision_config=vision_config, text_config=text_config, **found)
 
 
-# ---------------------------------------------------------------------- the whole
-
-
 def resized_text_config(text_config: PreTrainedConfig, shapes: Shapes, num_tokens: int) -> PreTrainedConfig:
     """The language model's configuration after the official code has resized its tables to the tokenizer.
 
     Args:
-        text_config: Of the language model as it was; it is changed.
-        shapes: Of the checkpoint, under their usual names.
-        num_tokens: The tokenizer's length, special tokens included.
+        text_config: The language model's configuration; it is changed in place.
+        shapes: The checkpoint's shapes, by their usual names.
+        num_tokens: Number of tokens in the tokenizer, special ones included.
 
     Raises:
-        ConversionError: The checkpoint's tables have another length.
+        ConversionError: The checkpoint's tables have another number of rows.
     """
     tables = {
         name: dimensions(shapes, name, 2)[0]
@@ -228,21 +214,21 @@ def resized_text_config(text_config: PreTrainedConfig, shapes: Shapes, num_token
     for name, rows in tables.items():
         if rows != num_tokens:
             raise ConversionError(
-                f"{name} has {rows} rows, but the tokenizer has {num_tokens} tokens, the special ones included. Give the "
-                "tokenizer that the checkpoint was trained with."
+                f"{name} has {rows} rows, but the tokenizer has {num_tokens} tokens, the special ones included. Give "
+                "the tokenizer that the checkpoint was trained with."
             )
     text_config.vocab_size = num_tokens
     return text_config
 
 
 def plan_conversion(checkpoint, vision, language, config: PerceiverFlamingoConfig) -> Conversion:
-    """Find for every tensor of the converted model where it comes from; nothing is read yet.
+    """Find where every tensor of the converted model comes from; no tensor is read yet.
 
     Args:
         checkpoint: `TensorFiles` of OpenFlamingo's checkpoint.
-        vision: Of the vision encoder, in open_clip's layout or transformers'.
-        language: Of the language model; `None` where only the mapping of the checkpoint is wanted.
-        config: Of the converted model.
+        vision: `TensorFiles` of the vision encoder, in open_clip's layout or transformers'.
+        language: `TensorFiles` of the language model.
+        config: The converted model's configuration.
 
     Raises:
         ConversionError: A key is unknown, a tensor missing or left over, or a shape wrong.
@@ -251,20 +237,19 @@ def plan_conversion(checkpoint, vision, language, config: PerceiverFlamingoConfi
     with torch.device("meta"):
         model = PerceiverFlamingoForConditionalGeneration(config)
     expected = expected_tensors(model)
-    of_language = [name.removeprefix("language_model.") for name in expected if name.startswith("language_model.")]
     trained = Renamed(checkpoint, usual_names(checkpoint.shapes, _layers_of(config.text_config)))
     rows = resized(config.text_config.vocab_size)
     tables = {
-        f"language_model.{name}": rows
-        for name in of_language
-        if re.search(r"(embed_in|embed_tokens|wte|lm_head)\.weight$", name)
+        name: rows
+        for name in expected
+        if re.fullmatch(r"language_model\..*(embed_in|embed_tokens|wte|lm_head)\.weight", name)
     }
-    table = checkpoint_table(config, of_language)
-    base = plan(language_table(config.text_config, of_language), language.shapes)
-    sources = [  # what was trained counts, not what it began as
+    table = checkpoint_table(config, expected)
+    base = plan(language_table(config.text_config, expected), language.shapes)
+    sources = [  # trained tensors come first: they are used instead of the originals
         (trained, plan(table, trained.shapes), {}),
         (vision, vision_pieces(vision, [name for name in expected if name.startswith("vision_model.")]), {}),
-        (language, {f"language_model.{name}": piece for name, piece in base.items()}, tables),
+        (language, base, tables),
     ]
     conversion = assemble(config, model, expected, sources, getattr(checkpoint, "path", "the checkpoint"))
     conversion.left_out = dropped(table, trained.shapes)
@@ -272,15 +257,20 @@ def plan_conversion(checkpoint, vision, language, config: PerceiverFlamingoConfi
 
 
 def load_tokenizer(source: str | os.PathLike):
-    """The language model's tokenizer with OpenFlamingo's tokens, in its order: `<|endofchunk|>`, `<image>` and, where the
-    tokenizer's files name no token for padding, `<PAD>`."""
+    """Load the language model's tokenizer, and add OpenFlamingo's tokens in their order.
+
+    They are `<|endofchunk|>`, `<image>` and, if the tokenizer's files name no padding token, `<PAD>`.
+
+    Args:
+        source: Folder or Hub id.
+    """
     tokenizer = AutoTokenizer.from_pretrained(source)
     declared = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = optional_file(source, name)
         declared.update(json.loads(Path(path).read_text()) if path is not None else {})
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|endofchunk|>", "<image>"]})
-    # asked of the files: some classes have a default of their own since transformers 5
+    # read from the files: since transformers 5 some classes have a default
     if declared.get("pad_token") is None:
         tokenizer.add_special_tokens({"pad_token": "<PAD>"})
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
@@ -304,13 +294,13 @@ def convert_openflamingo(
         vision: CLIP: a file in open_clip's layout, or a folder or Hub id in transformers'.
         language: The language model: a folder or a Hub id.
         output: Folder to write to.
-        tokenizer: Where the language model's tokenizer lies, if not beside it.
-        cross_attn_every_n_layers: As the checkpoint was trained with; only compared with what is found in it.
-        config: What shapes can't tell, as fields of `PerceiverFlamingoConfig`; `vision_config` is a dict of its own.
-        verify: Check what was written, see `certify`.
+        tokenizer: Folder or Hub id of the language model's tokenizer, if it does not lie beside it.
+        cross_attn_every_n_layers: The value that the checkpoint was trained with; it is checked against the checkpoint.
+        config: Fields of `PerceiverFlamingoConfig` that shapes can't tell; `vision_config` is a dict of its own.
+        verify: Whether to check what was written; see `certify`.
 
     Returns:
-        What was done.
+        The conversion.
 
     Raises:
         ConversionError: The parts don't fit together; nothing is written.
@@ -349,4 +339,4 @@ def convert_openflamingo(
     return conversion
 
 
-__all__ = ["Conversion", "convert_openflamingo", "infer_config", "open_clip_config", "plan_conversion"]
+__all__ = ["checkpoint_table", "convert_openflamingo", "infer_config", "plan_conversion"]

@@ -1,103 +1,23 @@
 """Conversion tables: what every tensor of an official checkpoint becomes, as data that is read in both directions.
 
-A table is a list of rules. `{}` in a rule's names stands for a number, the same one in all of its names. Names match in full
-or not at all; a key that no rule matches, or two, is an error, and so are a target that nothing gives and one that two
-keys give.
+A table is a list of rules. `{}` in a rule's names stands for a number, the same one in all of its names. Names match in
+full or not at all. Each key must match exactly one rule, and each target must come from exactly one: anything else is
+an error. A rule knows its inverse, and which tensors of the target it gives.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 
-@dataclass(frozen=True)
-class Rename:
-    """One tensor under another name."""
-
-    source: str
-    target: str
-
-
-@dataclass(frozen=True)
-class Split:
-    """One tensor cut into equal parts along its first dimension."""
-
-    source: str
-    targets: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Fuse:
-    """Tensors put together along their first dimension: `Split`, the other way round."""
-
-    sources: tuple[str, ...]
-    target: str
-
-
-@dataclass(frozen=True)
-class Drop:
-    """A tensor that is not taken over, and why."""
-
-    source: str
-    why: str
-
-
-@dataclass(frozen=True)
-class Twin:
-    """A second copy of a target's tensor: it is compared with the first instead of being taken over."""
-
-    source: str
-    of: str
-
-
-@dataclass(frozen=True)
-class Again:
-    """`Twin`, the other way round: a source's tensor once more, under another name."""
-
-    source: str
-    target: str
-
-
-@dataclass(frozen=True)
-class Missing:
-    """A target that this layout has no tensor for, and why; `value` is what it is filled with. `Drop`, the other way round."""
-
-    target: str
-    why: str
-    value: float = 0.0
-
-
-@dataclass(frozen=True)
-class ZeroKeyBias:
-    """Biases of query and value as one bias of query, key and value: the key's is zero (EVA and BEiT have none)."""
-
-    sources: tuple[str, str]
-    target: str
-
-
-@dataclass(frozen=True)
-class SplitZeroKeyBias:
-    """`ZeroKeyBias`, the other way round: the key's bias must be zero."""
-
-    source: str
-    targets: tuple[str, str]
-
-
-@dataclass(frozen=True)
-class Reshape:
-    """One tensor under another name and in another shape: a scalar here is a vector of one there."""
-
-    source: str
-    target: str
-    source_shape: tuple[int, ...]
-    target_shape: tuple[int, ...]
-
-
-Rule = Rename | Split | Fuse | Drop | Twin | Again | Missing | ZeroKeyBias | SplitZeroKeyBias | Reshape
+BUFFER = "a buffer that the model computes by itself"
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -110,11 +30,12 @@ class Piece:
     """Where one target tensor comes from.
 
     Args:
-        sources: Keys whose tensors are put together.
+        sources: Keys of the tensors that are concatenated.
         part: Which of `parts` equal parts of the source it is.
-        parts: 1 where the whole source is taken.
-        zero_part: Of several sources: where zeros are put between them. Of several parts: which must be zero.
-        reshaped: The source's shape and the one that it is given, where they differ.
+        parts: The number of parts; 1 takes the whole source.
+        zero_part: With several sources, the position where zeros are inserted; with several parts, the one that must be
+            zero.
+        reshaped: The source's shape and the target's, if they differ.
     """
 
     sources: tuple[str, ...]
@@ -125,14 +46,17 @@ class Piece:
 
     @property
     def whole(self) -> bool:
-        """Is it one source, with nothing but its name (and shape) changed?"""
+        """Whether it is one whole source, under another name or in another shape."""
         return len(self.sources) == self.parts == 1
 
     def shape(self, shapes: Shapes) -> tuple[int, ...]:
-        """Shape of the target.
+        """Compute the target's shape.
+
+        Args:
+            shapes: Shapes of the source tensors, by key.
 
         Raises:
-            ConversionError: The source can't be cut into that many parts, or has not the shape to begin with.
+            ConversionError: The source can't be cut into that many parts, or has another shape than the rule says.
         """
         shape = tuple(shapes[self.sources[0]])
         if self.reshaped is not None:
@@ -149,17 +73,28 @@ class Piece:
             raise ConversionError(f"{self.sources[0]} has {rows} rows, which can't be cut into {self.parts} parts.")
         return (rows // self.parts, *shape[1:])
 
+    def concatenated(self, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Concatenate the sources to the target, or all targets to their source again.
+
+        Args:
+            tensors: The tensors in order, without the part that is zero.
+        """
+        tensors = list(tensors)
+        if self.zero_part is not None:
+            tensors.insert(self.zero_part, torch.zeros_like(tensors[0]))
+        return torch.cat(tensors)
+
     def load(self, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        """The target tensor; `read(key)` gives a source tensor.
+        """Make the target tensor.
+
+        Args:
+            read: Reads a source tensor, given its key.
 
         Raises:
-            ConversionError: A part that must be zero is not.
+            ConversionError: A part that must be zero isn't.
         """
         if len(self.sources) > 1:
-            tensors = [read(source) for source in self.sources]
-            if self.zero_part is not None:
-                tensors.insert(self.zero_part, torch.zeros_like(tensors[0]))
-            return torch.cat(tensors)
+            return self.concatenated(map(read, self.sources))
         tensor = read(self.sources[0])
         if self.reshaped is not None:
             return tensor.reshape(self.reshaped[1])
@@ -168,10 +103,207 @@ class Piece:
         return tensor if self.parts == 1 else tensor.chunk(self.parts)[self.part].clone()
 
 
-def _sources(rule: Rule) -> tuple[str, ...]:
-    if isinstance(rule, Missing):
+# ---------------------------------------------------------------------- rules
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What becomes of some tensors of a checkpoint.
+
+    Attributes:
+        duplicates: Whether the rule copies tensors that another rule has taken already.
+    """
+
+    duplicates: ClassVar[bool] = False
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The names that the rule takes from the checkpoint, with `{}` for numbers."""
+        return (self.source,)
+
+    def inverse(self) -> Rule | None:
+        """The rule for the opposite direction; `None` if nothing is to be done there."""
+        return None
+
+    def pieces(self, keys: Sequence[str], numbers: Sequence[str]) -> dict[str, Piece]:
+        """The target tensors that the rule gives.
+
+        Args:
+            keys: The keys that were found, in the order of `source_names`.
+            numbers: What `{}` stands for in them.
+
+        Returns:
+            From target names to where they come from.
+        """
+        return {}
+
+    def renamed(self, source: Callable[[str], str] = str, target: Callable[[str], str] = str) -> Rule:
+        """The same rule for other names.
+
+        Args:
+            source: From the names in the checkpoint to the new ones.
+            target: From the names in the target to the new ones.
+        """
+        functions = {"source": source, "sources": source, "target": target, "targets": target, "of": target}
+        changed = {}
+        for name in functions.keys() & {field.name for field in dataclasses.fields(self)}:
+            names, function = getattr(self, name), functions[name]
+            changed[name] = tuple(map(function, names)) if isinstance(names, tuple) else function(names)
+        return dataclasses.replace(self, **changed)
+
+
+@dataclass(frozen=True)
+class Rename(Rule):
+    """One tensor gets another name."""
+
+    source: str
+    target: str
+
+    def inverse(self) -> Rule:
+        return Rename(self.target, self.source)
+
+    def pieces(self, keys: Sequence[str], numbers: Sequence[str]) -> dict[str, Piece]:
+        return {self.target.format(*numbers): Piece((keys[0],))}
+
+
+@dataclass(frozen=True)
+class Split(Rule):
+    """One tensor is cut into equal parts along its first dimension."""
+
+    source: str
+    targets: tuple[str, ...]
+
+    def inverse(self) -> Rule:
+        return Fuse(self.targets, self.source)
+
+    def pieces(self, keys: Sequence[str], numbers: Sequence[str]) -> dict[str, Piece]:
+        names = [target.format(*numbers) for target in self.targets]
+        return {name: Piece((keys[0],), part, len(names)) for part, name in enumerate(names)}
+
+
+@dataclass(frozen=True)
+class Fuse(Rule):
+    """Tensors are concatenated along their first dimension: the inverse of `Split`."""
+
+    sources: tuple[str, ...]
+    target: str
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        return self.sources
+
+    def inverse(self) -> Rule:
+        return Split(self.target, self.sources)
+
+    def pieces(self, keys: Sequence[str], numbers: Sequence[str]) -> dict[str, Piece]:
+        return {self.target.format(*numbers): Piece(tuple(keys))}
+
+
+@dataclass(frozen=True)
+class Drop(Rule):
+    """A tensor is left out, and why."""
+
+    source: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Missing(Rule):
+    """The checkpoint has no tensor for a target, and why; `value` fills it. The inverse of `Drop`."""
+
+    target: str
+    why: str
+    value: float = 0.0
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
         return ()
-    return rule.sources if isinstance(rule, (Fuse, ZeroKeyBias)) else (rule.source,)
+
+    def inverse(self) -> Rule:
+        return Drop(self.target, self.why)
+
+
+@dataclass(frozen=True)
+class Twin(Rule):
+    """A second copy of the tensor that becomes the target `of`: it is compared with that one, and not taken."""
+
+    source: str
+    of: str
+
+    def inverse(self) -> Rule:
+        return Duplicate(self.of, self.source)
+
+
+@dataclass(frozen=True)
+class Duplicate(Rule):
+    """A tensor is written once more, under a second name: the inverse of `Twin`."""
+
+    source: str
+    target: str
+    duplicates: ClassVar[bool] = True
+
+    def inverse(self) -> Rule:
+        return Twin(self.target, self.source)
+
+    def pieces(self, keys: Sequence[str], numbers: Sequence[str]) -> dict[str, Piece]:
+        return {self.target: Piece((keys[0],))}
+
+
+@dataclass(frozen=True)
+class ZeroKeyBias(Rule):
+    """The biases of query and value become one bias of query, key and value: EVA and BEiT have none for keys."""
+
+    sources: tuple[str, str]
+    target: str
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        return self.sources
+
+    def inverse(self) -> Rule:
+        return SplitZeroKeyBias(self.target, self.sources)
+
+    def pieces(self, keys: Sequence[str], numbers: Sequence[str]) -> dict[str, Piece]:
+        return {self.target.format(*numbers): Piece(tuple(keys), zero_part=1)}
+
+
+@dataclass(frozen=True)
+class SplitZeroKeyBias(Rule):
+    """The inverse of `ZeroKeyBias`: the bias of keys must be zero."""
+
+    source: str
+    targets: tuple[str, str]
+
+    def inverse(self) -> Rule:
+        return ZeroKeyBias(self.targets, self.source)
+
+    def pieces(self, keys: Sequence[str], numbers: Sequence[str]) -> dict[str, Piece]:
+        names = [target.format(*numbers) for target in self.targets]
+        return {name: Piece((keys[0],), part, 3, zero_part=1) for name, part in zip(names, (0, 2))}
+
+
+@dataclass(frozen=True)
+class Reshape(Rule):
+    """One tensor gets another name and another shape, such as a scalar that becomes a vector of one."""
+
+    source: str
+    target: str
+    source_shape: tuple[int, ...]
+    target_shape: tuple[int, ...]
+
+    def inverse(self) -> Rule:
+        return Reshape(self.target, self.source, self.target_shape, self.source_shape)
+
+    def pieces(self, keys: Sequence[str], numbers: Sequence[str]) -> dict[str, Piece]:
+        return {self.target.format(*numbers): Piece((keys[0],), reshaped=(self.source_shape, self.target_shape))}
+
+
+# ---------------------------------------------------------------------- tables
+
+
+def invert(table: Iterable[Rule]) -> list[Rule]:
+    """The table for the opposite direction: second copies are written again, and what was dropped stays away."""
+    return [inverse for rule in table if (inverse := rule.inverse()) is not None]
 
 
 def _pattern(name: str) -> re.Pattern:
@@ -179,42 +311,14 @@ def _pattern(name: str) -> re.Pattern:
     return re.compile(r"(\d+)".join(re.escape(part) for part in name.split("{}")))
 
 
-def _fill(name: str, numbers: Iterable[str]) -> str:
-    return name.format(*numbers)
-
-
-def invert(table: Iterable[Rule]) -> list[Rule]:
-    """The table for the way back: second copies are made again, what this layout does not have is dropped; what was dropped
-    stays away."""
-    back: list[Rule] = []
-    for rule in table:
-        if isinstance(rule, Rename):
-            back.append(Rename(rule.target, rule.source))
-        elif isinstance(rule, Split):
-            back.append(Fuse(rule.targets, rule.source))
-        elif isinstance(rule, Fuse):
-            back.append(Split(rule.target, rule.sources))
-        elif isinstance(rule, ZeroKeyBias):
-            back.append(SplitZeroKeyBias(rule.target, rule.sources))
-        elif isinstance(rule, SplitZeroKeyBias):
-            back.append(ZeroKeyBias(rule.targets, rule.source))
-        elif isinstance(rule, Reshape):
-            back.append(Reshape(rule.target, rule.source, rule.target_shape, rule.source_shape))
-        elif isinstance(rule, Twin):
-            back.append(Again(rule.of, rule.source))
-        elif isinstance(rule, Missing):
-            back.append(Drop(rule.target, rule.why))
-    return back
-
-
 def dropped(table: Iterable[Rule], keys: Iterable[str]) -> dict[str, str]:
-    """Which of the keys are not taken over, and why."""
+    """The keys that the table leaves out, and why."""
     drops = [(_pattern(rule.source), rule.why) for rule in table if isinstance(rule, Drop)]
     return {key: why for key in keys for pattern, why in drops if pattern.fullmatch(key)}
 
 
 def twins(table: Iterable[Rule], keys: Iterable[str]) -> dict[str, str]:
-    """Which of the keys are second copies, and of which targets."""
+    """The keys that are second copies, and the targets that they are copies of."""
     known = {rule.source: rule.of for rule in table if isinstance(rule, Twin)}
     return {key: known[key] for key in keys if key in known}
 
@@ -222,6 +326,32 @@ def twins(table: Iterable[Rule], keys: Iterable[str]) -> dict[str, str]:
 def _shown(names: Iterable[str], limit: int = 5) -> str:
     names = sorted(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+class _Matcher:
+    """Finds the rules for a key. Names without `{}`, which are nearly all, are looked up; the others are tried in turn.
+
+    Args:
+        table: The rules.
+    """
+
+    def __init__(self, table: Iterable[Rule]):
+        self._exact: dict[str, list[tuple[Rule, int]]] = defaultdict(list)
+        self._patterns: list[tuple[Rule, int, re.Pattern]] = []
+        for rule in table:
+            for index, name in enumerate(rule.source_names):
+                if "{}" in name:
+                    self._patterns.append((rule, index, _pattern(name)))
+                else:
+                    self._exact[name].append((rule, index))
+
+    def find(self, key: str) -> list[tuple[Rule, int, tuple[str, ...]]]:
+        """The rules that a key matches, which of their sources it is, and what `{}` stands for."""
+        found = [(rule, index, ()) for rule, index in self._exact.get(key, [])]
+        for rule, index, pattern in self._patterns:
+            if match := pattern.fullmatch(key):
+                found.append((rule, index, match.groups()))
+        return found
 
 
 def plan(table: Iterable[Rule], keys: Iterable[str]) -> dict[str, Piece]:
@@ -235,87 +365,55 @@ def plan(table: Iterable[Rule], keys: Iterable[str]) -> dict[str, Piece]:
         From target names to their pieces.
 
     Raises:
-        ConversionError: A key is matched by no rule or by two, a target is given twice, or a part of a `Fuse` is missing.
+        ConversionError: A key matches no rule or two, a target is given twice, or one of several sources is missing.
     """
     keys, table = list(keys), list(table)
-    again = [rule for rule in table if isinstance(rule, Again)]
-    rules = [
-        (rule, index, _pattern(source))
-        for rule in table
-        if not isinstance(rule, Again)
-        for index, source in enumerate(_sources(rule))
-    ]
-    # names without slots, which are nearly all where tables are written out, are looked up instead of tried
-    exact: dict[str, list] = {}
-    for rule, index, pattern in rules:
-        if "{}" not in _sources(rule)[index]:
-            exact.setdefault(_sources(rule)[index], []).append((rule, index, pattern))
-    slotted = [entry for entry in rules if "{}" in _sources(entry[0])[entry[1]]]
+    matcher = _Matcher(rule for rule in table if not rule.duplicates)
     pieces: dict[str, Piece] = {}
-    partial: dict[str, dict[int, str]] = {}
+    incomplete: dict[tuple[Rule, tuple[str, ...]], dict[int, str]] = {}
     unmapped = []
     for key in keys:
-        found = [(rule, index, ()) for rule, index, _ in exact.get(key, [])]
-        found += [
-            (rule, index, match.groups()) for rule, index, pattern in slotted if (match := pattern.fullmatch(key))
-        ]
+        found = matcher.find(key)
         if not found:
             unmapped.append(key)
             continue
         if len(found) > 1:
             raise ConversionError(f"{key} is matched by {len(found)} rules: {found[0][0]} and {found[1][0]}.")
         rule, index, numbers = found[0]
-        if isinstance(rule, (Drop, Twin)):
+        sources = incomplete.setdefault((rule, numbers), {})
+        sources[index] = key
+        if len(sources) < len(rule.source_names):
             continue
-        if isinstance(rule, (Fuse, ZeroKeyBias)):
-            parts = partial.setdefault(_fill(rule.target, numbers), {})
-            parts[index] = key
-            if len(parts) == len(rule.sources):
-                zero_part = 1 if isinstance(rule, ZeroKeyBias) else None
-                together = tuple(parts[number] for number in sorted(parts))
-                given = {_fill(rule.target, numbers): Piece(together, zero_part=zero_part)}
-            else:
-                continue
-        elif isinstance(rule, Split):
-            given = {
-                _fill(target, numbers): Piece((key,), part, len(rule.targets))
-                for part, target in enumerate(rule.targets)
-            }
-        elif isinstance(rule, SplitZeroKeyBias):
-            given = {
-                _fill(target, numbers): Piece((key,), part, 3, zero_part=1)
-                for target, part in zip(rule.targets, (0, 2))
-            }
-        elif isinstance(rule, Reshape):
-            given = {_fill(rule.target, numbers): Piece((key,), reshaped=(rule.source_shape, rule.target_shape))}
-        else:
-            given = {_fill(rule.target, numbers): Piece((key,))}
-        for target, piece in given.items():
+        del incomplete[rule, numbers]
+        for target, piece in rule.pieces([sources[number] for number in sorted(sources)], numbers).items():
             if target in pieces:
                 raise ConversionError(f"{target} is given twice: by {pieces[target].sources[0]} and by {key}.")
             pieces[target] = piece
     if unmapped:
         raise ConversionError(
-            f"{len(unmapped)} of {len(keys)} keys are in no conversion table: {_shown(unmapped)}. The checkpoint is not of "
-            "this kind, or was written by code that this table does not know."
+            f"{len(unmapped)} of {len(keys)} keys are in no conversion table: {_shown(unmapped)}. The checkpoint is "
+            "not of this kind, or was written by code that this table does not know."
         )
-    if incomplete := partial.keys() - pieces.keys():
-        raise ConversionError(f"Parts are missing of {_shown(incomplete)}.")
+    if incomplete:
+        targets = [rule.target.format(*numbers) for rule, numbers in incomplete]
+        raise ConversionError(f"Parts are missing of {_shown(targets)}.")
     present = set(keys)
-    pieces.update((rule.target, Piece((rule.source,))) for rule in again if rule.source in present)
+    for rule in table:
+        if rule.duplicates and rule.source in present:
+            pieces.update(rule.pieces([rule.source], ()))
     return pieces
 
 
 def check(pieces: Mapping[str, tuple[int, ...]], expected: Shapes, what: str) -> None:
-    """Compare what is given with what a model has.
+    """Compare the tensors that a conversion gives with those of the model.
 
     Args:
-        pieces: Shapes of what is given, by target name.
-        expected: Shapes of the model's tensors.
-        what: Names the checkpoint in the error.
+        pieces: Shapes of the converted tensors, by target name.
+        expected: Shapes of the model's tensors, by name.
+        what: Name of the checkpoint, for the error.
 
     Raises:
-        ConversionError: Something is missing or left over, or has another shape.
+        ConversionError: A tensor is missing or left over, or has another shape.
     """
     problems = []
     if missing := expected.keys() - pieces.keys():
@@ -334,14 +432,17 @@ def check(pieces: Mapping[str, tuple[int, ...]], expected: Shapes, what: str) ->
 
 
 __all__ = [
-    "Again",
+    "BUFFER",
     "ConversionError",
     "Drop",
+    "Duplicate",
     "Fuse",
     "Missing",
     "Piece",
     "Rename",
     "Reshape",
+    "Rule",
+    "Shapes",
     "Split",
     "SplitZeroKeyBias",
     "Twin",

@@ -23,9 +23,9 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from .catalogue import CATALOGUE, CLIP_L_LAVIS, EVA, File, Release, needs_language
+from .certificate import card_section, read_certificate
 from .configuration import BridgedConfig
 from .configuration.configuration_classification import ClassificationConfigMixin
-from .convert.convert_certificate import card_section, read_certificate
 from .families import FAMILIES
 from .licences import ASKS, HUB_ID, LICENCES, UNKNOWN, Licence, licence_conflicts, licence_of, strictest
 from .modeling.modeling_pins import FrozenPartError, checkpoint_files, frozen_parts_of

@@ -1,27 +1,42 @@
-"""The official releases of the three families: where they lie, what belongs to them, and what was published about them.
+"""The official releases of the three families: where they lie, their parts, and the figures published about them.
 
 Sources: `README.md` and the model cards of open_flamingo and its paper (arXiv 2308.01390, tables 11 and 12); LAVIS'
-`lavis/configs/models/blip2/*.yaml`, `projects/{blip2,instructblip}/README.md`, BLIP-2 (arXiv 2301.12597, table 2); LLaVA's
-`docs/MODEL_ZOO.md`.
+`lavis/configs/models/blip2/*.yaml`, `projects/{blip2,instructblip}/README.md`, BLIP-2 (arXiv 2301.12597, table 2);
+LLaVA's `docs/MODEL_ZOO.md`.
 """
 
 from __future__ import annotations
 
-import json
+import base64
+import dataclasses
+import difflib
+import hashlib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
+from urllib.request import Request, urlopen
+
+from tqdm import tqdm
+from transformers.utils import logging
+
+from .files import BLOCK_BYTES, cache_dir, read_json, replacing, sha256_of, write_json
+from .version import __version__
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class File:
-    """A file that is fetched by name.
+    """A file of a Hub repository, or at a URL.
 
     Args:
         where: A Hub repository, or the URL of the file itself.
         name: Its path in the repository; `None` for a URL.
-        revision: Commit of the repository, where it is pinned.
+        revision: Commit of the repository, if it is pinned.
     """
 
     where: str
@@ -34,21 +49,22 @@ class Release:
     """An official release.
 
     Args:
-        name: What users call it: its Hub id, or LAVIS' architecture and type.
+        name: Its Hub id, or LAVIS' architecture and type.
         family: `"openflamingo"`, `"blip2"` or `"llava"`: the command that converts it.
-        title: In words.
-        checkpoint: What was trained: a `File`, or a Hub id of a whole repository; `None` where it can't be had by itself.
-        vision: The frozen vision encoder, likewise; `None` where the checkpoint has it or names it.
-        language: The frozen language model: a Hub id; `None` where the checkpoint has it or there is none.
-        tokenizer: Where the language model's tokenizer lies, if not beside it.
-        holds: Names of the vision encoder and the language model that the checkpoint has or was made from, as far as they
-            are not named above; in this order, Hub ids where there are some.
-        licence: Of the weights, as their publishers name it; `None` where they don't.
-        prompts: What to ask with, by task.
+        title: Its name in words.
+        checkpoint: The trained weights: a `File`, or the Hub id of a whole repository; `None` if they can't be
+            downloaded as they are.
+        vision: The frozen vision encoder: a `File` or a Hub id; `None` if the checkpoint holds it or names it.
+        language: Hub id of the frozen language model; `None` if the checkpoint holds it or there is none.
+        tokenizer: Hub id of the language model's tokenizer, if it does not lie beside it.
+        holds: Names of the vision encoder and the language model that the checkpoint holds or was made from, if they
+            are not named above; in this order, as Hub ids if there are any.
+        licence: The licence of the weights, as their publishers name it; `None` if they don't.
+        prompts: Prompts by task.
         generation: Generation defaults of the official code or evaluation.
-        config: What shapes can't tell, as the converter takes it.
-        published: Figures, by benchmark and setting.
-        note: What else has to be known or done.
+        config: Fields that shapes can't tell, as the converter takes them.
+        published: Published figures, by benchmark and setting.
+        note: What else users have to know or do.
     """
 
     name: str
@@ -106,7 +122,8 @@ OPENFLAMINGO = (
     ),
     _flamingo(
         "OpenFlamingo-4B-vitl-rpj3b-langinstruct", "OpenFlamingo 4B Instruct (RedPajama-3B Instruct)",
-        "togethercomputer/RedPajama-INCITE-Instruct-3B-v1", (81.2, 85.8, 94.8, 98.0, 99.2), (46.9, 49.0, 47.4, 45.1, 47.3),
+        "togethercomputer/RedPajama-INCITE-Instruct-3B-v1",
+        (81.2, 85.8, 94.8, 98.0, 99.2), (46.9, 49.0, 47.4, 45.1, 47.3),
     ),
     _flamingo(
         "OpenFlamingo-9B-vitl-mpt7b", "OpenFlamingo 9B (MPT-7B)", "anas-awadalla/mpt-7b",
@@ -177,8 +194,8 @@ BLIP2 = (
            vision=CLIP_L_LAVIS),
     _blip2("pretrain_flant5xxl", "BLIP-2 (FlanT5-XXL)", "blip2_pretrained_flant5xxl", "google/flan-t5-xxl",
            published=_zero_shot(65.2, 65.0, 45.9, 44.7)),
-    _blip2("caption_coco_flant5xl", "BLIP-2, captions on COCO (FlanT5-XL)", "blip2_caption_flant5xl", "google/flan-t5-xl",
-           vision=None, holds=(_EVA_NAME,), published={"COCO CIDEr": 144.5}),
+    _blip2("caption_coco_flant5xl", "BLIP-2, captions on COCO (FlanT5-XL)", "blip2_caption_flant5xl",
+           "google/flan-t5-xl", vision=None, holds=(_EVA_NAME,), published={"COCO CIDEr": 144.5}),
     _instruct("flant5xl", "InstructBLIP (FlanT5-XL)", "instruct_blip_flanxl_trimmed", "google/flan-t5-xl"),
     _instruct("flant5xxl", "InstructBLIP (FlanT5-XXL)", "instruct_blip_flanxxl_trimmed", "google/flan-t5-xxl"),
     _instruct("vicuna7b", "InstructBLIP (Vicuna-7B)", "instruct_blip_vicuna7b_trimmed", None,
@@ -215,16 +232,18 @@ LLAVA = (
            holds=(_CLIP_336, "mistralai/Mistral-7B-Instruct-v0.2")),
     _llava("llava-v1.6-34b", "LLaVA-1.6 (Hermes-Yi-34B)", (83.7, 67.1, 69.5, 87.7),
            holds=(_CLIP_336, "NousResearch/Nous-Hermes-2-Yi-34B")),
-    _llava("llava-v1.5-7b", "LLaVA-1.5 (Vicuna-7B)", (78.5, 62.0, 58.2, 85.9), holds=(_CLIP_336, "lmsys/vicuna-7b-v1.5")),
+    _llava("llava-v1.5-7b", "LLaVA-1.5 (Vicuna-7B)", (78.5, 62.0, 58.2, 85.9),
+           holds=(_CLIP_336, "lmsys/vicuna-7b-v1.5")),
     _llava("llava-v1.5-13b", "LLaVA-1.5 (Vicuna-13B)", (80.0, 63.3, 61.3, 85.9),
            holds=(_CLIP_336, "lmsys/vicuna-13b-v1.5")),
-    _llava("llava-v1.5-7b-lora", "LLaVA-1.5, LoRA (Vicuna-7B)", (79.1, 63.0, 58.2, 86.4), language="lmsys/vicuna-7b-v1.5",
-           holds=(_CLIP_336,)),
+    _llava("llava-v1.5-7b-lora", "LLaVA-1.5, LoRA (Vicuna-7B)", (79.1, 63.0, 58.2, 86.4),
+           language="lmsys/vicuna-7b-v1.5", holds=(_CLIP_336,)),
     _llava("llava-v1.5-13b-lora", "LLaVA-1.5, LoRA (Vicuna-13B)", (80.0, 63.3, 60.2, 86.7),
            language="lmsys/vicuna-13b-v1.5", holds=(_CLIP_336,)),
     _llava("llava-llama-2-13b-chat-lightning-preview", "LLaVA-1 (LLaMA-2-13B-Chat)",
            holds=(CLIP_L, "meta-llama/Llama-2-13b-chat-hf")),
-    _llava("LLaVA-7b-delta-v0", "LLaVA-1 (Vicuna-7B v0)", checkpoint=None, note=_DELTA_NOTE, holds=(CLIP_L, "LLaMA-7B")),
+    _llava("LLaVA-7b-delta-v0", "LLaVA-1 (Vicuna-7B v0)", checkpoint=None, note=_DELTA_NOTE,
+           holds=(CLIP_L, "LLaMA-7B")),
     _llava("LLaVA-13b-delta-v0", "LLaVA-1 (Vicuna-13B v0)", checkpoint=None, note=_DELTA_NOTE,
            holds=(CLIP_L, "LLaMA-13B")),
     _llava("LLaVA-Lightning-7B-delta-v1-1", "LLaVA-1 (Vicuna-7B v1.1)", checkpoint=None, note=_DELTA_NOTE,
@@ -243,12 +262,10 @@ def find(name: str) -> Release:
     """A release by its name.
 
     Raises:
-        ValueError: There is none of that name; the nearest are named.
+        ValueError: There is none of that name; the error suggests similar ones.
     """
     if name in CATALOGUE:
         return CATALOGUE[name]
-    import difflib
-
     lowered = {known.lower(): known for known in CATALOGUE}
     near = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)]
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
@@ -258,9 +275,10 @@ def find(name: str) -> Release:
 
 
 def fetch(part: File | str | None) -> str | None:
-    """Bring a part of a release onto this machine, through the Hub's client or from its URL; a Hub id stays one.
+    """Download a part of a release, unless it is in the cache; a Hub id is returned as it is.
 
-    Files from URLs are kept in the cache beside the embedded parts.
+    Files from URLs are kept in the folder `releases` of `cache_dir`, each beside a note of its size and SHA-256, with
+    which it is compared whenever it is used again.
 
     Args:
         part: What a `Release` has.
@@ -269,7 +287,7 @@ def fetch(part: File | str | None) -> str | None:
         A path, or the Hub id.
 
     Raises:
-        OSError: It can't be had.
+        OSError: The file can't be downloaded, or what came is not the whole file.
     """
     if not isinstance(part, File):
         return part
@@ -277,18 +295,58 @@ def fetch(part: File | str | None) -> str | None:
         from huggingface_hub import hf_hub_download
 
         return hf_hub_download(part.where, part.name, revision=part.revision)
-    from torch.hub import download_url_to_file
-
-    from .files import cache_dir
-
     path = cache_dir() / "releases" / part.where.rsplit("/", 1)[-1]
-    if not path.exists():
+    if not path.exists() or _is_damaged(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            download_url_to_file(part.where, os.fspath(path))  # to a temporary file first
-        except OSError as error:
+            _download(part.where, path)
+        except (OSError, HTTPException) as error:
             raise OSError(f"{part.where} can't be fetched: {error}") from error
     return os.fspath(path)
+
+
+def _note_of(path: Path) -> Path:
+    """The note of a downloaded file's URL, size and SHA-256."""
+    return path.with_name(f"{path.name}.origin")
+
+
+def _is_damaged(path: Path) -> bool:
+    """Whether a downloaded file is no longer what was downloaded; files without a note are taken as they are."""
+    note = read_json(_note_of(path), {})
+    if not note or (path.stat().st_size == note.get("bytes") and sha256_of(path) == note.get("sha256")):
+        return False
+    logger.warning(f"{path} has changed since it was downloaded: it is downloaded again.")
+    return True
+
+
+def _download(url: str, path: Path) -> None:
+    """Download a file, and note its size and SHA-256 beside it.
+
+    Raises:
+        OSError: The server can't be reached, or what it sent does not have the length or the MD5 that it announced.
+    """
+    sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+    with urlopen(Request(url, headers={"User-Agent": f"vlbridge/{__version__}"})) as response:
+        length = response.headers.get("Content-Length")
+        # Google's storage, where LAVIS' files lie, sends the MD5 of most files: x-goog-hash: crc32c=...,md5=...
+        hashes = re.findall(r"md5=([\w+/=]+)", ",".join(response.headers.get_all("x-goog-hash", [])))
+        total = None if length is None else int(length)
+        with replacing(path) as temporary:
+            with (
+                open(temporary, "wb") as file,
+                tqdm(total=total, unit="B", unit_scale=True, desc=path.name) as progress,
+            ):
+                while block := response.read(BLOCK_BYTES):
+                    file.write(block)
+                    sha256.update(block)
+                    md5.update(block)
+                    progress.update(len(block))
+            size = temporary.stat().st_size
+            if total not in (None, size):
+                raise OSError(f"the connection ended after {size:,} of {total:,} bytes")
+            if hashes and base64.b64encode(md5.digest()).decode() != hashes[0]:
+                raise OSError(f"its MD5 is {base64.b64encode(md5.digest()).decode()}, the server announced {hashes[0]}")
+            write_json(_note_of(path), {"url": url, "bytes": size, "sha256": sha256.hexdigest()})
 
 
 def needs_language(release: Release) -> bool:
@@ -297,53 +355,9 @@ def needs_language(release: Release) -> bool:
     return without and release.language is None
 
 
-def convert_release(release: Release, output: str | os.PathLike, **given):
-    """Convert an official release; what belongs to it is fetched.
-
-    Args:
-        release: From the catalogue.
-        output: Folder to write to.
-        given: Parts to use instead of those that the catalogue names, and further arguments of the converter.
-
-    Returns:
-        The `Conversion`.
-
-    Raises:
-        ValueError: A part is not to be had by itself, or they don't fit together.
-        OSError: A part can't be fetched.
-    """
-    from . import convert
-
-    given = {name: value for name, value in given.items() if value is not None}
-    if release.checkpoint is None:
-        raise ValueError(f"{release.name} can't be converted as it is. {release.note}")
-    if needs_language(release) and "language" not in given:
-        raise ValueError(f"{release.name} needs its language model. {release.note}")
-    options = {"config": dict(release.config)} if release.config else {}
-    for name, part in (("vision", release.vision), ("language", release.language), ("tokenizer", release.tokenizer)):
-        if part is not None and name not in given:
-            options[name] = fetch(part)
-    converter = getattr(convert, f"convert_{release.family}")
-    conversion = converter(fetch(release.checkpoint), output=output, **{**options, **given})
-    _name_in_certificate(Path(output), release)
-    return conversion
-
-
-def _name_in_certificate(folder: Path, release: Release) -> None:
-    """Write down which release was converted: the model's card tells what was published about it."""
-    from .convert.convert_certificate import CERTIFICATE, read_certificate
-
-    temporary = folder / f".{CERTIFICATE}.tmp"
-    certificate = {"release": release.name, **read_certificate(folder)}
-    temporary.write_text(json.dumps(certificate, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / CERTIFICATE)
-
-
 def rows() -> list[dict]:
     """The catalogue as plain data, for `vlbridge list`."""
-    import dataclasses
-
     return [dataclasses.asdict(release) for release in CATALOGUE.values()]
 
 
-__all__ = ["CATALOGUE", "File", "Release", "convert_release", "fetch", "find", "needs_language", "rows"]
+__all__ = ["CATALOGUE", "File", "Release", "fetch", "find", "needs_language", "rows"]

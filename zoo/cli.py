@@ -950,7 +950,8 @@ def convert_release(
     verify: VerifyOption = True,
 ) -> None:
     """An official release: what belongs to it is fetched from where its publishers put it."""
-    from .catalogue import convert_release, find
+    from .catalogue import find
+    from .convert.convert_release import convert_release
 
     fields = _fields(config)
     try:

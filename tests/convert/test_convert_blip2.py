@@ -28,17 +28,12 @@ from typer.testing import CliRunner
 from vlbridge.cli import app
 from vlbridge.convert import ConversionError, convert_blip, convert_blip2
 from vlbridge.convert.convert_blip import CAPTION_TABLE, MATCHING_TABLE
-from vlbridge.convert.convert_blip2 import (
-    BRIDGE_TABLE,
-    infer_config,
-    language_of,
-    lavis_depth,
-    plan_conversion,
-    usual_vision,
-)
+from vlbridge.convert.convert_blip2 import infer_config, language_of, lavis_depth, plan_conversion, usual_vision
 from vlbridge.convert.convert_files import TensorFiles
-from vlbridge.convert.convert_parts import EVA_TABLE, Renamed, interpolated, read_vision_config
+from vlbridge.convert.convert_lavis_names import BRIDGE_TABLE, EVA_TABLE
+from vlbridge.convert.convert_sources import Renamed
 from vlbridge.convert.convert_tables import invert, plan, twins
+from vlbridge.convert.convert_vision import interpolated, read_vision_config
 
 
 MANIFESTS = Path(__file__).parent / "manifests"
@@ -46,7 +41,7 @@ CASES = Path(__file__).parents[1] / "parity" / "cases"
 
 
 class Manifest:
-    """A checkpoint of which only names, shapes and dtypes are known; `prefix` takes a part of it."""
+    """A checkpoint with names, shapes and dtypes, but no data; `prefix` takes a part of it."""
 
     def __init__(self, name: str, prefix: str = "", **more):
         content = json.loads(gzip.decompress((MANIFESTS / f"{name}.json.gz").read_bytes()))
@@ -91,7 +86,7 @@ RELEASES = sorted(path.name.split(".checkpoint_model")[0] for path in MANIFESTS.
 @pytest.mark.parametrize("whole", [False, True], ids=["released", "whole"])
 @pytest.mark.parametrize("release", RELEASES)
 def test_full_size_manifests_map_completely(release, whole):
-    """As released, with ViT and language model from their own files; and a checkpoint that holds everything."""
+    """As released, with ViT and language model from their own files, and as a checkpoint that holds all parts."""
     full = f"{release}.full_model"
     checkpoint = Manifest(full if whole else f"{release}.checkpoint_model")
     name = language_of(checkpoint.shapes)
@@ -111,7 +106,7 @@ def test_full_size_manifests_map_completely(release, whole):
     assert qformer.use_text == (name is None or "instruct" in release) and qformer.cross_attention_frequency == 2
 
     done = plan_conversion(checkpoint, vision, language, config)
-    # what is not taken over: buffers, and second names of one tensor
+    # not converted: buffers, and second names of one tensor
     used = {source for _, piece, _ in done.pieces.values() for source in piece.sources}
     used |= {f"{part}.{key.removeprefix('visual.')}" for key in used for part in ("visual_encoder", f"{name}_model")}
     left = checkpoint.shapes.keys() - used
@@ -130,7 +125,7 @@ def test_full_size_manifests_map_completely(release, whole):
         assert len(checkpoint.shapes) == index["n_keys"]
 
 
-def test_the_encoders_own_file_may_have_what_lavis_leaves_out():
+def test_the_encoders_own_file_may_hold_more_than_lavis_uses():
     more = {f"blocks.39.{name}": [[1], "float32"] for name in ("norm1.weight", "attn.q_bias", "attn.v_bias")}
     more.update({f"{name}.{kind}": [[1], "float32"] for name in ("norm", "head") for kind in ("weight", "bias")})
     shapes = Manifest("blip2_pretrain.full_model", "visual_encoder.")
@@ -151,7 +146,7 @@ def test_the_bridges_table_leads_back(release):
     name = language_of(checkpoint.shapes)
     keys = [key for key in checkpoint.shapes if not key.startswith(f"{name}_model.")]
     there = plan(BRIDGE_TABLE, keys)
-    # three names of the projection to the language model, of which one is this checkpoint's
+    # the projection to the language model has three names; this checkpoint has one of them
     others = tuple(f"{other}_proj." for other in ("opt", "t5", "llm") if other != name)
     others += ("Qformer.cls.",) if name else ()  # a head that stage 1 alone has
     table = [rule for rule in BRIDGE_TABLE if not rule.source.startswith(others)]
@@ -177,7 +172,7 @@ def test_the_vits_table_leads_back_with_its_missing_bias():
     assert all(torch.equal(back[key], official[key]) for key in official)
     shapes = {key: tuple(tensor.shape) for key, tensor in there.items()}
     assert all(piece.shape(shapes) == tuple(official[key].shape) for key, piece in pieces.items())
-    # a fine-tuned model may have learned what the official layout has no place for
+    # a fine-tuned model may have a bias that the official layout has no place for
     bias[width] = 1.0
     with pytest.raises(ConversionError, match="bias for keys that is not zero"):
         pieces["blocks.1.attn.q_bias"].load(there.__getitem__)
@@ -196,7 +191,7 @@ def test_positions_for_another_size():
     torch.testing.assert_close(interpolated(table, 4), table)
     larger = interpolated(table, 6)
     assert larger.shape == (1, 37, 8) and torch.equal(larger[:, 0], table[:, 0])
-    # what is the same everywhere stays so
+    # equal embeddings stay equal
     flat = torch.cat((table[:, :1], torch.ones(1, 16, 8)), dim=1)
     torch.testing.assert_close(interpolated(flat[0], 6)[1:], torch.ones(36, 8))
 
@@ -223,7 +218,7 @@ def features(folder: Path, case: Path = CAPTIONER) -> torch.Tensor:
         return model.bridge.vision_layer_norm(model.get_patch_features(pixel_values))
 
 
-def test_a_trained_vit_in_the_checkpoint_counts(tmp_path):
+def test_a_trained_vit_in_the_checkpoint_is_used(tmp_path):
     official = TensorFiles(CAPTIONER / "outputs.safetensors").read("ln_vision_out")
     frozen = {key: torch.randn_like(tensor) for key, tensor in torch.load(CAPTIONER / "vit.pth").items()}
     torch.save(frozen, tmp_path / "vit.pth")
@@ -235,7 +230,7 @@ def test_a_trained_vit_in_the_checkpoint_counts(tmp_path):
 
 @pytest.mark.core
 def test_it_is_an_ordinary_model(tmp_path):
-    """Once more to disk and back, also the encoder alone, from which the next conversion begins."""
+    """It is saved and loaded again, and so is the encoder alone, from which the next conversion starts."""
     convert(STAGE1, tmp_path / "one")
     model = AutoModel.from_pretrained(tmp_path / "one")
     model.save_pretrained(tmp_path / "two")
@@ -381,7 +376,7 @@ def test_a_changed_checkpoint_of_blip_is_refused(name, change, message, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_blip_says_what_it_needs_to_know(tmp_path):
+def test_blip_names_what_is_missing(tmp_path):
     with pytest.raises(ConversionError, match="a vision model of width 32"):
         convert_blip(BLIP / "itm.pth", tmp_path / "out", BLIP / "bert-base-uncased")
     with pytest.raises(ConversionError, match="has 171 tokens|knows 171 tokens"):

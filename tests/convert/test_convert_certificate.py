@@ -1,4 +1,4 @@
-"""Certificates: a tensor that changed on its way is noticed, also where one became several, and words say what was found."""
+"""Certificates: a changed tensor is noticed, also if it was split or fused, and the results are described."""
 
 from __future__ import annotations
 
@@ -8,19 +8,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vlbridge.convert.convert_certificate import (
-    CERTIFICATE,
-    Checks,
-    Comparison,
-    card_section,
-    certify,
-    compare_outputs,
-    file_sha256,
-    fixed_image,
-)
+from vlbridge.certificate import CERTIFICATE, card_section
+from vlbridge.convert.convert_assembly import Conversion
+from vlbridge.convert.convert_certificate import Checks, Comparison, certify
 from vlbridge.convert.convert_files import TensorFiles
-from vlbridge.convert.convert_parts import Conversion, resized
+from vlbridge.convert.convert_runs import compare_outputs, fixed_image
+from vlbridge.convert.convert_sources import resized
 from vlbridge.convert.convert_tables import ConversionError, Fuse, Rename, Reshape, Split, SplitZeroKeyBias, plan
+from vlbridge.files import sha256_of
 
 
 TABLE = [
@@ -44,7 +39,7 @@ SOURCE = {
 
 @pytest.fixture
 def written(tmp_path):
-    """A conversion with every kind of rule, and its tensors as they should be in the file."""
+    """A conversion with every kind of rule, the tensors that its file should hold, and the folder for it."""
     save_file(SOURCE, tmp_path / "source.safetensors")
     files = TensorFiles(tmp_path / "source.safetensors")
     pieces = {name: (files, piece, None) for name, piece in plan(TABLE, SOURCE).items()}
@@ -66,7 +61,7 @@ def certified(conversion, folder):
         return certify(conversion, folder, checks)
 
 
-def test_everything_comes_back(written):
+def test_all_tensors_are_found_again(written):
     conversion, tensors, folder = written
     save_file(tensors, folder / "model.safetensors")
     found = compare_back(conversion, TensorFiles(folder))
@@ -84,7 +79,7 @@ def test_a_changed_tensor_is_noticed(written, name):
 
 
 def test_files_are_compared_as_they_come(written):
-    """A group of tensors that lies in two files is compared when both are there; one that never comes is missed."""
+    """Targets of one source that lie in two files are compared when both are written; a missing file is noticed."""
     conversion, tensors, folder = written
     first = {name: tensors[name] for name in ("x", "q", "v", "v_bias")}
     rest = {name: tensor for name, tensor in tensors.items() if name not in first}
@@ -96,7 +91,7 @@ def test_files_are_compared_as_they_come(written):
             checks.result()
         checks.file(folder / "two.safetensors")
         assert checks.result()["source_tensors"] == 6
-        assert checks.inputs["source.safetensors"]["source.safetensors"]["sha256"] == file_sha256(
+        assert checks.inputs["source.safetensors"]["source.safetensors"]["sha256"] == sha256_of(
             folder.parent / "source.safetensors"
         )
     tensors["k"] = tensors["k"] + 1
@@ -118,7 +113,7 @@ def test_what_is_written_down(written, monkeypatch):
     assert certificate == json.loads((folder / CERTIFICATE).read_text())
     assert str(folder) not in json.dumps(certificate)
     assert certificate["notes"] == ["see model.safetensors, and owner/name on the Hub"]
-    assert certificate["outputs"]["model.safetensors"]["sha256"] == file_sha256(folder / "model.safetensors")
+    assert certificate["outputs"]["model.safetensors"]["sha256"] == sha256_of(folder / "model.safetensors")
     assert certificate["tensors"]["rows"] == {
         "shape": [5, 2],
         "dtype": "bfloat16",
@@ -131,13 +126,13 @@ def test_what_is_written_down(written, monkeypatch):
         and card_section(certificate) in card
         and "| logits | largest difference 2e-06 |" in card
     )
-    # too large to be run: said, not done
+    # too large to be run: the certificate says so
     monkeypatch.setattr("vlbridge.convert.convert_certificate.RUN_BYTES", 100)
     assert "the limit is 100" in certified(conversion, folder)["checks"][1]["why"]
 
 
 def test_a_run_that_fails(written):
-    """A source that can't be run is no reason not to take its weights; what goes out must run."""
+    """A source that can't be run is converted all the same; an exported model must run."""
     conversion, tensors, folder = written
     save_file(tensors, folder / "model.safetensors")
 

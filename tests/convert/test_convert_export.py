@@ -1,4 +1,4 @@
-"""The way out: official and native layouts come back bit by bit, and the exported models speak without this package."""
+"""Export: official and native layouts come back bit by bit, and exported models run without this package."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
 import vlbridge
+from vlbridge.certificate import CERTIFICATE, card_section
 from vlbridge.cli import app
 from vlbridge.convert import (
     ConversionError,
@@ -23,11 +24,12 @@ from vlbridge.convert import (
     convert_openflamingo,
     export,
 )
-from vlbridge.convert.convert_certificate import CERTIFICATE, card_section, file_sha256
 from vlbridge.convert.convert_files import TensorFiles
-from vlbridge.convert.convert_llava import open_checkpoint
+from vlbridge.convert.convert_llava_checkpoint import open_checkpoint
 from vlbridge.convert.convert_openflamingo import usual_names
-from vlbridge.convert.convert_parts import BUFFER, Renamed
+from vlbridge.convert.convert_sources import Renamed
+from vlbridge.convert.convert_tables import BUFFER
+from vlbridge.files import sha256_of
 
 
 CASES = Path(__file__).parents[1] / "parity" / "cases"
@@ -35,12 +37,12 @@ NEW_TOKENS = 6
 
 
 def has_native_class(case: Path) -> bool:
-    """BLIP is in transformers' classes to begin with; Flamingo, CLIP with a Q-Former and a linear projector have none."""
+    """BLIP is in transformers' classes anyway; Flamingo, CLIP with a Q-Former and a linear projector have none."""
     return case.parent.name in ("blip2", "llava") and case.name not in ("stage1_clipL", "v1_linear")
 
 
 def pytest_generate_tests(metafunc):
-    """Every official case that a test applies to."""
+    """Each official case that the test applies to."""
     if "case" not in metafunc.fixturenames:
         return
     root = Path(metafunc.config.getoption("--parity-root") or CASES)
@@ -48,7 +50,7 @@ def pytest_generate_tests(metafunc):
     assert found, f"no cases in {root}"
     if "native" in metafunc.fixturenames:
         found = [case for case in found if has_native_class(case)]
-    if "speaks" in metafunc.function.__name__:
+    if "generates" in metafunc.function.__name__:
         found = [case for case in found if not case.name.startswith("stage1")]
     if "refused" in metafunc.function.__name__:
         found = [case for case in found if case.parent.name != "blip" and not has_native_class(case)]
@@ -56,7 +58,7 @@ def pytest_generate_tests(metafunc):
 
 
 def convert(case: Path, output: Path) -> None:
-    """The case's checkpoint as a model of ours."""
+    """The case's checkpoint, converted to a model of vlbridge."""
     meta = json.loads((case / "meta.json").read_text())
     sizes = meta["config"] if isinstance(meta.get("config"), dict) else {}
     family = case.parent.name
@@ -106,7 +108,7 @@ def same_tensors(one, other) -> None:
 
 
 def official_of(case: Path):
-    """The official tensors under the names that today's releases have, and what does not come back, with the reason."""
+    """The official tensors under their current names, and those that do not come back, with the reason."""
     family = case.parent.name
     if family == "llava":
         return open_checkpoint(case / "checkpoint").files
@@ -120,7 +122,7 @@ def official_of(case: Path):
 
 @pytest.mark.core
 def test_official_layouts_come_back(case, ours, tmp_path):
-    """Bit by bit, names and dtypes included, but for buffers, which models compute by themselves."""
+    """Bit by bit, with names and dtypes, except for buffers that models compute by themselves."""
     done = export(ours, tmp_path / "official", to="official")
     folder = tmp_path / "official"
     back = TensorFiles(next(folder.glob("checkpoint.pt*"), folder))
@@ -189,7 +191,9 @@ model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading
 assert not any(info.values()), info
 processor = AutoProcessor.from_pretrained(folder)
 inputs = processor(images=image, text=prompt, return_tensors="pt")
-settings = dict(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0)
+settings = dict(
+    max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0
+)
 ids = model.generate(**inputs, **settings)
 start = 0 if model.config.text_config.is_encoder_decoder else inputs["input_ids"].shape[1]
 pipe = pipeline("image-text-to-text", model=folder)
@@ -197,7 +201,8 @@ said = pipe(images=image, text=prompt, generate_kwargs=settings, return_full_tex
 chat = None
 if processor.chat_template:
     content = [{"type": "image", "image": image}, {"type": "text", "text": "What is it?"}]
-    chat = pipe(text=[{"role": "user", "content": content}], generate_kwargs=settings, return_full_text=False)[0]["generated_text"]
+    chat = pipe(text=[{"role": "user", "content": content}], generate_kwargs=settings, return_full_text=False)
+    chat = chat[0]["generated_text"]
 assert "vlbridge" not in sys.modules
 print(json.dumps({"class": type(model).__name__, "ids": ids[0, start:].tolist(), "said": said[0]["generated_text"],
                   "decoded": processor.decode(ids[0, start:], skip_special_tokens=True), "chat": chat}))
@@ -205,7 +210,7 @@ print(json.dumps({"class": type(model).__name__, "ids": ids[0, start:].tolist(),
 
 
 @pytest.mark.core
-def test_an_exported_model_speaks_without_this_package(case, ours, native, tmp_path):
+def test_an_exported_model_generates_without_this_package(case, ours, native, tmp_path):
     """The same tokens through the Auto classes, and the same text through the pipeline."""
     image = tiny_image(3, (48, 33))
     image.save(tmp_path / "image.png")
@@ -216,7 +221,7 @@ def test_an_exported_model_speaks_without_this_package(case, ours, native, tmp_p
                 "repetition_penalty": 1.0}  # fmt: skip
     theirs = AutoProcessor.from_pretrained(native)
     inputs = processor(images=[image], text=[prompt if llava else "<image>" + prompt], return_tensors="pt")
-    # pictures are rounded differently, by up to a grey level or two: the same pixels for both
+    # the image processors differ by up to two grey levels: both models get the same pixels
     other = theirs(images=[image], text=[prompt], return_tensors="pt")
     assert torch.equal(inputs["input_ids"], other["input_ids"])
     torch.testing.assert_close(
@@ -243,13 +248,13 @@ def test_an_exported_model_speaks_without_this_package(case, ours, native, tmp_p
 
 @pytest.mark.core
 def test_certificates_hold(case, ours, native):
-    """What they say of files is true, and nothing of this machine is in them."""
+    """The hashes of files are right, and no path of this machine is in them."""
     for folder in (ours, native):
         text = (folder / CERTIFICATE).read_text()
         assert str(folder.parent) not in text and str(case.parent) not in text
         certificate = json.loads(text)
         for name, about in certificate["outputs"].items():
-            assert file_sha256(folder / name) == about["sha256"]
+            assert sha256_of(folder / name) == about["sha256"]
         inputs = [about for files in certificate["inputs"].values() for about in files.values()]
         assert inputs and all(len(about["sha256"]) == 64 for about in inputs)
         files = TensorFiles(folder)
@@ -288,7 +293,7 @@ def checks_of(folder: Path) -> dict[str, dict]:
         ("llama", "clip", {"image_aspect_ratio": "anyres"}),
     ],
 )
-def test_composed_llavas_speak_alike(language, vision, options, tmp_path):
+def test_composed_llavas_give_the_same_outputs(language, vision, options, tmp_path):
     export(saved(tmp_path / "ours", "mlp", language, vision, **options), tmp_path / "native")
     found = checks_of(tmp_path / "native")
     assert found["token ids of the prompt"]["equal"] and found["greedy tokens"]["equal"]
@@ -300,7 +305,7 @@ def test_composed_llavas_speak_alike(language, vision, options, tmp_path):
     "args, options, reason",
     [
         (("mlp", "llama", "resnet"), {}, "this one is a CNN"),
-        (("mlp", "llama", "siglip"), {}, "behind its last norm"),
+        (("mlp", "llama", "siglip"), {}, "the output of its last norm"),
         (("mlp", "llama", "clip"), {"projector_type": "linear"}, "this one is linear"),
         (("mlp", "llama", "clip"), {"projector_hidden_size": 24}, "this one 24"),
         (("mlp", "llama", "clip"), {"pooling": "average", "pooling_factor": 2}, "don't pool"),
@@ -313,7 +318,7 @@ def test_composed_llavas_speak_alike(language, vision, options, tmp_path):
     ],
 )
 def test_what_native_classes_can_not_express(args, options, reason, tmp_path):
-    """It is said before anything is written, with what can be done."""
+    """The error comes before anything is written, and says what can be done."""
     ours = saved(tmp_path / "ours", *args, **options)
     with pytest.raises(ConversionError, match=reason) as error:
         export(ours, tmp_path / "native")
@@ -324,7 +329,8 @@ def test_what_native_classes_can_not_express(args, options, reason, tmp_path):
 @pytest.mark.parametrize(
     "args, reason",
     [(("mlp", "qwen2", "clip"), "this one is a qwen2"), (("mlp", "llama", "siglip"), "vision tower is CLIP's"),
-     (("qformer", "gpt2", "clip"), "OPT, T5 and LLaMA"), (("perceiver", "llama", "clip"), "rows of this model's special tokens")],
+     (("qformer", "gpt2", "clip"), "OPT, T5 and LLaMA"),
+     (("perceiver", "llama", "clip"), "rows of this model's special tokens")],
 )  # fmt: skip
 def test_what_official_layouts_can_not_express(args, reason, tmp_path):
     ours = saved(tmp_path / "ours", *args)
@@ -334,7 +340,7 @@ def test_what_official_layouts_can_not_express(args, reason, tmp_path):
 
 
 def test_retrieval_scores_without_this_package(tmp_path):
-    """Stage 1 of a fresh Q-Former on CLIP has no class; on EVA ViT-g's architecture it scores alike."""
+    """There is no class for stage 1 on CLIP; on EVA ViT-g's architecture the scores are the same."""
     model, processor = tiny_stage1()
     model.save_pretrained(tmp_path / "clip")
     processor.save_pretrained(tmp_path / "clip")
@@ -350,7 +356,7 @@ def test_retrieval_scores_without_this_package(tmp_path):
 
 
 def test_a_bridge_fetches_its_frozen_parts(tmp_path):
-    """What is exported from a bridge alone is what is exported from the whole model."""
+    """Exporting a bridge alone gives the same as exporting the full model."""
     model, processor = tiny_model("mlp")
     parts = {"vision": tmp_path / "clip", "language": tmp_path / "llama"}
     model.vision_model.save_pretrained(parts["vision"])
@@ -383,7 +389,7 @@ def test_nothing_is_overwritten(tmp_path):
 
 
 def test_different_models_are_not_certified(tmp_path, monkeypatch):
-    """A class that computes something else is noticed, and nothing is left behind."""
+    """A class that computes other logits is noticed, and nothing is written."""
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
     ours = saved(tmp_path / "ours", "mlp")

@@ -1,8 +1,9 @@
-"""Reading any checkpoint file safely, writing models shard by shard, leaving nothing half-written."""
+"""Checkpoint files are read safely; models are written shard by shard, whole or not at all."""
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,16 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vlbridge.convert import convert_blip, convert_parts
-from vlbridge.convert.convert_files import (
-    FINISHED,
-    TensorFiles,
-    file_sha256,
-    finished_shards,
-    write_tensors,
-    written_whole,
-)
+from vlbridge.convert import convert_assembly, convert_blip
+from vlbridge.convert.convert_files import TensorFiles
 from vlbridge.convert.convert_tables import ConversionError
+from vlbridge.convert.convert_writing import FINISHED, finished_shards, output_folder, write_tensors
+from vlbridge.files import sha256_of
 
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.tensor(True)}
@@ -72,7 +68,7 @@ class Harmful:
         ({}, "no tensors"),
     ],
 )
-def test_what_is_no_checkpoint_is_refused(content, message, tmp_path, capsys):
+def test_files_that_are_not_checkpoints_are_refused(content, message, tmp_path, capsys):
     torch.save(content, tmp_path / "weights.pt")
     with pytest.raises(ConversionError, match=message):
         TensorFiles(tmp_path / "weights.pt")
@@ -110,23 +106,40 @@ def test_shards_read_back(shard_bytes, tmp_path):
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path):
-    with pytest.raises(RuntimeError), written_whole(tmp_path / "model") as folder:
+    with pytest.raises(RuntimeError), output_folder(tmp_path / "model") as folder:
         (folder / "model.safetensors").write_text("half")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
-    with written_whole(tmp_path / "model") as folder:
+    with output_folder(tmp_path / "model") as folder:
         (folder / "config.json").write_text("{}")
-    with pytest.raises(ConversionError, match="holds a model already"), written_whole(tmp_path / "model"):
+    with pytest.raises(ConversionError, match="holds a model already"), output_folder(tmp_path / "model"):
         pass
-    with pytest.raises(ConversionError, match="is a file"), written_whole(tmp_path / "model" / "config.json"):
+    with pytest.raises(ConversionError, match="is a file"), output_folder(tmp_path / "model" / "config.json"):
         pass
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o002])
+@pytest.mark.parametrize("key", [None, "0" * 64])
+def test_permissions_follow_the_umask(mask, key, tmp_path, monkeypatch):
+    """As with any new file; the umask itself is never changed, as other threads may be creating files."""
+    before = os.umask(mask)
+    try:
+        with monkeypatch.context() as patch:
+            patch.delattr(os, "umask")
+            with output_folder(tmp_path / "model", key) as folder:
+                write_tensors(folder, entries([]), 1)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o777 & ~mask
+    assert set(modes.values()) == {0o666 & ~mask} and len(modes) == 4
 
 
 # ---------------------------------------------------------------------- interruptions
 
 
 def entries(read: list[str], stop: str | None = None):
-    """What `write_tensors` takes, as three shards of 24, 8 and 1 bytes; the user interrupts at one of them."""
+    """Arguments for `write_tensors`: three tensors of 24, 8 and 1 bytes; loading `stop` interrupts the run."""
 
     def give(name):
         if name == stop:
@@ -138,15 +151,15 @@ def entries(read: list[str], stop: str | None = None):
 
 
 def interrupt(output: Path, key: str) -> Path:
-    with pytest.raises(KeyboardInterrupt, match="2 finished files stay in"), written_whole(output, key) as folder:
+    with pytest.raises(KeyboardInterrupt, match="2 finished files stay in"), output_folder(output, key) as folder:
         write_tensors(folder, entries([], stop="c"), 1)
     assert not output.exists()
     return folder
 
 
 @pytest.mark.parametrize("damage", [None, "bits", "length", "record", "half"])
-def test_an_interrupted_run_goes_on(damage, tmp_path):
-    """Finished shards are kept, and written again only where they are not what they were."""
+def test_an_interrupted_run_is_resumed(damage, tmp_path):
+    """Finished shards are kept, and written again only if they have changed since."""
     folder = interrupt(tmp_path / "model", "0" * 64)
     first = folder / "model-00001-of-00003.safetensors"
     assert sorted(finished_shards(folder)) == ["model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"]
@@ -159,7 +172,7 @@ def test_an_interrupted_run_goes_on(damage, tmp_path):
     else:
         (folder / "model-00003-of-00003.safetensors.part").write_text("half")
     read = []
-    with written_whole(tmp_path / "model", "0" * 64) as folder:
+    with output_folder(tmp_path / "model", "0" * 64) as folder:
         write_tensors(folder, entries(read), 1)
         (folder / "config.json").write_text("{}")
     assert read == {None: ["c"], "half": ["c"], "record": ["a", "b", "c"]}.get(damage, ["a", "c"])
@@ -169,25 +182,25 @@ def test_an_interrupted_run_goes_on(damage, tmp_path):
     assert all(torch.equal(files.read(name), tensor) for name, tensor in TENSORS.items())
 
 
-def test_other_inputs_begin_anew(tmp_path):
+def test_other_inputs_start_from_scratch(tmp_path):
     interrupt(tmp_path / "model", "0" * 64)
     read = []
-    with written_whole(tmp_path / "model", "1" * 64) as folder:
+    with output_folder(tmp_path / "model", "1" * 64) as folder:
         write_tensors(folder, entries(read), 1)
     assert read == ["a", "b", "c"]
 
 
-def test_an_error_is_no_interruption(tmp_path):
-    with pytest.raises(RuntimeError), written_whole(tmp_path / "model", "0" * 64) as folder:
+def test_an_error_leaves_nothing_to_resume(tmp_path):
+    with pytest.raises(RuntimeError), output_folder(tmp_path / "model", "0" * 64) as folder:
         write_tensors(folder, entries([]), 1)
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
-def test_two_runs_do_not_write_the_same(tmp_path):
-    with written_whole(tmp_path / "model", "0" * 64) as folder:
-        with pytest.raises(ConversionError, match="Another process"), written_whole(tmp_path / "model", "0" * 64):
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    with output_folder(tmp_path / "model", "0" * 64) as folder:
+        with pytest.raises(ConversionError, match="Another process"), output_folder(tmp_path / "model", "0" * 64):
             pass
         (folder / "config.json").write_text("{}")
     assert (tmp_path / "model" / "config.json").exists()
@@ -198,8 +211,8 @@ HEADS = {"vision_config": {"num_attention_heads": 4}, "text_config": {"num_atten
 KILLED = """
 import json, os, signal, sys
 from functools import partial
-from vlbridge.convert import convert_blip, convert_parts
-from vlbridge.convert.convert_files import finished_shards
+from vlbridge.convert import convert_assembly, convert_blip
+from vlbridge.convert.convert_writing import finished_shards
 
 def write(folder, entries, **options):
     def dying(name, read):
@@ -209,14 +222,14 @@ def write(folder, entries, **options):
     entries = [(*entry[:3], partial(dying, entry[0], entry[3])) for entry in entries]
     convert_files_write(folder, entries, 40_000, **options)
 
-convert_files_write, convert_parts.write_tensors = convert_parts.write_tensors, write
+convert_files_write, convert_assembly.write_tensors = convert_assembly.write_tensors, write
 convert_blip(sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4]))
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no SIGKILL")
-def test_a_killed_conversion_goes_on(tmp_path, monkeypatch):
-    """Of a real converter, in a process of its own, killed while it writes its fourth shard."""
+def test_a_killed_conversion_is_resumed(tmp_path, monkeypatch):
+    """A real converter in its own process is killed while it writes its fourth shard."""
     bert = BLIP / "bert-base-uncased"
     arguments = [BLIP / "itm.pth", tmp_path / "model", bert, json.dumps(HEADS)]
     done = subprocess.run([sys.executable, "-c", KILLED, *map(str, arguments)], capture_output=True, text=True)
@@ -226,9 +239,9 @@ def test_a_killed_conversion_goes_on(tmp_path, monkeypatch):
     before = {path.name: path.stat().st_mtime_ns for path in left.glob("*.safetensors")}
     assert len(before) == 3
 
-    # with other settings it is another conversion
+    # other settings make another conversion
     other = {**HEADS, "text_config": {"num_attention_heads": 2}}
-    monkeypatch.setattr(convert_parts, "write_tensors", partial(write_tensors, shard_bytes=40_000))
+    monkeypatch.setattr(convert_assembly, "write_tensors", partial(write_tensors, shard_bytes=40_000))
     convert_blip(BLIP / "itm.pth", tmp_path / "other", bert, other)
     assert left.is_dir()
     convert_blip(BLIP / "itm.pth", tmp_path / "model", bert, HEADS)
@@ -237,16 +250,16 @@ def test_a_killed_conversion_goes_on(tmp_path, monkeypatch):
     assert len(after) > 3 and {name: after[name] for name in before} == before
     certificate = json.loads((tmp_path / "model" / "conversion.json").read_text())
     for name in after:
-        assert certificate["outputs"][name]["sha256"] == file_sha256(tmp_path / "model" / name)
-        assert file_sha256(tmp_path / "model" / name) == file_sha256(tmp_path / "other" / name)
+        assert certificate["outputs"][name]["sha256"] == sha256_of(tmp_path / "model" / name)
+        assert sha256_of(tmp_path / "model" / name) == sha256_of(tmp_path / "other" / name)
 
 
 # ---------------------------------------------------------------------- what is written
 
 
 @pytest.mark.core
-def test_others_read_what_is_written(tmp_path):
-    """safetensors' own reader, also where dtypes of several sizes are in one file."""
+def test_safetensors_reads_what_is_written(tmp_path):
+    """With dtypes of several sizes in one file, too."""
     given = {**TENSORS, "d": torch.arange(3, dtype=torch.int8), "\u00e9": torch.ones(2, 2, dtype=torch.float64).T}
     write_tensors(
         tmp_path,
@@ -254,7 +267,7 @@ def test_others_read_what_is_written(tmp_path):
     )
     loaded = load_file(tmp_path / "model.safetensors")
     assert loaded.keys() == given.keys() and all(torch.equal(loaded[name], given[name]) for name in given)
-    assert finished_shards(tmp_path)["model.safetensors"]["sha256"] == file_sha256(tmp_path / "model.safetensors")
+    assert finished_shards(tmp_path)["model.safetensors"]["sha256"] == sha256_of(tmp_path / "model.safetensors")
 
 
 def test_a_tensor_that_is_not_what_was_announced_is_refused(tmp_path):
@@ -278,13 +291,13 @@ def test_views_of_one_storage(zipped, tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_small_file_that_says_it_is_large_is_refused(zipped, tmp_path):
+def test_a_small_file_that_claims_to_be_large_is_refused(zipped, tmp_path):
     torch.save({"a": torch.ones(1).expand(10**12)}, tmp_path / "bomb.pt", _use_new_zipfile_serialization=zipped)
     with pytest.raises(ConversionError, match=r"a is \[1000000000000\] of torch.float32, but its storage has 4 bytes"):
         TensorFiles(tmp_path / "bomb.pt")
 
 
-def test_one_flipped_bit_is_found_where_there_are_checksums(tmp_path):
+def test_one_flipped_bit_is_found_if_there_are_checksums(tmp_path):
     torch.save(TENSORS, tmp_path / "a.pt")
     data = bytearray((tmp_path / "a.pt").read_bytes())
     place = data.index(TENSORS["a"].numpy().tobytes())

@@ -1,12 +1,13 @@
-"""Seeded corruptions of checkpoints: each is refused by name, or changes nothing; none runs code, crashes or leaves files behind.
+"""Seeded corruptions of checkpoints: each is refused by name, or changes nothing; none runs code, crashes or leaves
+files behind.
 
-The real converters run on the parity cases, whose checkpoints are laid out anew and then damaged. "Refused" is one
-`ConversionError` that names the tensor or the file; "changes nothing" is an output that is the same bit by bit (padding in
-a zip, tensors that are not taken over).
+The real converters run on the parity cases, whose checkpoints are written in other layouts and then damaged. "Refused"
+is one `ConversionError` that names the tensor or the file; "changes nothing" is an output that is the same bit by bit
+(padding in a zip, tensors that are not used).
 
-What can't be known: a flipped bit in the numbers of a safetensors file or of `torch.save`'s old format, which have no checksums,
-as long as the number stays finite; and whatever makes another valid model, such as one latent less in a resampler (`FREE`).
-Flipped bits in today's format of `torch.save` are all found: its CRC-32s are compared.
+What can't be known: a flipped bit in the numbers of a safetensors file or of `torch.save`'s old format, which have no
+checksums, as long as the number stays finite; and whatever makes another valid model, such as one latent less in a
+resampler (`FREE`). Flipped bits in today's format of `torch.save` are all found: its CRC-32s are compared.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ SETTINGS = {  # what shapes don't tell
     "openflamingo": {"vision_config": {"num_attention_heads": CLIP["width"] // CLIP["head_width"]}},
 }
 
-# from a checkpoint and a folder to write to
+# converters, given a checkpoint and a folder to write to
 CONVERTERS = {
     "blip": lambda checkpoint, output: convert_blip(
         checkpoint,
@@ -81,7 +82,7 @@ CHECKPOINTS = {
     "openflamingo": FLAMINGO / "checkpoint.pt",
 }
 WRAPPERS = {"blip": "model", "blip2": "model", "llava": None, "openflamingo": "model_state_dict"}
-# tensors that alone tell one of the model's sizes: with another length they make another model, which is as valid
+# tensors that alone determine a size of the model: with another length they make another valid model
 FREE = {"perceiver.latents", "perceiver.frame_embs", "perceiver.media_time_embs", "query_tokens"}
 FREE |= {"text_encoder.embeddings.position_embeddings.weight", "Qformer.bert.embeddings.position_embeddings.weight"}
 ROUNDS = 2  # of every corruption, family and layout
@@ -101,7 +102,7 @@ def tensors() -> dict[str, dict[str, torch.Tensor]]:
 
 
 def lay_out(given: dict[str, torch.Tensor], folder: Path, layout: str, family: str) -> tuple[Path, Path]:
-    """Write a checkpoint; what the converter is given, and the file that is to be damaged."""
+    """Write a checkpoint; returns the converter's argument, and the file that is to be damaged."""
     folder.mkdir(parents=True)
     if family == "llava":
         for path in (LLAVA / "checkpoint").iterdir():
@@ -135,7 +136,7 @@ def written(folder: Path) -> dict[str, tuple]:
 
 @pytest.fixture(scope="module")
 def clean(tensors, tmp_path_factory):
-    """By family: what an undamaged checkpoint becomes, and which of the output's names stand for each of its keys."""
+    """By family: the conversion of an undamaged checkpoint, and the output's names for each of its keys."""
     folder = tmp_path_factory.mktemp("clean")
     found = {}
     for family in CONVERTERS:
@@ -150,7 +151,7 @@ def clean(tensors, tmp_path_factory):
 
 
 # ---------------------------------------------------------------------- corruptions
-# of tensors: they change the dict, and return the keys that they changed
+# corruptions of tensors change the dictionary, and return the keys that they changed
 
 
 def pick(rng: random.Random, given: dict, at_least: int = 0) -> str:
@@ -262,7 +263,7 @@ OF_TENSORS = {
     "no rows": without_rows,
 }
 
-# of bytes: they are given the file's and return others
+# corruptions of bytes take the content of a file, and return another
 
 
 def truncated(rng, data):
@@ -471,7 +472,7 @@ INDEX = {
 
 
 class Call:
-    """Pickles into a call."""
+    """An object whose pickle is a call."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -510,7 +511,7 @@ PICKLES = {
 def attempt(
     family: str, checkpoint: Path, folder: Path, names: set[str], expected: dict, kind: str, free: bool = False
 ):
-    """Convert what was damaged: it is refused by one of these names, or nothing has changed.
+    """Convert a damaged checkpoint: it is refused with one of these names, or the output has not changed.
 
     Args:
         family: Whose converter.
@@ -563,7 +564,8 @@ def test_damaged_tensors(corruption, family, tensors, clean, tmp_path, target):
         if layout == "safetensors":  # which takes no tensors that share memory
             given = {name: tensor.contiguous().clone() for name, tensor in given.items()}
         checkpoint, file = lay_out(given, tmp_path / f"in{number}", layout, family)
-        # a converter may name the tensor as it is called without prefixes or by what it becomes, or the module that is incomplete
+        # a converter may name the tensor as it is called without prefixes or by what it becomes, or the module that is
+        # incomplete
         accepted = set()
         for key in {*keys, *(key.removeprefix("module.") for key in keys)}:
             accepted |= {key, key.rpartition(".")[0] or key, *names.get(key, [])}
@@ -572,7 +574,7 @@ def test_damaged_tensors(corruption, family, tensors, clean, tmp_path, target):
 
 
 def test_another_size_is_another_model(tensors, clean, tmp_path, target):
-    """What can't be known: nothing else tells how many latents there were."""
+    """This can't be noticed: nothing else tells how many latents there were."""
     given = dict(tensors["openflamingo"])
     (key,) = (key for key in given if key.endswith("perceiver.latents"))
     given[key] = given[key][:-1].clone()
@@ -646,7 +648,7 @@ def test_malicious_pickles(place, family, tensors, clean, tmp_path, target):
 
 
 @pytest.mark.parametrize("family", CONVERTERS)
-def test_the_command_says_it_in_one_line(family, tensors, tmp_path, target):
+def test_the_command_reports_it_in_one_line(family, tensors, tmp_path, target):
     given = dict(tensors[family])
     (key,) = put(float("nan"), seeded(family), given)
     checkpoint, _ = lay_out(given, tmp_path / "in", "zip", family)
@@ -669,7 +671,7 @@ def test_the_command_says_it_in_one_line(family, tensors, tmp_path, target):
 
 
 def test_counts(record_property):
-    """At least 500 when the whole file runs; by kind in the report."""
+    """At least 500 if the whole file runs; the report counts them by kind."""
     total = sum((count for count in COUNTS.values()), Counter())
     record_property("corruptions", {kind: dict(count) for kind, count in COUNTS.items()})
     print(f"\n{sum(total.values())} corruptions of {len(COUNTS)} kinds: {dict(total)}")

@@ -34,17 +34,12 @@ from vlbridge.configuration import MLPLlavaConfig
 from vlbridge.configuration.configuration_llava import anyres_layout
 from vlbridge.convert import ConversionError, convert_llava
 from vlbridge.convert.convert_files import TensorFiles
-from vlbridge.convert.convert_llava import (
-    Checkpoint,
-    checkpoint_table,
-    conversation_of,
-    infer_projector,
-    infer_text_config,
-    plan_conversion,
-    usual_names,
-)
-from vlbridge.convert.convert_parts import OPEN_CLIP_TABLE
+from vlbridge.convert.convert_llava import plan_conversion
+from vlbridge.convert.convert_llava_checkpoint import Checkpoint, infer_projector, infer_text_config
+from vlbridge.convert.convert_llava_names import checkpoint_table, usual_names
+from vlbridge.convert.convert_llava_processor import conversation_of
 from vlbridge.convert.convert_tables import invert, plan
+from vlbridge.convert.convert_vision import OPEN_CLIP_TABLE
 
 
 MANIFESTS = Path(__file__).parent / "manifests"
@@ -53,7 +48,7 @@ PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
 class Manifest:
-    """Checkpoints of which only names, shapes and dtypes are known."""
+    """Checkpoints with names, shapes and dtypes, but no data."""
 
     def __init__(self, content: dict, path: str = "manifest"):
         self.path = path
@@ -77,7 +72,7 @@ RELEASES = sorted({name.rpartition(".")[0] for name in INDEX})
 
 
 def official_config(release: str) -> dict:
-    """What the release's `config.json` says, as far as it matters here."""
+    """The fields of the release's `config.json` that these tests need."""
     size = release.rpartition("_")[2]
     fields = {"model_type": "llava_llama", **VICUNA[size], "vocab_size": 32003 if "v1_" in release else 32000}
     fields["mm_projector_type"] = "linear" if "v1_" in release else "mlp2x_gelu"
@@ -117,7 +112,7 @@ def count(content: dict) -> int:
 
 @pytest.mark.parametrize("release", RELEASES)
 def test_full_size_manifests_map_completely(release):
-    """As released, and with the vision tower and the buffers that older or self-trained checkpoints have besides."""
+    """As released, and with the vision tower and the buffers that older or self-trained checkpoints hold."""
     checkpoint, fields = manifest(f"{release}.checkpoint"), official_config(release)
     assert len(checkpoint) == INDEX[f"{release}.checkpoint"]["n_keys"]
     assert count(checkpoint) == INDEX[f"{release}.checkpoint"]["n_elements"]
@@ -162,7 +157,7 @@ def test_full_size_projectors_map_completely(release):
 
 
 def test_the_34b_maps_completely():
-    """Of which there is no manifest: Yi's names from transformers' own class, LLaVA's parts from the 13B's."""
+    """It has no manifest: Yi's names come from transformers' class, LLaVA's parts from the 13B."""
     smaller = manifest("llava_v1.6_vicuna_13b.checkpoint")
     with torch.device("meta"):
         language = LlamaForCausalLM(LlamaConfig(**YI))
@@ -213,7 +208,7 @@ def test_one_tensor_under_two_names_is_refused():
 
 
 def official_tensors(model, vision: bool = True) -> dict[str, torch.Tensor]:
-    """A model of ours as the official code saves it: by the table, read backwards."""
+    """A model of vlbridge as the official code would save it: with the inverted table."""
     tensors = model.state_dict()
     pieces = plan(invert(checkpoint_table(model.config, tensors)), tensors)
     official = {name: piece.load(tensors.__getitem__).clone() for name, piece in pieces.items()}
@@ -282,7 +277,7 @@ def test_every_way_of_saving_gives_the_same_model(parts, tmp_path, layout, tower
         if layout == "deepspeed":
             tensors = {"module": {f"module.{name}": tensor for name, tensor in tensors.items()}, "global_step": 1}
         torch.save(tensors, place / ("consolidated.pt" if layout == "one file" else "pytorch_model.bin"))
-    # the release's own projector lies beside the whole
+    # the release also has its projector in a file
     shutil.copy(folder / "mm_projector.bin", place)
     done = convert_llava(place / "consolidated.pt" if layout == "one file" else place, output=tmp_path / "out")
     assert done.notes == []
@@ -307,7 +302,7 @@ def test_other_projectors(projector_type, tmp_path):
 
 
 def test_half_precision_stays(parts, tmp_path):
-    """All parts are loaded as the language model was saved, whatever the vision encoder's file has."""
+    """All parts are loaded in the dtype of the language model, whatever that of the vision encoder's file."""
     folder, model = parts
     place = shutil.copytree(folder / "llava", tmp_path / "checkpoint")
     tensors = {name: tensor.half() for name, tensor in official_tensors(model, vision=False).items()}
@@ -315,7 +310,7 @@ def test_half_precision_stays(parts, tmp_path):
     convert_llava(place, output=tmp_path / "out")
     loaded = AutoModel.from_pretrained(tmp_path / "out")
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float16}
-    # a merged weight too
+    # merged weights keep it, too
     lora(folder, model, tmp_path / "lora")
     llm = shutil.copytree(folder / "llm", tmp_path / "llm")
     save_file({k: t.half() for k, t in load_file(llm / "model.safetensors").items()}, llm / "model.safetensors")
@@ -323,7 +318,7 @@ def test_half_precision_stays(parts, tmp_path):
     assert TensorFiles(tmp_path / "merged").dtypes["language_model.model.layers.0.mlp.up_proj.weight"] == torch.float16
 
 
-def test_the_tower_in_the_checkpoint_counts(parts, tmp_path):
+def test_the_tower_in_the_checkpoint_is_used(parts, tmp_path):
     folder, model = parts
     place = shutil.copytree(folder / "llava", tmp_path / "checkpoint")
     trained = official_tensors(model)
@@ -367,7 +362,7 @@ def test_an_encoder_in_open_clips_layout(parts, tmp_path):
 
 
 def test_tokens_around_images(parts, tmp_path):
-    """v1's projector with `<im_start>` and `<im_end>`: their rows come with it, the head's are the mean of the others."""
+    """v1's projector with `<im_start>` and `<im_end>`: it brings their rows; the head's are the mean of the others."""
     folder, model = parts
     old = model.get_input_embeddings().weight
     rows = torch.randn(2, old.shape[1])
@@ -396,7 +391,7 @@ def test_tokens_around_images(parts, tmp_path):
 
 
 def lora(folder: Path, model, place: Path, kind: str = "safetensors", **settings) -> LlamaForCausalLM:
-    """A fine-tune as the official code leaves it behind; returns the language model as PEFT merges it."""
+    """Write a fine-tune as the official code does; returns the language model as PEFT merges it."""
     place.mkdir()
     base = LlamaForCausalLM.from_pretrained(folder / "llm")
     targets = ["q_proj", "v_proj", "up_proj", "down_proj"]
@@ -444,7 +439,7 @@ def test_lora_is_merged_as_peft_merges_it(parts, tmp_path, kind, settings):
 
 
 def test_lora_on_a_llava(parts, tmp_path):
-    """The base is a LLaVA that the adapter names; its projector stayed frozen, so that only the base has it."""
+    """The base is a LLaVA that the adapter names; its projector stayed frozen, so only the base has it."""
     folder, model = parts
     merged = lora(folder, model, tmp_path / "lora")
     (tmp_path / "lora" / "non_lora_trainables.bin").unlink()
@@ -466,7 +461,7 @@ def test_lora_on_a_llava(parts, tmp_path):
         ({"use_dora": True}, {}, "DoRA"),
         ({"peft_type": "LOHA"}, {}, "LOHA"),
         ({}, {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": None}, "only one of LoRA's two"),
-        ({}, {"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(3, 100)}, "lora_embedding_A is none of"),
+        ({}, {"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(3, 100)}, "lora_embedding_A is not"),
         ({}, {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(3, 5)}, r"of \[32, 5\]"),
         ({}, {"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": torch.ones(3, 32),
               "base_model.model.model.layers.7.self_attn.q_proj.lora_B.weight": torch.ones(32, 3)}, "layers.7"),
@@ -489,7 +484,7 @@ def test_adapters_that_do_not_fit_are_refused(parts, tmp_path, settings, tensors
 
 
 def native(kind: str, folder: Path):
-    """A repository as `llava-hf/*` are: `<image>` has a row in the language model's table."""
+    """A repository like `llava-hf/*`: `<image>` has a row in the language model's table."""
     torch.manual_seed(3)
     config_class, model_class = {
         "llava": (LlavaConfig, LlavaForConditionalGeneration),
@@ -596,9 +591,9 @@ def test_chatml_ends_a_turn(parts, tmp_path):
     assert asked.endswith("<|im_start|>user\nwhat?<|im_end|><|im_start|>assistant\n")
 
 
-def test_text_behind_an_image_is_tokenised_like_a_text(tmp_path):
-    """The releases' tokenizers put sentencepiece's space in front of a whole text only (`legacy` is false), but the official
-    code tokenises what is behind an image by itself."""
+def test_text_after_an_image_is_tokenised_like_separate_text(tmp_path):
+    """The releases' tokenizers put sentencepiece's space before a whole text only (`legacy` is false), but the
+    official code tokenises the text after an image separately."""
     pytest.importorskip("google.protobuf", reason="transformers reads sentencepiece files by it")
     place = shutil.copytree(CASE / "checkpoint", tmp_path / "checkpoint")
     settings = json.loads((place / "tokenizer_config.json").read_text())
@@ -613,7 +608,7 @@ def test_text_behind_an_image_is_tokenised_like_a_text(tmp_path):
         image = processor.image_token_id
         once = [token for index, token in enumerate(ids) if token != image or ids[index - 1] != image]
         assert [-200 if token == image else token for token in once] == official
-    # behind other special tokens nothing is put
+    # after other special tokens nothing is added
     assert processor.tokenizer.tokenize("</s>USER") != processor.tokenizer.tokenize("</s> USER")
 
 
@@ -637,8 +632,8 @@ def test_official_pinpoints_have_the_width_first(tmp_path):
         (lambda tensors: tensors.pop("model.mm_projector.0.bias"), "missing: bridge.linear_1.bias"),
         (lambda tensors: tensors.update({"model.extra": torch.ones(1)}), "conversion table: model.extra"),
         (lambda tensors: tensors.update({"model.mm_projector.2.weight": torch.ones(32, 9)}), "expected .32, 32."),
-        (lambda tensors: tensors.update({"model.mm_projector.0.weight": torch.ones(32, 9)}), "width 9, but the vision enc"),
-        (lambda tensors: tensors.update({"model.mm_projector.2.weight": torch.ones(9, 32)}), "width 9, but the language"),
+        (lambda tensors: tensors.update({"model.mm_projector.0.weight": torch.ones(32, 9)}), "width 9, but the vision"),
+        (lambda tensors: tensors.update({"model.mm_projector.2.weight": torch.ones(9, 32)}), "width 9, but the lang"),
         (lambda tensors: tensors.update({"model.mm_projector.query": torch.ones(1)}), "neither linear nor an MLP"),
         (lambda tensors: tensors.update({"model.mm_projector.0.weight": torch.ones(0)}), "ZeRO-3"),
         (lambda tensors: tensors.pop("lm_head.weight"), "missing: language_model.lm_head.weight"),
@@ -660,7 +655,7 @@ def test_a_changed_checkpoint_is_refused(parts, tmp_path, change, message):
     [
         ({"image_aspect_ratio": "anyres_max_9"}, "expected square, pad or anyres"),
         ({"image_aspect_ratio": "anyres"}, "image_grid_pinpoints None; expected a list"),
-        ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": "(1x1),...,(6x6)"}, "expected a list of .width, height"),
+        ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": "(1x1),...,(6x6)"}, "expected a list of .width"),
         ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[30, 60]], "mm_patch_merge_type": "spatial_unpad"},
          "image_newline, which is not in the checkpoint"),
         ({"mm_vision_select_feature": "cls"}, "expected patch or cls_patch"),
@@ -752,7 +747,8 @@ def test_command_line(parts, tmp_path):
     assert done.exit_code == 0 and "mlp_llava" in done.output and "is not used" in done.output, done.output
     (tmp_path / "config.json").write_text(json.dumps({"vision_feature_layer": -2}))
     done = run("--checkpoint", folder / "mm_projector.bin", "--vision", folder / "clip", "--language", folder / "llm",
-               "--conversation", "vicuna_v1", "--config", tmp_path / "config.json", "--output", tmp_path / "out")  # fmt: skip
+               "--conversation", "vicuna_v1", "--config", tmp_path / "config.json",
+               "--output", tmp_path / "out")  # fmt: skip
     assert done.exit_code == 0, done.output
     assert_same(tmp_path / "out", model)
     assert "ASSISTANT" in AutoProcessor.from_pretrained(tmp_path / "out").chat_template

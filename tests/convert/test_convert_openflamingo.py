@@ -1,4 +1,4 @@
-"""OpenFlamingo's layouts: full-size manifests map completely, every spelling of the keys is known, errors are loud.
+"""OpenFlamingo's layouts: full-size manifests map completely, all spellings of the keys are known, errors are raised.
 
 The numbers of converted models are compared with the official ones in tests/parity.
 """
@@ -33,12 +33,12 @@ from vlbridge.convert import ConversionError, convert_openflamingo
 from vlbridge.convert.convert_openflamingo import (
     checkpoint_table,
     infer_config,
-    open_clip_config,
     plan_conversion,
     resized_text_config,
     usual_names,
 )
 from vlbridge.convert.convert_tables import invert, plan
+from vlbridge.convert.convert_vision import open_clip_config
 from vlbridge.modeling import PerceiverFlamingoForConditionalGeneration
 
 
@@ -47,7 +47,7 @@ NUM_TOKENS = 50280
 
 
 class Manifest:
-    """A checkpoint of which only names, shapes and dtypes are known."""
+    """A checkpoint with names, shapes and dtypes, but no data."""
 
     def __init__(self, name: str, prefix: str = ""):
         content = json.loads(gzip.decompress((MANIFESTS / f"{name}.json.gz").read_bytes()))
@@ -90,7 +90,7 @@ def test_full_size_manifests_map_completely(checkpoint, every):
     assert (config.num_latents, config.resampler_depth, config.resampler_num_heads) == (64, 6, 8)
     assert (config.cross_attention_every_n_layers, config.cross_attention_num_heads) == (every, 8)
     done = plan_conversion(manifest, vision, Manifest(checkpoint.split(".")[0] + ".base_lm"), config)
-    # every key of the checkpoint that is not a buffer of the language model has gone somewhere
+    # all keys of the checkpoint are used, except for buffers of the language model
     used = {source for files, piece, _ in done.pieces.values() for source in piece.sources if files.path == checkpoint}
     left = {key for key in manifest.shapes if key not in used}
     assert all(re.search(r"attention\.(bias|masked_bias|rotary_emb\.inv_freq)$", key) for key in left)
@@ -106,7 +106,7 @@ def test_full_size_manifests_map_completely(checkpoint, every):
 def test_the_table_leads_back():
     manifest = Manifest("openflamingo_3b_vitl_mpt1b.checkpoint")
     config = infer_config(manifest.shapes, CLIPVisionConfig(), resized_text_config(MosaicGPTConfig(), {}, NUM_TOKENS))
-    table = checkpoint_table(config, ["transformer.wte.weight"])
+    table = checkpoint_table(config, ["language_model.transformer.wte.weight"])
     there = plan(table, manifest.shapes)
     back = plan(invert(table), there)
     assert {name: piece.sources[0] for name, piece in back.items()} == {
@@ -132,14 +132,14 @@ def test_keys_of_the_first_release_and_of_distributed_training():
     ]
 
 
-# ---------------------------------------------------------------------- from end to end, with a LLaMA as in the first 9B
+# ---------------------------------------------------------------------- from end to end, with LLaMA
 
 EVERY, LAYERS, WIDTH = 2, 4, 32
 
 
 @pytest.fixture(scope="module")
 def first_9b(tmp_path_factory):
-    """A model of ours, written as the first release wrote its own: by the table, read backwards.
+    """A model of vlbridge, written as the first release was: with the inverted table.
 
     LLaMA's head is not in such files, as its name lacks "embed": the two new tokens' rows of it are lost.
     """
@@ -172,7 +172,7 @@ def first_9b(tmp_path_factory):
     theirs["model.embed_tokens.weight"] = model.language_model.model.embed_tokens.weight.detach().clone()
     model.language_model.load_state_dict(theirs)
 
-    table = checkpoint_table(config, ["model.embed_tokens.weight"])
+    table = checkpoint_table(config, ["language_model.model.embed_tokens.weight"])
     trained = {
         name: tensor
         for name, tensor in model.state_dict().items()
@@ -210,7 +210,7 @@ def test_the_first_release_comes_back(first_9b, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, atol=1e-6, rtol=0)
     assert loaded.generation_config.eos_token_id == processor.tokenizer.convert_tokens_to_ids("<|endofchunk|>")
-    # it is an ordinary model: once more to disk and back
+    # it is an ordinary model, which can be saved and loaded again
     loaded.save_pretrained(tmp_path / "again")
     again = AutoModel.from_pretrained(tmp_path / "again")
     assert torch.equal(again(**inputs).logits, loaded(**inputs).logits)
@@ -250,7 +250,7 @@ def test_a_changed_checkpoint_is_refused(first_9b, tmp_path, change, message):
 
 def test_wrong_parts_are_named(first_9b, tmp_path):
     folder, _ = first_9b
-    with pytest.raises(ConversionError, match=r"front of layers \[1, 3\]"):
+    with pytest.raises(ConversionError, match=r"before layers \[1, 3\]"):
         convert_openflamingo(
             folder / "checkpoint.pt", folder / "clip", folder / "llama", tmp_path / "out", cross_attn_every_n_layers=1
         )

@@ -1,4 +1,4 @@
-"""Tables: full matches only, nothing unmapped, and the same table for the way back."""
+"""Tables: names match in full, no key is left over, and one table serves both directions."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vlbridge.convert.convert_tables import (
     Reshape,
     Split,
     Twin,
+    ZeroKeyBias,
     check,
     dropped,
     invert,
@@ -43,7 +44,7 @@ def converted(table, tensors):
     return {name: piece.load(tensors.__getitem__) for name, piece in plan(table, tensors).items()}
 
 
-def test_there_and_back():
+def test_both_directions():
     there = converted(TABLE, TENSORS)
     assert set(there) == {
         *(f"layers.{n}.{part}" for n in (0, 10) for part in ("layer_norm.weight", "q", "k", "v")),
@@ -53,7 +54,7 @@ def test_there_and_back():
     shapes = {name: tuple(tensor.shape) for name, tensor in TENSORS.items()}
     for name, piece in plan(TABLE, TENSORS).items():
         assert piece.shape(shapes) == tuple(there[name].shape)
-    # parts of one size are split again; this Fuse's are not, so that its way back is another table's business
+    # equal parts can be split again; those of this Fuse are not equal
     back = converted(invert(TABLE[:2]), {name: tensor for name, tensor in there.items() if name != "head.fused"})
     assert back.keys() == {name for name in TENSORS if "body" in name and "cache" not in name}
     for name, tensor in back.items():
@@ -61,7 +62,26 @@ def test_there_and_back():
     assert invert([Drop("a", "why")]) == []
 
 
-def test_scalars_there_and_back():
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Rename("a.{}", "b.{}"),
+        Split("a", ("b", "c")),
+        Fuse(("a", "b"), "c"),
+        Reshape("a", "b", (), (1,)),
+        Twin("a", "b"),
+        ZeroKeyBias(("q.{}", "v.{}"), "qkv.{}"),
+    ],
+    ids=lambda rule: type(rule).__name__,
+)
+def test_rules_know_their_inverse(rule):
+    assert rule.inverse() != rule and rule.inverse().inverse() == rule
+    longer = rule.renamed(lambda name: f"source.{name}", lambda name: f"target.{name}")
+    assert all(name.startswith("source.") for name in longer.source_names)
+    assert all(name.startswith("target.") for name in longer.inverse().source_names)
+
+
+def test_scalars_in_both_directions():
     table, tensors = [Reshape("temp", "temperature", (), (1,))], {"temp": torch.tensor(0.07)}
     there = converted(table, tensors)
     assert there["temperature"].tolist() == [tensors["temp"].item()]
@@ -81,7 +101,7 @@ def test_scalars_there_and_back():
         (TABLE, ["head.up"], "Parts are missing of head.fused"),
     ],
 )
-def test_what_does_not_fit_is_refused(table, keys, message):
+def test_keys_that_do_not_fit_are_refused(table, keys, message):
     with pytest.raises(ConversionError, match=message):
         plan(table, keys)
 
@@ -91,13 +111,13 @@ def test_what_does_not_fit_is_refused(table, keys, message):
     [({"a": (1,)}, "1 tensors are missing: b"), ({"a": (1,), "b": (2,), "c": ()}, "no place in the model: c"),
      ({"a": (1,), "b": (3,)}, r"b is \[3\], expected \[2\]")],
 )  # fmt: skip
-def test_check_is_loud(given, message):
+def test_check_raises(given, message):
     check({"a": (1,), "b": (2,)}, {"a": (1,), "b": (2,)}, "it")
     with pytest.raises(ConversionError, match=message):
         check(given, {"a": (1,), "b": (2,)}, "it")
 
 
-def test_second_copies_and_what_a_layout_lacks():
+def test_second_copies_and_missing_tensors():
     table = [Rename("a", "b"), Twin("copy", "b"), Missing("c", "it has none"), Drop("old", "a buffer")]
     assert twins(table, ["a", "copy"]) == {"copy": "b"}
     assert dropped(table, ["a", "old"]) == {"old": "a buffer"}

@@ -1,7 +1,8 @@
-"""`pytest tests/parity --parity-root DIR` runs every case in `DIR/<family>/<case>`, of whichever families there are some.
+"""`pytest tests/parity --parity-root DIR` runs every case in `DIR/<family>/<case>`, of whichever families there are
+some.
 
-A folder without a case, cases of an unknown family and cases that lack files are errors before any test runs. Tests that
-no case is for are left out, and the last lines say how many cases of which family ran.
+A folder without a case, cases of an unknown family and cases that lack files are errors before any test runs. Tests
+that no case is for are left out, and the last lines say how many cases of which family ran.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from vlbridge.convert import convert_blip2
+from vlbridge.convert.convert_blip2_transformers import PORTS, port_config, port_of, port_table
 from vlbridge.convert.convert_tables import invert, plan
-from vlbridge.convert.convert_transformers import PORTS, port_config, port_of, port_table
 from vlbridge.modeling import QFormerBlip2ForConditionalGeneration
 from vlbridge.modeling.modeling_contrastive import similarities_of
 from vlbridge.modeling.modeling_qformer_pretraining import QFormerBlip2ForPreTraining
@@ -183,8 +183,8 @@ class OfficialPenalty(LogitsProcessor):
 
 
 def count_as_transformers_4(model, prompt_length: int) -> None:
-    """Make beam search count a hypothesis' length as transformers 4 does: with the prompt (of which the official code gives
-    `prompt_length` tokens as ids), without the token that ends it."""
+    """Make beam search count a hypothesis' length as transformers 4 does: with the prompt (of which the official code
+    gives `prompt_length` tokens as ids), without the token that ends it."""
 
     def update(self, *, topk_running_sequences, topk_log_probs, cur_len, decoder_prompt_len, length_penalty, **kwargs):
         generated = cur_len + 1 - decoder_prompt_len
@@ -419,7 +419,8 @@ def test_the_port_reads_images_alike(case, converted, port):
 
 
 def test_the_port_speaks_alike(case, bridged, port):
-    """Logits of the port, its eps changed to LAVIS'. Its FlanT5 must have LAVIS's activation, which the Hub's has not."""
+    """Logits of the port, its eps changed to LAVIS'. Its FlanT5 must have LAVIS's activation, which the Hub's has not.
+    """
     model, processor, _ = bridged
     port.vision_model.post_layernorm.eps = 1e-5
     inputs = inputs_of(case, model, processor, "forward")

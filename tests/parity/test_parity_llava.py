@@ -11,7 +11,8 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from vlbridge.convert import convert_llava
-from vlbridge.convert.convert_llava import checkpoint_table, open_checkpoint
+from vlbridge.convert.convert_llava_checkpoint import open_checkpoint
+from vlbridge.convert.convert_llava_names import checkpoint_table
 from vlbridge.convert.convert_tables import invert, plan
 from vlbridge.modeling import MLPLlavaForConditionalGeneration
 
@@ -191,8 +192,8 @@ def pictures(case, indices) -> list[Image.Image]:
 
 
 def test_images_through_the_processor(case, converted):
-    """From the picture files on: torchvision and PIL round differently, by one of 255 grey levels here and there, and in a
-    few pixels of some sizes by a dozen (which sizes differs between torchvision 0.21 and 0.29)."""
+    """From the picture files on: torchvision and PIL round differently, by one of 255 grey levels here and there, and
+    in a few pixels of some sizes by a dozen (which sizes differs between torchvision 0.21 and 0.29)."""
     model, processor = converted
     assert processor.image_aspect_ratio == case.meta["preprocess"]["image_aspect_ratio"]
     everything = list(range(len(sizes(case))))

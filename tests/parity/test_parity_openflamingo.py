@@ -140,7 +140,8 @@ def test_beams(case, converted, name, length_penalty):
 
 
 def test_ranking_continuations(case, converted):
-    """A prompt that was run once is continued with its cache and its visual state, as official rank classification does."""
+    """A prompt that was run once is continued with its cache and its visual state, as official rank classification
+    does."""
     model, _ = converted
     if "rank.continuation_ids" not in case.inputs:
         return
@@ -161,7 +162,8 @@ def test_ranking_continuations(case, converted):
 
 
 def test_images_through_the_processor(case, converted):
-    """From the picture files on: transformers' crop may be a pixel off torchvision's, so that pixels are compared loosely."""
+    """From the picture files on: transformers' crop may be a pixel off torchvision's, so that pixels are compared
+    loosely."""
     _, processor = converted
     official = case.inputs["pixel_values_images"]
     images = [Image.open(path).convert("RGB") for path in sorted((case.folder / "images").glob("*.png"))]

@@ -1,9 +1,13 @@
-"""The catalogue: every release is complete and names what is there; a release converts by its name, through the Hub's client."""
+"""The catalogue: every release is complete and names what is there; a release converts by its name."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -39,7 +43,7 @@ def test_releases_are_complete(release):
 
 
 def test_every_release_with_a_manifest_is_known():
-    """What the conversions are tested with at full size is what the catalogue offers."""
+    """The conversions are tested at full size with the releases of the catalogue."""
     lavis = {
         path.name.split(".checkpoint_model")[0].removeprefix("blip2_")
         for path in MANIFESTS.glob("blip2_*.checkpoint_model*")
@@ -55,7 +59,7 @@ def test_every_release_with_a_manifest_is_known():
 
 
 def test_published_figures_are_those_of_the_papers():
-    """A few of each table, typed once more."""
+    """A few figures of each table."""
     assert find(RELEASE).published["COCO CIDEr"][4] == 77.3
     assert find("openflamingo/OpenFlamingo-9B-vitl-mpt7b").published["VQAv2"][32] == 53.3
     assert find("blip2_t5/pretrain_flant5xxl").published["VQAv2 test-dev"] == 65.0
@@ -71,7 +75,7 @@ def test_unknown_names_are_refused_with_the_nearest():
 
 @pytest.mark.parametrize("name", ["liuhaotian/LLaVA-7b-delta-v0", "blip2_vicuna_instruct/vicuna7b",
                                   "openflamingo/OpenFlamingo-9B-deprecated"])  # fmt: skip
-def test_what_can_not_be_fetched_says_what_to_do(name, tmp_path):
+def test_releases_that_can_not_be_fetched_say_what_to_do(name, tmp_path):
     done = CliRunner().invoke(app, ["convert", name, str(tmp_path / "out")])
     assert done.exit_code == 1 and CATALOGUE[name].note.split(":")[0] in done.output
     assert not (tmp_path / "out").exists()
@@ -90,7 +94,7 @@ def test_list():
 
 @pytest.fixture
 def released(hub, tmp_path):
-    """The tiny case, where the real release lies; and what it converts to."""
+    """The tiny case in place of the real release, on the local Hub; returns its conversion."""
     release = CATALOGUE[RELEASE]
     clip = json.loads((CASE / "meta.json").read_text())["config"]["clip"]
     heads = {"num_attention_heads": clip["vision_cfg"]["width"] // clip["vision_cfg"]["head_width"]}
@@ -110,7 +114,7 @@ def released(hub, tmp_path):
 
 
 def test_a_release_converts_by_its_name(hub, released, tmp_path):
-    """With nothing else given; the same model as from the files."""
+    """With its name alone; the model is the same as from the files."""
     done = hub.run(tmp_path / "home", "-m", "vlbridge.cli", "convert", RELEASE, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "perceiver_flamingo" in done.stdout
@@ -134,16 +138,73 @@ def test_a_missing_file_is_named(hub, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_files_from_urls_are_fetched_once(hub, tmp_path, monkeypatch):
-    """LAVIS' files lie on a server of their own."""
+@pytest.fixture
+def part(hub, tmp_path, monkeypatch):
+    """A file that is downloaded from a URL, as LAVIS' files are."""
     (tmp_path / "release").mkdir()
     shutil.copy(CASE / "checkpoint.pt", tmp_path / "release")
     hub.add(RELEASE, tmp_path / "release")
-    monkeypatch.setattr("vlbridge.demo.cache_dir", lambda: tmp_path / "cache")
-    part = File(f"{hub.endpoint}/{RELEASE}/resolve/main/checkpoint.pt")
-    first = catalogue.fetch(part)
-    assert Path(first).read_bytes() == (CASE / "checkpoint.pt").read_bytes()
+    monkeypatch.setenv("VLBRIDGE_CACHE", str(tmp_path / "cache"))
+    return File(f"{hub.endpoint}/{RELEASE}/resolve/main/checkpoint.pt")
+
+
+def test_files_from_urls_are_fetched_once(hub, part, tmp_path):
+    first = Path(catalogue.fetch(part))
+    content = (CASE / "checkpoint.pt").read_bytes()
+    assert first.read_bytes() == content
+    note = json.loads(first.with_name("checkpoint.pt.origin").read_text())
+    assert note == {"url": part.where, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     del hub.repositories[RELEASE]
-    assert catalogue.fetch(part) == first
+    assert catalogue.fetch(part) == str(first)
     with pytest.raises(OSError, match="nothing.pt can't be fetched"):
         catalogue.fetch(File(f"{hub.endpoint}/{RELEASE}/resolve/main/nothing.pt"))
+
+
+def test_a_download_that_ends_early_is_noticed(hub, part, tmp_path):
+    """The server announces the whole file, and closes the connection after a part of it."""
+    hub.fail("/cdn/", method="GET", cut_after=1000)
+    with pytest.raises(OSError, match="checkpoint.pt can't be fetched: the connection ended after 1,000 of"):
+        catalogue.fetch(part)
+    assert list((tmp_path / "cache" / "releases").iterdir()) == []
+    assert Path(catalogue.fetch(part)).read_bytes() == (CASE / "checkpoint.pt").read_bytes()
+
+
+def test_a_file_that_changed_since_its_download_is_fetched_again(part):
+    path = Path(catalogue.fetch(part))
+    content = path.read_bytes()
+    for damaged in (content[:-10], content[:-1] + bytes([content[-1] ^ 1])):
+        path.write_bytes(damaged)
+        assert Path(catalogue.fetch(part)).read_bytes() == content
+    # nothing is known about a file without a note, such as one that an earlier version downloaded
+    path.with_name("checkpoint.pt.origin").unlink()
+    path.write_bytes(b"older")
+    assert Path(catalogue.fetch(part)).read_bytes() == b"older"
+
+
+@pytest.mark.parametrize("content, whole", [(b"weights", True), (b"weighty", False)])
+def test_the_md5_that_a_server_announces_is_compared(content, whole, tmp_path, monkeypatch):
+    """Google's storage, where LAVIS' files lie, announces it in a header."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("x-goog-hash", "crc32c=AAAAAA==")
+            self.send_header("x-goog-hash", f"md5={base64.b64encode(hashlib.md5(b'weights').digest()).decode()}")
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setenv("VLBRIDGE_CACHE", str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        part = File(f"http://127.0.0.1:{server.server_port}/file.pth")
+        if whole:
+            assert Path(catalogue.fetch(part)).read_bytes() == content
+        else:
+            with pytest.raises(OSError, match="file.pth can't be fetched: its MD5 is"):
+                catalogue.fetch(part)
+            assert list((tmp_path / "releases").iterdir()) == []
+        server.shutdown()

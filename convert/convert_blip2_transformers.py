@@ -1,4 +1,4 @@
-"""BLIP-2 and InstructBLIP as transformers' own classes have them: one table, read in both directions.
+"""BLIP-2 and InstructBLIP in transformers' own classes, converted in both directions with one table.
 
 Source: `models/blip_2` and `models/instructblip` of transformers 5.
 """
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -47,32 +46,31 @@ from ..configuration.configuration_bridged import BridgedConfig
 from ..configuration.configuration_qformer import QFormerBlip2Config, QFormerBlip2PreTrainingConfig, QFormerConfig
 from ..modeling.modeling_bridge import fill_vision_geometry
 from ..modeling.modeling_qformer_retrieval import QFormerBlip2ForImageTextRetrieval
-from .convert_blip2 import block_names, build_processor, model_class
-from .convert_certificate import run_generation, run_retrieval
+from .convert_assembly import Conversion, assemble, expected_tensors
 from .convert_files import TensorFiles
-from .convert_parts import BUFFER, Constants, Conversion, assemble, expected_tensors, language_table, resized
-from .convert_tables import ConversionError, Drop, Missing, Rename, Rule, dropped, invert, plan
+from .convert_language import language_table
+from .convert_lavis_names import transformers_bridge_table
+from .convert_qformer import build_processor, model_class
+from .convert_runs import run_generation, run_retrieval
+from .convert_sources import Constants, resized
+from .convert_tables import ConversionError, Missing, Rename, Rule, dropped, invert, plan
 
 
 @dataclass(frozen=True)
 class Port:
-    """One of transformers' classes for BLIP-2, with what belongs to it.
+    """One of transformers' classes for BLIP-2, with the classes of its configuration.
 
     Args:
-        model_class: The class.
-        config_class: Its configuration's class.
-        vision_config_class: Of the vision encoder's configuration.
-        qformer_config_class: Of the Q-Former's.
-        texts: What the names of the Q-Former's word and position embeddings begin with.
-        layer_norm: Name of the layer norm on the query tokens.
+        model_class: The class of the model.
+        config_class: The class of its configuration.
+        vision_config_class: The class of the vision encoder's configuration.
+        qformer_config_class: The class of the Q-Former's configuration.
     """
 
     model_class: type[PreTrainedModel]
     config_class: type[PreTrainedConfig]
     vision_config_class: type[PreTrainedConfig]
     qformer_config_class: type[PreTrainedConfig]
-    texts: str = "embeddings."
-    layer_norm: str = "qformer.layernorm"
 
 
 _BLIP2 = (Blip2Config, Blip2VisionConfig, Blip2QFormerConfig)
@@ -80,16 +78,14 @@ PORTS = {
     "generation": Port(Blip2ForConditionalGeneration, *_BLIP2),
     "retrieval": Port(Blip2ForImageTextRetrieval, *_BLIP2),
     "instructed": Port(
-        InstructBlipForConditionalGeneration, InstructBlipConfig, InstructBlipVisionConfig, InstructBlipQFormerConfig,
-        "qformer.embeddings.", "qformer.embeddings.layernorm",
+        InstructBlipForConditionalGeneration, InstructBlipConfig, InstructBlipVisionConfig, InstructBlipQFormerConfig
     ),
 }  # fmt: skip
 MODEL_TYPES = ("blip-2", "instructblip")
-HEADS = ("language_projection", "vision_projection", "text_projection", "itm_head")
-# what we have and transformers' classes have not, and what it is filled with
+# tensors that transformers' classes lack, and the values that fill them
 ONLY_OURS = (
-    (r"vision_model\.post_layernorm\.weight", "a norm behind the encoder, which is not read", 1.0),
-    (r"vision_model\.post_layernorm\.bias", "a norm behind the encoder, which is not read", 0.0),
+    (r"vision_model\.post_layernorm\.weight", "a norm after the encoder, whose output is not read", 1.0),
+    (r"vision_model\.post_layernorm\.bias", "a norm after the encoder, whose output is not read", 0.0),
     (r"bridge\.lm_head\.transform_layer_norm\.weight", "transformers' class for retrieval has no captions", 1.0),
     (r"bridge\.lm_head\..*", "transformers' class for retrieval has no captions", 0.0),
     (r"bridge\.temperature", "transformers' class for retrieval has no temperature", 0.07),
@@ -97,10 +93,10 @@ ONLY_OURS = (
 
 
 def port_of(config: BridgedConfig) -> str:
-    """Which of `PORTS` a model of ours belongs to.
+    """The key in `PORTS` of the class for a model of vlbridge.
 
     Args:
-        config: Its configuration.
+        config: The model's configuration.
     """
     if isinstance(config, QFormerBlip2PreTrainingConfig):
         return "retrieval"
@@ -108,67 +104,40 @@ def port_of(config: BridgedConfig) -> str:
 
 
 def port_table(config: BridgedConfig, tensors: Iterable[str], tied: Iterable[str] = ()) -> list[Rule]:
-    """What a checkpoint of transformers becomes.
+    """The conversion table of a checkpoint of transformers' class.
 
     Args:
-        config: Our model's configuration.
-        tensors: Names of our model's tensors.
+        config: The configuration of the model of vlbridge.
+        tensors: Names of its tensors.
         tied: Names of its tensors that are second names of others.
     """
-    port, tensors = PORTS[port_of(config)], list(tensors)
-    layers = (
-        *(
-            (f"qformer.encoder.layer.{{}}.{theirs}", f"qformer.layers.{{}}.{ours}")
-            for theirs, ours in block_names("attention")
-        ),
-        (port.layer_norm, "qformer.layer_norm"),
-        ("vision_model.post_layernorm", "vision_layer_norm"),
-        *((name, name) for name in HEADS),
-    )
-    table: list[Rule] = [Rename(f"{a}.{kind}", f"bridge.{b}.{kind}") for a, b in layers for kind in ("weight", "bias")]
-    table += [
-        Rename("query_tokens", "bridge.qformer.query_tokens"),
-        *(
-            Rename(f"{port.texts}{name}.weight", f"bridge.qformer.{name}.weight")
-            for name in ("word_embeddings", "position_embeddings")
-        ),
-        Drop(f"{port.texts}position_ids", BUFFER),
-    ]
-    prefix = "language_model."
+    tensors = list(tensors)
+    table = transformers_bridge_table(port_of(config) == "instructed")
     for name in tensors:
-        found = next((entry for entry in ONLY_OURS if re.fullmatch(entry[0], name)), None)
-        if found is not None:
+        if (found := next((entry for entry in ONLY_OURS if re.fullmatch(entry[0], name)), None)) is not None:
             table.append(Missing(name, *found[1:]))
         elif name.startswith("vision_model."):
             table.append(Rename(name, name))
     if config.text_config is not None:
-        names = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
-        for rule in language_table(config.text_config, names, [name.removeprefix(prefix) for name in tied]):
-            if isinstance(rule, Rename):
-                table.append(Rename(prefix + rule.source, prefix + rule.target))
-            else:
-                table.append(Drop(prefix + rule.source, rule.why))
+        table += language_table(config.text_config, tensors, tied, source="language_model.")
     return table
 
 
 def _shared(fields: Mapping, config_class: type[PreTrainedConfig], **more) -> PreTrainedConfig:
-    """A configuration of those of the fields that its class has."""
+    """A configuration of the given class, from those of the fields that the class has."""
     own = set(config_class.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
     own |= {"pad_token_id"} & set(config_class.__dataclass_fields__)
     return config_class(**{name: fields[name] for name in own if fields.get(name) is not None}, **more)
 
 
-# ---------------------------------------------------------------------- out
-
-
 def refuse_port(config: BridgedConfig) -> None:
-    """Say what transformers' classes for BLIP-2 can't express.
+    """Refuse a model that transformers' classes for BLIP-2 can't express.
 
     Args:
-        config: Our model's configuration.
+        config: The model's configuration.
 
     Raises:
-        ConversionError: There is something.
+        ConversionError: They can't; the reasons are named.
     """
     vision = config.vision_config.model_type
     problems = []
@@ -176,7 +145,8 @@ def refuse_port(config: BridgedConfig) -> None:
         problems.append(f"their vision encoder is EVA ViT-g's architecture, this one is a {vision}")
     elif config.vision_feature_layer != -1:
         problems.append(
-            f"they read the encoder's last layer in front of the norm (-1), this one vision_feature_layer={config.vision_feature_layer}"
+            "they read the encoder's last layer before the norm (-1), this one "
+            f"vision_feature_layer={config.vision_feature_layer}"
         )
     if config.vision_feature_select_strategy != "full":
         problems.append("their Q-Former reads the class token too, this one patches alone")
@@ -186,8 +156,8 @@ def refuse_port(config: BridgedConfig) -> None:
         problems.append("transformers has no MPT-1B (mosaic_gpt)")
     if problems:
         raise ConversionError(
-            f"{PORTS[port_of(config)].model_class.__name__} can't express this model: {'; '.join(problems)}. What can be "
-            "done: --to official writes LAVIS's layout; save_pretrained(bridge_only=True) makes a repository that "
+            f"{PORTS[port_of(config)].model_class.__name__} can't express this model: {'; '.join(problems)}. What can "
+            "be done: --to official writes LAVIS's layout; save_pretrained(bridge_only=True) makes a repository that "
             "AutoModel loads where vlbridge is installed."
         )
 
@@ -196,9 +166,10 @@ def port_config(config: BridgedConfig, rows: int | None, generation: GenerationC
     """The configuration of transformers' class.
 
     Args:
-        config: Ours.
-        rows: Rows that the language model's tables will have; `None` without one.
-        generation: Ours; `generate` of these classes asks the language model's configuration for the end of sequence.
+        config: The configuration of the model of vlbridge.
+        rows: Rows of the language model's tables after the conversion; `None` without a language model.
+        generation: The model's generation defaults. Their special tokens are written to the language model's
+            configuration, where `generate` of these classes looks for them.
     """
     kind = port_of(config)
     port, qformer = PORTS[kind], config.qformer_config
@@ -207,7 +178,7 @@ def port_config(config: BridgedConfig, rows: int | None, generation: GenerationC
         fields["image_text_hidden_size"] = config.embed_dim
     else:
         text_config = copy.deepcopy(config.text_config)
-        text_config.vocab_size, text_config.dtype = rows, None  # the dtype is the whole model's affair
+        text_config.vocab_size, text_config.dtype = rows, None  # the dtype stands in the outer configuration
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
             if getattr(generation, name, None) is not None:
                 setattr(text_config, name, getattr(generation, name))
@@ -224,12 +195,13 @@ def port_config(config: BridgedConfig, rows: int | None, generation: GenerationC
 
 
 def port_tokenizer(processor: ProcessorMixin, decoder_only: bool) -> PreTrainedTokenizerBase:
-    """The language model's tokenizer as transformers' processors expect it: it begins texts by itself, as theirs put the
-    image's tokens in front of that.
+    """The language model's tokenizer as transformers' processors expect it.
+
+    It adds the token that begins a text itself: these processors put the image's tokens before that.
 
     Args:
-        processor: Ours.
-        decoder_only: What kind of language model it is.
+        processor: The processor of vlbridge.
+        decoder_only: Whether the language model is a decoder.
     """
     tokenizer = copy.deepcopy(processor.tokenizer)
     begin = tokenizer.bos_token
@@ -245,8 +217,8 @@ def port_processor(config: BridgedConfig, processor: ProcessorMixin) -> Processo
     """The processor of transformers' class.
 
     Args:
-        config: Our model's configuration.
-        processor: Ours.
+        config: The configuration of the model of vlbridge.
+        processor: Its processor.
     """
     ours = processor.image_processor
     names = ("size", "resample", "do_resize", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
@@ -266,7 +238,7 @@ def port_processor(config: BridgedConfig, processor: ProcessorMixin) -> Processo
 def plan_port(
     saved: Conversion, tensors, processor: ProcessorMixin, generation: GenerationConfig | None
 ) -> tuple[Conversion, ProcessorMixin]:
-    """Work out what becomes of a model of ours in transformers' class; nothing is read yet.
+    """Plan the conversion of a model of vlbridge to transformers' class; no tensor is read yet.
 
     Args:
         saved: The model.
@@ -307,7 +279,8 @@ def _notes(config: BridgedConfig, processor: ProcessorMixin, rows: int | None) -
     theirs, ours = config.vision_config.layer_norm_eps, config.vision_layer_norm_eps
     if theirs != ours:
         yield (
-            f"The norm on the patch features has epsilon {theirs:g} here: transformers' classes give it the vision encoder's. "
+            f"The norm on the patch features has epsilon {theirs:g} here: transformers' classes give it the vision "
+            "encoder's. "
             f"In the original it is {ours:g}."
         )
     if rows is None:
@@ -316,30 +289,36 @@ def _notes(config: BridgedConfig, processor: ProcessorMixin, rows: int | None) -
     if rows != config.text_config.vocab_size:
         yield (
             f"The language model's tables have {rows} rows instead of {config.text_config.vocab_size}, so that the "
-            "placeholder can be looked up. New rows are the mean of the others: greedily they are never chosen, and all "
-            "together they take less probability than one average token."
+            "placeholder can be looked up. New rows are the mean of the others: greedily they are never chosen, and "
+            "all together they take less probability than one average token."
         )
     tokenizer = processor.tokenizer
     begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     if not config.is_encoder_decoder and begins and not processor.text_start:
         yield (
-            f"The order differs: here {tokenizer.bos_token} stands behind the image's tokens, in the original in front of them. "
-            "Transformers' processor has no other order."
+            f"The order differs: here {tokenizer.bos_token} stands after the image's tokens, in the original before "
+            "them. Transformers' processor has no other order."
         )
-    yield "Prompts have one image each, which stands in front: transformers' processor puts it there."
+    yield "Prompts have one image each, which stands at the beginning: transformers' processor puts it there."
     yield (
-        "generate() without arguments asks the language model's own defaults, which are greedy here; pass num_beams and the "
-        "like, or pipeline(), which reads generation_config.json."
+        "generate() without arguments asks the language model's own defaults, which are greedy here; pass num_beams "
+        "and the like, or pipeline(), which reads generation_config.json."
     )
 
 
 def run_port(ours: str | os.PathLike, theirs: str | os.PathLike, config: BridgedConfig) -> list[dict]:
-    """Let our model and transformers' answer the same input, in float32.
+    """Compare a model of vlbridge with transformers' class on the same input, in float32.
 
     Args:
-        ours: Folder or Hub id of ours.
-        theirs: Of theirs.
-        config: Our configuration.
+        ours: Folder or Hub id of the model of vlbridge.
+        theirs: Folder or Hub id of transformers' model.
+        config: The configuration of the model of vlbridge.
+
+    Returns:
+        What was compared, with the largest differences.
+
+    Raises:
+        ConversionError: Their outputs differ by more than rounding explains, or weights are missing.
     """
     kind = port_of(config)
     other, info = PORTS[kind].model_class.from_pretrained(theirs, dtype=torch.float32, output_loading_info=True)
@@ -357,59 +336,23 @@ def run_port(ours: str | os.PathLike, theirs: str | os.PathLike, config: Bridged
     )
 
 
-def run_llava(ours: str | os.PathLike, theirs: str | os.PathLike, model_class) -> list[dict]:
-    """Let our LLaVA and transformers' answer the same input, in float32.
-
-    Args:
-        ours: Folder or Hub id of ours.
-        theirs: Of theirs.
-        model_class: Theirs.
-    """
-    other, info = model_class.from_pretrained(theirs, dtype=torch.float32, output_loading_info=True)
-    if any(info.values()):
-        raise ConversionError(f"Transformers' class does not find all of its tensors: {info}.")
-    model = AutoModel.from_pretrained(ours, dtype=torch.float32)
-    processors = AutoProcessor.from_pretrained(ours), AutoProcessor.from_pretrained(theirs)
-    prompts = _llava_prompts(*processors)
-    return run_generation(model.eval(), processors[0], other.eval(), processors[1], prompts)
-
-
-def _llava_prompts(ours: ProcessorMixin, theirs: ProcessorMixin) -> tuple[str, str]:
-    """The same question as each of the processors takes it: as a conversation, where both know one that shows an image."""
-    asked, token = ours.caption_prompt, ours.image_token
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": asked}]}]
-    try:
-        prompts = tuple(
-            processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            for processor in (ours, theirs)
-        )
-        if all(prompt.count(token) == 1 for prompt in prompts):
-            return prompts
-    except (ValueError, TemplateError):  # no template, or one that wants other messages
-        pass
-    return f"{token}\n{asked}", f"{token}{' ' if ours.space_after_image else ''}\n{asked}"
-
-
-# ---------------------------------------------------------------------- in
-
-
 def is_port(place: str | os.PathLike) -> bool:
     """Whether a folder or Hub id holds a model of transformers' classes for BLIP-2."""
     if os.path.isfile(place):
         return False
     try:
         found = optional_file(place, "config.json")
-    except (OSError, ValueError):  # who reads the weights says what is wrong
+    except (OSError, ValueError):  # reading the weights will raise the error
         return False
     return found is not None and json.loads(Path(found).read_text(encoding="utf-8")).get("model_type") in MODEL_TYPES
 
 
 def infer_config(port: PreTrainedConfig, keys: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> BridgedConfig:
-    """Our configuration for a model of transformers' classes.
+    """Infer the configuration of vlbridge for a model of transformers' classes.
 
     Args:
-        port: Its configuration.
-        keys: Of its checkpoint.
+        port: The configuration of transformers' class.
+        keys: The checkpoint's keys.
         tokenizer: Its tokenizer, for special tokens that the configuration does not name.
     """
     vision, qformer = port.vision_config.to_dict(), port.qformer_config.to_dict()
@@ -432,7 +375,7 @@ def infer_config(port: PreTrainedConfig, keys: Iterable[str], tokenizer: PreTrai
         }
         return QFormerBlip2PreTrainingConfig(embed_dim=port.image_text_hidden_size, **tokens, **fields)
     token = port.image_token_index
-    if token is None:  # of older repositories
+    if token is None:  # older repositories
         token = tokenizer.convert_tokens_to_ids("<image>")
     return QFormerBlip2Config(text_config=copy.deepcopy(port.text_config), image_token_id=token, **fields)
 
@@ -452,13 +395,16 @@ def convert_port(
     config: Mapping | None = None,
     verify: bool = True,
 ) -> Conversion:
-    """Convert a model of transformers' classes for BLIP-2 and InstructBLIP into a folder that ours loads.
+    """Convert a model of transformers' classes for BLIP-2 and InstructBLIP into a folder that vlbridge loads.
 
     Args:
         checkpoint: Folder or Hub id.
         output: Folder to write to.
-        config: Fields of our configuration that are to be others.
-        verify: Check what was written, see `certify`.
+        config: Fields of the converted configuration that should have other values.
+        verify: Whether to check what was written; see `certify`.
+
+    Returns:
+        The conversion.
 
     Raises:
         ConversionError: A tensor is unknown or missing; nothing is written.
@@ -498,7 +444,8 @@ def convert_port(
     generation = None
     if retrieval:
         conversion.notes.append(
-            "The captioning head and the contrastive temperature are not in the checkpoint: retrieval works, captions don't."
+            "The captioning head and the contrastive temperature are not in the checkpoint: retrieval works, captions "
+            "don't."
         )
         bert = without_placeholder(tokenizer, model_config.qformer_config.vocab_size)
         bert.add_special_tokens({"bos_token": "[DEC]"})
@@ -528,6 +475,5 @@ __all__ = [
     "port_config",
     "port_of",
     "port_table",
-    "run_llava",
     "run_port",
 ]

@@ -1,0 +1,157 @@
+"""Language models in transformers' layout, old ones included, and LoRA adapters that are merged into them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from .convert_files import dimensions
+from .convert_sources import Change
+from .convert_tables import BUFFER, ConversionError, Drop, Rename, Rule
+
+
+PREFIX = "language_model."  # of its names in a converted model
+# names in checkpoints that differ from those of transformers 5
+LANGUAGE_TABLES: dict[str, list[Rule]] = {
+    "gpt_neox": [
+        Rename("embed_out.weight", "lm_head.weight"),
+        Drop("gpt_neox.layers.{}.attention.bias", BUFFER),
+        Drop("gpt_neox.layers.{}.attention.masked_bias", BUFFER),
+        Drop("gpt_neox.layers.{}.attention.rotary_emb.inv_freq", BUFFER),
+    ],
+    "llama": [Drop("model.layers.{}.self_attn.rotary_emb.inv_freq", BUFFER)],
+    "t5": [
+        Drop("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight", "cross-attention has none"),
+    ],
+}
+
+
+def read_text_config(language: str | os.PathLike) -> PreTrainedConfig:
+    """Read a language model's configuration, including files of old versions.
+
+    Args:
+        language: Folder or Hub id.
+
+    Raises:
+        ConversionError: Its `config.json` has no `model_type`.
+    """
+    fields, _ = PreTrainedConfig.get_config_dict(language)
+    return text_config_of(fields, f"{language}/config.json")
+
+
+def text_config_of(fields: Mapping, where: str) -> PreTrainedConfig:
+    """Make a language model's configuration from the fields of its `config.json`.
+
+    Args:
+        fields: The fields.
+        where: Name of the file, for errors.
+
+    Raises:
+        ConversionError: There is no `model_type`.
+    """
+    fields = dict(fields)
+    attention = fields.get("attn_config")
+    if isinstance(attention, dict):  # MPT's: transformers wants an integer probability there, and float bounds
+        for name, kind in (("attn_pdrop", int), ("clip_qkv", float), ("softmax_scale", float)):
+            if isinstance(attention.get(name), (int, float)) and kind(attention[name]) == attention[name]:
+                attention[name] = kind(attention[name])
+    model_type = fields.pop("model_type", None)
+    if model_type is None:
+        raise ConversionError(f"{where} does not say its model_type.")
+    fields.pop("auto_map", None)  # code beside the weights is never run
+    config = AutoConfig.for_model(model_type, **fields)
+    config.use_cache = True  # the official files say false, for training
+    return config
+
+
+def language_table(
+    config: PreTrainedConfig, tensors: Iterable[str], tied: Iterable[str] = (), source: str = ""
+) -> list[Rule]:
+    """The conversion table of a language model.
+
+    Args:
+        config: The language model's configuration.
+        tensors: Names of the converted model's tensors; those of its language model begin with `language_model.`.
+        tied: Names of its tensors that are second names of others.
+        source: What the language model's names begin with in the checkpoint.
+    """
+    names = {name.removeprefix(PREFIX) for name in tensors if name.startswith(PREFIX)}
+    tied = {name.removeprefix(PREFIX) for name in tied}
+    if config.tie_word_embeddings:
+        tied |= {"lm_head.weight", "embed_out.weight"}
+    changed = LANGUAGE_TABLES.get(config.model_type, [])
+    renamed = {rule.target for rule in changed if isinstance(rule, Rename)}
+    table: list[Rule] = [
+        *(Rename(name, name) for name in sorted(names)),
+        *(rule for rule in changed if isinstance(rule, Drop) or rule.target in names),
+        *(Drop(name, "tied to the input embeddings") for name in sorted(tied - names - renamed)),
+    ]
+    return [rule.renamed(lambda name: source + name, lambda name: PREFIX + name) for rule in table]
+
+
+LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
+
+
+def lora_changes(files, settings: Mapping) -> dict[str, Change]:
+    """The changes that merge a LoRA adapter of PEFT into weights: `weight + alpha / r * B @ A`.
+
+    Args:
+        files: The adapter's tensors; those that are not LoRA's are ignored.
+        settings: The fields of its `adapter_config.json`.
+
+    Returns:
+        From names of weights, as the adapter spells them, to their changes.
+
+    Raises:
+        ConversionError: It is another kind of adapter, or one matrix of a pair is missing.
+
+    Source: LoRA (arXiv 2106.09685, section 4.1), rank-stabilised LoRA (arXiv 2312.03732); `peft/tuners/lora/layer.py`.
+    """
+    kind = settings.get("peft_type", "LORA")
+    if kind != "LORA" or settings.get("use_dora"):
+        raise ConversionError(
+            f"The adapter is one of {'DoRA' if settings.get('use_dora') else kind}; only LoRA's are merged here. Merge "
+            "it with PEFT's merge_and_unload first."
+        )
+    pairs: dict[str, dict[str, str]] = {}
+    for key in files.shapes:
+        if "lora_" not in key:
+            continue
+        if (match := LORA_KEY.fullmatch(key)) is None:
+            raise ConversionError(
+                f"{key} is not one of LoRA's matrices for linear layers, which are the ones merged here."
+            )
+        pairs.setdefault(match["module"], {})[match["part"]] = key
+    changes = {}
+    for module, keys in pairs.items():
+        if len(keys) < 2:
+            raise ConversionError(f"The adapter has only one of LoRA's two matrices for {module}.")
+        (rank, inputs), (outputs, _) = (dimensions(files.shapes, keys[part], 2) for part in "AB")
+        alpha = settings["lora_alpha"]
+        for pattern, value in (settings.get("alpha_pattern") or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                alpha = value
+        scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+        transposed = bool(settings.get("fan_in_fan_out"))
+        shape = (inputs, outputs) if transposed else (outputs, inputs)
+
+        def apply(weight, keys=keys, scale=scale, transposed=transposed):
+            update = scale * files.read(keys["B"]).float() @ files.read(keys["A"]).float()
+            return (weight.float() + (update.T if transposed else update)).to(weight.dtype)
+
+        def checked(given, module=module, shape=shape):
+            if tuple(given) != shape:
+                raise ConversionError(
+                    f"The adapter is for a {module} of {list(shape)}, but the language model's is {list(given)}: it "
+                    "was trained with another language model."
+                )
+            return tuple(given)
+
+        changes[f"{module}.weight"] = Change(apply, checked, (files,))
+    return changes
+
+
+__all__ = ["language_table", "lora_changes", "read_text_config", "text_config_of"]
