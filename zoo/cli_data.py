@@ -197,7 +197,7 @@ def _sheet_format(sheet: Path) -> str:
 
     image_format = Image.registered_extensions().get(sheet.suffix.lower())
     if image_format not in Image.SAVE:
-        raise CommandError(f"--sheet {sheet}: expected the name of an image file, such as sheet.png", exit_code=2)
+        raise CommandError(f"--sheet {sheet}: expected a picture's name, such as sheet.png", exit_code=2)
     return image_format
 
 
