@@ -83,17 +83,23 @@ def test_few_shot_batches_equal_single_prompts(bridge):
     model, processor = tiny_model(bridge)
     shown = [
         [{"image": tiny_image(0), "question": "a?", "answer": "b"}],
-        [{"image": tiny_image(seed), "question": "c?", "answer": "d"} for seed in (1, 2)],
+        [{"image": tiny_image(seed), "caption": "dog"} for seed in (1, 2)],
         [],
     ]
-    queries = [{"image": tiny_image(3), "question": "e?"}] * 3
+    queries = [
+        {"image": tiny_image(3), "question": "where is it?"},
+        {"image": tiny_image(4)},
+        {"image": tiny_image(5), "question": "?"},
+    ]
     expected = []
     for demonstrations, query in zip(shown, queries, strict=True):
         inputs = processor.few_shot(demonstrations, query)
-        ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         expected.append(processor.decode(ids, skip_special_tokens=True).strip())
-    found = inference.answer_few_shot(model, processor, shown, queries, max_new_tokens=6, batch_size=2)
-    assert found == expected and len(set(found)) > 1
+    found = inference.answer_few_shot(model, processor, shown, queries, max_new_tokens=12, batch_size=2)
+    assert found == expected
+    without = inference.answer_few_shot(model, processor, [[], [], []], queries, max_new_tokens=12)
+    assert found[:2] != without[:2] and found[2] == without[2]
 
 
 def test_few_shot_wants_demonstrations_for_every_query():
