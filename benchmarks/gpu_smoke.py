@@ -71,7 +71,7 @@ from transformers import (
 )
 
 import vlbridge
-from vlbridge import assets, cli, demo
+from vlbridge import assets, demo, inference
 from vlbridge.compose import native_image_processor
 
 
@@ -387,7 +387,7 @@ class Case:
             pictures.append(Image.open(assets.example_picture()).convert("RGB"))
         texts = {}
         for name, prompt in (("captions", self.processor.caption_prompt), ("answers", QUESTION)):
-            texts[name] = cli.answer(self.model, self.processor, pictures, prompt, max_new_tokens=12)
+            texts[name] = inference.answer(self.model, self.processor, pictures, prompt, max_new_tokens=12)
             require(len(texts[name]) == len(pictures), f"{len(texts[name])} {name} of {len(pictures)} pictures")
         return {name: [text[:60] for text in found] for name, found in texts.items()}
 

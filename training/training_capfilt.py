@@ -1,4 +1,4 @@
-"""CapFilt: caption images anew, score their captions, those from the web and the new ones, and keep what matches.
+"""CapFilt: generate captions for images, score them and the captions from the web, and keep those that match.
 
 Source: BLIP (arXiv 2201.12086, sections 3.3 and 4.1); `lavis/models/blip_models/blip_image_text_matching.py`.
 """
@@ -18,22 +18,19 @@ from pathlib import Path
 import torch
 from PIL import Image
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    BlipForConditionalGeneration,
-    BlipForImageTextRetrieval,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    TopPLogitsWarper,
-)
 
-from ..cli import answer
+from ..files import replacing, write_json
 from ..images import ImageError, load_image
-from ..modeling.modeling_qformer_pretraining import QFormerBlip2ForPreTraining
-from ..modeling.modeling_qformer_retrieval import QFormerBlip2ForImageTextRetrieval
+from .training_capfilt_models import (
+    BlipCaptioner,
+    BlipMatcher,
+    Captioner,
+    Matcher,
+    SeededSampling,
+    Stage1Captioner,
+    load_captioner,
+    load_matcher,
+)
 from .training_rows import FORMATS, as_object, json_rows, read_json, read_rows
 
 
@@ -43,16 +40,16 @@ METADATA, SCORES, OPTIONS, SUMMARY = "metadata.jsonl", "scores.jsonl", "options.
 WEB, SYNTHETIC = "web", "synthetic"
 
 
-# ---------------------------------------------------------------------- what is read
+# ---------------------------------------------------------------------- image-text pairs
 
 
 @dataclass
 class Sample:
-    """An image and what is said about it.
+    """An image and its captions.
 
     Args:
-        image: Its name in the data set; its captions' randomness is drawn from it.
-        path: Where it lies.
+        image: Its name in the data set; it also seeds the sampling of its captions.
+        path: The image file.
         captions: Its captions; there may be none.
     """
 
@@ -62,16 +59,19 @@ class Sample:
 
 
 def read_samples(data: str | os.PathLike, images: str | os.PathLike | None = None) -> list[Sample]:
-    """Read image-text pairs; captions of one image are put together.
+    """Read image-text pairs. Captions of the same image are put together.
 
     Args:
-        data: JSON, JSON Lines, CSV or TSV with an image and a caption (or, in JSON, a list of captions) per row; COCO's
+        data: JSON, JSON Lines, CSV or TSV with an image and a caption (or, in JSON, a list of captions) per row; COCO
             captions; or a folder with such a `metadata.jsonl` or `metadata.csv`.
-        images: Folder that the images' paths are relative to; by default that of the file.
+        images: Folder that image paths are relative to; `None` takes the folder of the file.
+
+    Returns:
+        One sample per image, in the order of the file.
 
     Raises:
-        ValueError: It is none of these, or a row lacks something.
-        OSError: It can't be read.
+        ValueError: The file is none of these, or a row lacks something.
+        OSError: The file can't be read.
     """
     path = Path(data)
     if path.is_dir():
@@ -83,8 +83,8 @@ def read_samples(data: str | os.PathLike, images: str | os.PathLike | None = Non
         key = next((key for key in CAPTION_KEYS if key in row), None)
         if not isinstance(image, str) or key is None:
             raise ValueError(
-                f"{place} has {', '.join(map(str, row)) or 'nothing'}; expected an image ({', '.join(IMAGE_KEYS)}) and its "
-                f"caption ({', '.join(CAPTION_KEYS)})."
+                f"{place} has {', '.join(map(str, row)) or 'nothing'}; expected an image ({', '.join(IMAGE_KEYS)}) and "
+                f"its caption ({', '.join(CAPTION_KEYS)})."
             )
         captions = row[key] if isinstance(row[key], list) else [row[key]]
         if not all(caption is None or isinstance(caption, str) for caption in captions):
@@ -99,7 +99,7 @@ def read_samples(data: str | os.PathLike, images: str | os.PathLike | None = Non
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """Rows, each with the words to name it by."""
+    """The rows of a file, each with the words that name it in an error."""
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: expected {', '.join(FORMATS)}, or a folder with {METADATA}.")
     if path.suffix.lower() != ".json":
@@ -120,288 +120,25 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
         yield place, {"image": names[row["image_id"]], **{k: row[k] for k in CAPTION_KEYS if k in row}}
 
 
-# ---------------------------------------------------------------------- captioners
-
-
-class SeededSampling(LogitsProcessor):
-    """Nucleus sampling with a random generator per row, for greedy search: the largest of scores and Gumbel noise is a
-    draw from their distribution. A row's caption does not depend on the others' as it does with `do_sample=True`.
-
-    Args:
-        top_p: Smallest probability of what is drawn from: the likeliest tokens that reach it together.
-        generators: One per row, on the CPU, so that every device draws the same.
-    """
-
-    def __init__(self, top_p: float, generators: Sequence[torch.Generator]):
-        self.nucleus, self.generators = TopPLogitsWarper(top_p), generators
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        scores = self.nucleus(input_ids, scores.float())
-        exponential = torch.stack(
-            [torch.empty(scores.shape[-1]).exponential_(generator=generator) for generator in self.generators]
-        )
-        return scores - exponential.clamp_min(torch.finfo(torch.float32).tiny).log().to(scores.device)
-
-
-class Captioner:
-    """Captions by any model of `AutoModelForImageTextToText` that holds conversations, all of this package among them.
-
-    Args:
-        model: The model, in eval mode.
-        processor: Its processor.
-        prompt: What to ask for; by default the processor's `caption_prompt`.
-
-    Raises:
-        ValueError: The processor has no chat template.
-    """
-
-    model_class = AutoModelForImageTextToText
-    default_prompt = "Describe the image briefly."
-
-    def __init__(self, model: PreTrainedModel, processor, prompt: str | None = None):
-        self.model, self.processor = model, processor
-        own = getattr(processor, "caption_prompt", self.default_prompt)
-        self.prompt = own if prompt is None else prompt
-        self.check()
-
-    def check(self) -> None:
-        if getattr(self.processor, "chat_template", None) is None:
-            raise ValueError(
-                f"{type(self.model).__name__} can't serve as captioner: its processor has no chat template. Expected a "
-                "bridged model of this package, stage 1 of Q-Former BLIP-2, or BLIP's captioner."
-            )
-
-    @torch.no_grad()
-    def __call__(
-        self, images: Sequence[Image.Image], generators: Sequence[torch.Generator], max_new_tokens: int, top_p: float
-    ) -> list[str]:
-        """One sampled caption per image.
-
-        Args:
-            images: RGB images.
-            generators: One per image, on the CPU.
-            max_new_tokens: Longest caption, in tokens.
-            top_p: See `SeededSampling`.
-        """
-        sampling = LogitsProcessorList([SeededSampling(top_p, generators)])
-        options = {"max_new_tokens": max_new_tokens, "num_beams": 1, "do_sample": False, "logits_processor": sampling}
-        return [" ".join(text.split()) for text in self.generate(images, **options)]
-
-    def generate(self, images: Sequence[Image.Image], **options) -> list[str]:
-        return answer(self.model, self.processor, images, self.prompt, batch_size=len(images), **options)
-
-    def decode(self, generated: torch.LongTensor, begins: torch.LongTensor) -> list[str]:
-        """Texts behind what they all begin with."""
-        return self.processor.tokenizer.batch_decode(generated[:, begins.shape[1] :], skip_special_tokens=True)
-
-
-class BlipCaptioner(Captioner):
-    """BLIP's (2022) captioner."""
-
-    model_class = BlipForConditionalGeneration
-    default_prompt = "a picture of "  # Source: `lavis/configs/models/blip_caption_base_coco.yaml`
-
-    def check(self) -> None:
-        pass
-
-    def generate(self, images: Sequence[Image.Image], **options) -> list[str]:
-        inputs = self.processor(images=list(images), text=[self.prompt] * len(images), return_tensors="pt")
-        inputs = inputs.to(self.model.device, self.model.dtype)
-        # `generate` itself puts [DEC] first and leaves [SEP] out
-        begins = inputs["input_ids"][:, :-1]
-        return self.decode(self.model.generate(**inputs, **options), begins)
-
-
-class Stage1Captioner(Captioner):
-    """Stage 1 of Q-Former BLIP-2, which has learned to caption (ITG)."""
-
-    model_class = QFormerBlip2ForPreTraining
-    default_prompt = ""
-
-    def check(self) -> None:
-        pass
-
-    def generate(self, images: Sequence[Image.Image], **options) -> list[str]:
-        inputs = self.processor(images=list(images), text=[self.prompt] * len(images), return_tensors="pt")
-        inputs = inputs.to(self.model.device)
-        begins = inputs["input_ids"][:, :-1].clone()  # without [SEP]
-        begins[:, 0] = self.model.config.bos_token_id
-        return self.decode(
-            self.model.generate(pixel_values=inputs["pixel_values"], input_ids=begins, **options), begins
-        )
-
-
-CAPTIONERS = {"blip": BlipCaptioner, "qformer_blip2_pretraining": Stage1Captioner}
-
-
-def load_captioner(
-    name: str | os.PathLike, prompt: str | None = None, dtype: str = "auto", device: str | torch.device = "cpu"
-) -> Captioner:
-    """Load a captioner.
-
-    Args:
-        name: Folder, or id on the Hub.
-        prompt: See `Captioner`.
-        dtype: As for `from_pretrained`.
-        device: Where to put it.
-
-    Raises:
-        ValueError: The model can't caption, see `Captioner`.
-    """
-    kind = CAPTIONERS.get(AutoConfig.from_pretrained(name).model_type, Captioner)
-    model = kind.model_class.from_pretrained(name, dtype=dtype).to(device).eval()
-    return kind(model, AutoProcessor.from_pretrained(name), prompt)
-
-
-# ---------------------------------------------------------------------- filters
-
-
-class Matcher:
-    """How likely a text describes an image, by the matching head (ITM) of stage 1 of Q-Former BLIP-2.
-
-    Args:
-        model: The model, in eval mode.
-        processor: Its processor.
-    """
-
-    model_class = QFormerBlip2ForImageTextRetrieval
-
-    def __init__(self, model: PreTrainedModel, processor):
-        self.model, self.processor = model, processor
-
-    @torch.no_grad()
-    def __call__(
-        self, images: Sequence[Image.Image], texts: Sequence[Sequence[str]], batch_size: int
-    ) -> list[list[float]]:
-        """Score every image's texts.
-
-        Args:
-            images: RGB images; each is encoded once.
-            texts: Texts of each image.
-            batch_size: Pairs at a time.
-
-        Returns:
-            Probability of a match, 0 to 1, for each text of each image.
-
-        Raises:
-            FloatingPointError: Scores are not finite.
-        """
-        pixel_values = self.processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
-        encoded = self.encode(pixel_values.to(self.model.device))
-        pairs = [(index, text) for index, own in enumerate(texts) for text in own]
-        scores: list[list[float]] = [[] for _ in images]
-        for start in range(0, len(pairs), batch_size):
-            indices, chunk = zip(*pairs[start : start + batch_size])
-            tokens = self.tokenize(list(chunk)).to(self.model.device)
-            logits = self.logits(encoded[list(indices)], tokens["input_ids"], tokens["attention_mask"])
-            if not logits.isfinite().all():
-                raise FloatingPointError(
-                    f"The filter's scores are not finite in {self.model.dtype}; try another dtype (bfloat16, float32)."
-                )
-            for index, score in zip(indices, logits.float().softmax(dim=-1)[:, 1].tolist()):
-                scores[index].append(score)
-        return scores
-
-    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model.get_patch_features(pixel_values)
-
-    def tokenize(self, texts: list[str]):
-        return self.processor(text=texts, return_tensors="pt")
-
-    def logits(self, encoded, input_ids, attention_mask) -> torch.Tensor:
-        """Scores of no match and match, `(batch, 2)`."""
-        return self.model.get_itm_logits(patch_features=encoded, input_ids=input_ids, attention_mask=attention_mask)
-
-
-class BlipMatcher(Matcher):
-    """The same by the matching head of BLIP (2022), which reads `[ENC]` where texts have `[CLS]`.
-
-    Raises:
-        ValueError: There is an `[ENC]`, but the tokenizer does not tell which token it is.
-    """
-
-    model_class = BlipForImageTextRetrieval
-    max_length = 35  # tokens. Source: `blip_image_text_matching.py`, `max_txt_len`
-
-    def __init__(self, model: PreTrainedModel, processor):
-        super().__init__(model, processor)
-        tokenizer, known = processor.tokenizer, model.config.text_config.vocab_size
-        self.enc_token_id = tokenizer.get_vocab().get("[ENC]")
-        if self.enc_token_id is None and known != len(tokenizer):
-            if known != len(tokenizer) + 2:
-                raise ValueError(
-                    f"BLIP's matcher needs the id of [ENC]: the model knows {known} tokens, its tokenizer {len(tokenizer)} "
-                    "without [ENC]. Add [DEC] and [ENC] to the tokenizer, in this order."
-                )
-            self.enc_token_id = known - 1  # checkpoints on the Hub: their tokenizers lack [DEC] and [ENC], the last two
-
-    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model.vision_model(pixel_values=pixel_values.to(self.model.dtype)).last_hidden_state
-
-    def tokenize(self, texts: list[str]):
-        tokens = self.processor.tokenizer(
-            texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
-        )
-        if self.enc_token_id is not None:
-            tokens["input_ids"][:, 0] = self.enc_token_id
-        return tokens
-
-    def logits(self, encoded, input_ids, attention_mask) -> torch.Tensor:
-        read = self.model.text_encoder(
-            input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=encoded
-        )
-        return self.model.itm_head(read.last_hidden_state[:, 0])
-
-
-MATCHERS = {"blip": BlipMatcher, "qformer_blip2_pretraining": Matcher}
-
-
-def load_matcher(name: str | os.PathLike, dtype: str = "auto", device: str | torch.device = "cpu") -> Matcher:
-    """Load a filter.
-
-    Args:
-        name: Folder, or id on the Hub.
-        dtype: As for `from_pretrained`.
-        device: Where to put it.
-
-    Raises:
-        ValueError: The model has no image-text matching head.
-    """
-    kind = AutoConfig.from_pretrained(name).model_type
-    if kind not in MATCHERS:
-        raise ValueError(
-            f"{name} is a {kind!r} model, which can't serve as filter; expected one of {', '.join(MATCHERS)}: stage 1 of "
-            "Q-Former BLIP-2, or BLIP's image-text matcher."
-        )
-    matcher = MATCHERS[kind]
-    model, info = matcher.model_class.from_pretrained(name, dtype=dtype, output_loading_info=True)
-    if info["missing_keys"]:
-        raise ValueError(
-            f"{name} has no image-text matching head: {len(info['missing_keys'])} tensors are missing, such as "
-            f"{sorted(info['missing_keys'])[0]}."
-        )
-    return matcher(model.to(device).eval(), AutoProcessor.from_pretrained(name))
-
-
-# ---------------------------------------------------------------------- the whole
+# ---------------------------------------------------------------------- settings
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the result depends on; it is written beside it.
+    """What the scores depend on. It is saved in the output folder.
 
     Args:
-        captioner: Folder or Hub id; not needed where `num_captions` is 0.
+        captioner: Folder or Hub id; not needed if `num_captions` is 0.
         filter: Folder or Hub id.
-        prompt: What the captioner is asked; `None` takes its own.
-        num_captions: Captions to generate per image; 0 filters only.
-        max_new_tokens: Longest caption, in tokens.
-        top_p: Of nucleus sampling.
-        seed: Of the captions. What an image gets depends on its name and on nothing else.
-        dtype: Of both models.
+        prompt: What the captioner is asked; `None` takes its own prompt.
+        num_captions: Captions to generate per image; 0 only filters.
+        max_new_tokens: Maximum length of a caption, in tokens.
+        top_p: Probability mass for nucleus sampling, more than 0, at most 1.
+        seed: Random seed for the captions. Beyond it, what is drawn for an image depends on the image's name only.
+        dtype: Name of the dtype of both models.
 
     Raises:
-        ValueError: A value is not what it may be.
+        ValueError: A value is out of range, or a model is missing.
     """
 
     captioner: str | None = None
@@ -427,15 +164,18 @@ class Settings:
 
 
 def settings_for(output: str | os.PathLike, default_dtype: str = "float32", **given) -> Settings:
-    """The settings of a run that is begun or goes on.
+    """The settings of a new or resumed run.
 
     Args:
         output: Folder of the run.
-        default_dtype: For a run that begins, where `given` has no `dtype`.
-        given: Fields of `Settings`; `None` where nothing was said: then a run goes on as it began.
+        default_dtype: The dtype of a new run if `given` has none.
+        given: Fields of `Settings`. A resumed run keeps its value of those that are missing or `None`.
+
+    Returns:
+        The settings.
 
     Raises:
-        ValueError: The run in `output` began with other settings.
+        ValueError: The run in `output` was started with other settings.
     """
     path = Path(output) / OPTIONS
     given = {name: value for name, value in given.items() if value is not None}
@@ -444,18 +184,35 @@ def settings_for(output: str | os.PathLike, default_dtype: str = "float32", **gi
             given[name] = os.path.abspath(given[name])
     recorded = as_object(read_json(path), str(path)) if path.is_file() else {}
     if unknown := sorted(recorded.keys() - {field.name for field in fields(Settings)}):
-        raise ValueError(f"{path} has {', '.join(unknown)}: it is not of this version. Choose another output folder.")
+        raise ValueError(
+            f"{path} has {', '.join(unknown)}: it was written by another version. Choose another output folder."
+        )
     other = [name for name in given if name in recorded and given[name] != recorded[name]]
     if other:
         differences = ", ".join(f"{name} {recorded[name]!r} (now {given[name]!r})" for name in other)
         raise ValueError(
-            f"{output} was begun with {differences}. Go on with the same settings, or choose another output folder."
+            f"{output} was started with {differences}. Resume with the same settings, or choose another output folder."
         )
     return Settings(**{"dtype": default_dtype, **recorded, **given})
 
 
+# ---------------------------------------------------------------------- running
+
+
 def load_models(settings: Settings, device: str | torch.device) -> tuple[Captioner | None, Matcher]:
-    """Captioner, where one is needed, and filter."""
+    """Load the captioner, if one is needed, and the filter.
+
+    Args:
+        settings: They name the models.
+        device: Where to put them.
+
+    Returns:
+        The captioner, `None` if no captions are generated; and the filter.
+
+    Raises:
+        ValueError: A model can't do what it is needed for.
+        OSError: There is no such model.
+    """
     captioner = None
     if settings.num_captions:
         captioner = load_captioner(settings.captioner, settings.prompt, settings.dtype, device)
@@ -473,43 +230,53 @@ def capfilt(
     load: Callable[[Settings, str | torch.device], tuple[Captioner | None, Matcher]] = load_models,
     progress: bool = True,
 ) -> dict:
-    """Caption, score and clean. A run that was cut short goes on where it was; another threshold computes nothing anew.
+    """Generate captions, score all captions, and keep those that match.
+
+    An interrupted run resumes where it stopped. Scores are cached: changing the threshold does not rerun the models.
 
     Args:
         samples: Image-text pairs, from `read_samples`.
-        output: Folder to write to: `scores.jsonl`, a line per image with all captions and their scores, or with what is
-            wrong with it; `metadata.jsonl`, a line per caption that is kept, which `datasets` loads as "imagefolder", with
-            links to the images in `images`; `options.json`; `summary.json`.
+        output: Folder to write to:
+            - `scores.jsonl`: a line per image with all captions and their scores, or with what is wrong with it.
+            - `metadata.jsonl`: a line per caption that is kept, which `datasets` loads as "imagefolder", with links to
+              the images in `images`.
+            - `options.json`: the settings.
+            - `summary.json`: what is returned.
         settings: What the scores depend on, from `settings_for`.
-        threshold: Probability of a match, 0 to 1, from which on a caption is kept.
-        batch_size: Images at a time for the captioner, pairs for the filter.
+        threshold: Captions are kept that match with at least this probability, 0 to 1.
+        batch_size: Number of images per batch of the captioner, and of pairs per batch of the filter.
         device: Where to put the models.
-        load: Gives the models; called if there is something to compute.
-        progress: Show a bar on stderr.
+        load: Gives the models; called only if there is something to compute.
+        progress: Show a progress bar on stderr.
 
     Returns:
-        `threshold`, `images`, `failed`: those that could not be read, with reasons; `web` and `synthetic`: how many
-        `captions` were scored and `kept`.
+        `threshold`; `images`, their number; `failed`, the reason for each image that could not be read; `web` and
+        `synthetic`, how many `captions` were scored and `kept`.
 
     Raises:
-        ValueError: A setting, or what lies in `output`, can't be used.
+        ValueError: The threshold, or what is in `output`, can't be used.
+        OSError: A file can't be written.
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold is {threshold}; expected a probability, 0 to 1.")
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    _write(output / OPTIONS, json.dumps(asdict(settings), indent=2) + "\n")
+    write_json(output / OPTIONS, asdict(settings))
     records = read_scores(output / SCORES)
-    left = [sample for sample in samples if not _is_done(records.get(sample.image), sample)]
-    if left:
+    remaining = [sample for sample in samples if not _is_done(records.get(sample.image), sample)]
+    if remaining:
         captioner, matcher = load(settings, device)
         with (
             (output / SCORES).open("a", encoding="utf-8") as file,
             tqdm(
-                total=len(samples), initial=len(samples) - len(left), desc="capfilt", unit="image", disable=not progress
+                total=len(samples),
+                initial=len(samples) - len(remaining),
+                desc="capfilt",
+                unit="image",
+                disable=not progress,
             ) as bar,
         ):
-            for batch in _loaded(left, batch_size):
+            for batch in _load_batches(remaining, batch_size):
                 for record in _score_all(batch, captioner, matcher, settings, batch_size):
                     records[record["image"]] = record
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -519,12 +286,16 @@ def capfilt(
 
 
 def read_scores(path: str | os.PathLike) -> dict[str, dict]:
-    """What was computed so far, by image; where an image stands twice the later line counts.
+    """Read the scores that were computed so far. An incomplete last line is removed from the file.
 
-    A last line that is cut off is taken out of the file.
+    Args:
+        path: `scores.jsonl`; it need not exist.
+
+    Returns:
+        The record of each image; if an image has several lines, the last one counts.
 
     Raises:
-        ValueError: Another line is damaged.
+        ValueError: A line other than the last is damaged.
     """
     path, records, end = Path(path), {}, 0
     if not path.is_file():
@@ -538,7 +309,7 @@ def read_scores(path: str | os.PathLike) -> dict[str, dict]:
                 records[record["image"]] = record
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(
-                    f"{path}, line {number} is damaged ({error}); take it out to compute it anew."
+                    f"{path}, line {number} is damaged ({error}); delete the line to compute it again."
                 ) from error
             end += len(line)
     if end < path.stat().st_size:
@@ -547,7 +318,7 @@ def read_scores(path: str | os.PathLike) -> dict[str, dict]:
 
 
 def _is_done(record: dict | None, sample: Sample) -> bool:
-    """Images that could not be read are tried again, and so are those with other captions than before."""
+    """Images that could not be read are tried again, and so are those whose captions have changed."""
     return record is not None and "captions" in record and _texts(record, WEB) == sample.captions
 
 
@@ -555,8 +326,10 @@ def _texts(record: dict, source: str) -> list[str]:
     return [caption["text"] for caption in record["captions"] if caption["source"] == source]
 
 
-def _loaded(samples: Sequence[Sample], batch_size: int) -> Iterator[list[tuple[Sample, Image.Image | ImageError]]]:
-    """Batches with their images, or what is wrong with them; the next batch is read meanwhile."""
+def _load_batches(
+    samples: Sequence[Sample], batch_size: int
+) -> Iterator[list[tuple[Sample, Image.Image | ImageError]]]:
+    """Batches of samples with their images, or what is wrong with them. The next batch is read in the background."""
 
     def read(sample: Sample) -> Image.Image | ImageError:
         try:
@@ -565,28 +338,34 @@ def _loaded(samples: Sequence[Sample], batch_size: int) -> Iterator[list[tuple[S
             return error
 
     with ThreadPoolExecutor() as pool:
-        coming: deque = deque()
+        pending: deque = deque()
         for start in range(0, len(samples), batch_size):
             batch = samples[start : start + batch_size]
-            coming.append((batch, [pool.submit(read, sample) for sample in batch]))
-            if len(coming) > 1:
-                batch, images = coming.popleft()
+            pending.append((batch, [pool.submit(read, sample) for sample in batch]))
+            if len(pending) > 1:
+                batch, images = pending.popleft()
                 yield [(sample, image.result()) for sample, image in zip(batch, images)]
-        for batch, images in coming:
+        for batch, images in pending:
             yield [(sample, image.result()) for sample, image in zip(batch, images)]
 
 
 def generator_of(sample: Sample, seed: int, index: int) -> torch.Generator:
-    """Where the randomness of an image's caption comes from."""
+    """The random generator for one caption of an image.
+
+    Args:
+        sample: The image.
+        seed: The run's.
+        index: Which of the image's captions it is, from 0.
+    """
     digest = hashlib.sha256(f"{seed}/{index}/{sample.image}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def _score_all(batch, captioner, matcher, settings: Settings, batch_size: int) -> list[dict]:
-    """A line for each image of a batch. Where models refuse a batch, the images are tried one by one."""
-    good = [(sample, image) for sample, image in batch if not isinstance(image, ImageError)]
+    """The record of each image of a batch. If the models refuse a batch, its images are tried one by one."""
+    readable = [(sample, image) for sample, image in batch if not isinstance(image, ImageError)]
     scored = {sample.image: {"error": image.reason} for sample, image in batch if isinstance(image, ImageError)}
-    for part in (good, *([pair] for pair in good)):
+    for part in (readable, *([pair] for pair in readable)):
         if not part or part[0][0].image in scored:
             continue
         try:
@@ -598,57 +377,53 @@ def _score_all(batch, captioner, matcher, settings: Settings, batch_size: int) -
 
 
 def _score(pairs, captioner, matcher, settings: Settings, batch_size: int) -> dict[str, dict]:
-    """All captions of images, by their names."""
+    """Captions and scores of images, by the images' names."""
     samples, images = zip(*pairs)
     captions = [[{"text": text, "source": WEB} for text in sample.captions] for sample in samples]
     for index in range(settings.num_captions):
         generators = [generator_of(sample, settings.seed, index) for sample in samples]
         texts = captioner(images, generators, settings.max_new_tokens, settings.top_p)
-        for own, text in zip(captions, texts, strict=True):
-            own.append({"text": text, "source": SYNTHETIC})
-    # a captioner may say nothing: that is recorded, but there is nothing to score
-    said = [[caption for caption in own if caption["text"]] for own in captions]
-    scores = matcher(images, [[caption["text"] for caption in own] for own in said], batch_size)
-    for own, numbers in zip(said, scores, strict=True):
-        for caption, number in zip(own, numbers, strict=True):
-            caption["itm_score"] = number
+        for image_captions, text in zip(captions, texts, strict=True):
+            image_captions.append({"text": text, "source": SYNTHETIC})
+    # an empty caption is recorded, but there is nothing to score
+    scorable = [[caption for caption in image_captions if caption["text"]] for image_captions in captions]
+    texts = [[caption["text"] for caption in image_captions] for image_captions in scorable]
+    for image_captions, scores in zip(scorable, matcher(images, texts, batch_size), strict=True):
+        for caption, score in zip(image_captions, scores, strict=True):
+            caption["itm_score"] = score
     return {
-        sample.image: {"captions": [{"itm_score": None, **caption} for caption in own]}
-        for sample, own in zip(samples, captions, strict=True)
+        sample.image: {"captions": [{"itm_score": None, **caption} for caption in image_captions]}
+        for sample, image_captions in zip(samples, captions, strict=True)
     }
 
 
+# ---------------------------------------------------------------------- what is kept
+
+
 def _keep(samples: Sequence[Sample], records: dict[str, dict], output: Path, threshold: float) -> dict:
-    """Write what passes, and a summary."""
+    """Write the captions that pass the threshold, and a summary."""
     failed = {sample.image: records[sample.image]["error"] for sample in samples if "error" in records[sample.image]}
     summary = {"threshold": threshold, "images": len(samples), "failed": failed}
     summary |= {source: {"captions": 0, "kept": 0} for source in (WEB, SYNTHETIC)}
     root = os.path.commonpath([os.path.abspath(sample.path.parent) for sample in samples])
-    temporary = output / f".{METADATA}.{os.getpid()}"
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            for sample in samples:
-                link = None
-                for caption in records[sample.image].get("captions", ()):
-                    counts, score = summary[caption["source"]], caption["itm_score"]
-                    counts["captions"] += 1
-                    if score is None or score < threshold:
-                        continue
-                    counts["kept"] += 1
-                    link = link or _link(sample.path, root, output)
-                    row = {
-                        "file_name": link, "text": caption["text"], "source": caption["source"], "itm_score": score
-                    }  # fmt: skip
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        os.replace(temporary, output / METADATA)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _write(output / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    with replacing(output / METADATA) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for sample in samples:
+            link = None
+            for caption in records[sample.image].get("captions", ()):
+                counts, score = summary[caption["source"]], caption["itm_score"]
+                counts["captions"] += 1
+                if score is None or score < threshold:
+                    continue
+                counts["kept"] += 1
+                link = link or _link(sample.path, root, output)
+                row = {"file_name": link, "text": caption["text"], "source": caption["source"], "itm_score": score}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    write_json(output / SUMMARY, summary, ensure_ascii=False)
     return summary
 
 
 def _link(path: Path, root: str, output: Path) -> str:
-    """Name of an image within `output`: `datasets` refuses others. It is linked to, or copied where that can't be done."""
+    """Name of an image within `output`, as `datasets` requires: a link is made, or a copy if links are not possible."""
     path = os.path.abspath(path)
     inside = os.path.relpath(path, os.path.abspath(output))
     if not inside.startswith(os.pardir):
@@ -666,12 +441,6 @@ def _link(path: Path, root: str, output: Path) -> str:
     except OSError:
         shutil.copyfile(path, link)
     return name.as_posix()
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 __all__ = [

@@ -22,7 +22,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from vlbridge import cli
-from vlbridge.training import training_capfilt
+from vlbridge.training import training_capfilt_models
 from vlbridge.training.training_capfilt import (
     BlipMatcher,
     Sample,
@@ -233,7 +233,7 @@ def test_captioner_without_a_chat_template(models):
     model, processor = tiny_model("mlp")
     processor.chat_template = None
     with pytest.raises(ValueError, match="can't serve as captioner: its processor has no chat template"):
-        training_capfilt.Captioner(model, processor)
+        training_capfilt_models.Captioner(model, processor)
 
 
 # ---------------------------------------------------------------------- scores
@@ -310,13 +310,13 @@ def settings(models, **changes) -> Settings:
 
 def counting(monkeypatch) -> list[int]:
     """Numbers of images that captioners see."""
-    seen, call = [], training_capfilt.Captioner.__call__
+    seen, call = [], training_capfilt_models.Captioner.__call__
 
     def counted(self, images, *args, **kwargs):
         seen.append(len(images))
         return call(self, images, *args, **kwargs)
 
-    monkeypatch.setattr(training_capfilt.Captioner, "__call__", counted)
+    monkeypatch.setattr(training_capfilt_models.Captioner, "__call__", counted)
     return seen
 
 
@@ -382,7 +382,7 @@ def test_killed_and_gone_on(models, data, at, tmp_path, monkeypatch):
 
 def test_interrupted_between_batches(models, data, tmp_path, monkeypatch):
     samples, out = read_samples(data), tmp_path / "out"
-    seen, call = [], training_capfilt.Matcher.__call__
+    seen, call = [], training_capfilt_models.Matcher.__call__
 
     def interrupted(self, images, *args):
         seen.append(len(images))
@@ -390,7 +390,7 @@ def test_interrupted_between_batches(models, data, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return call(self, images, *args)
 
-    monkeypatch.setattr(training_capfilt.Matcher, "__call__", interrupted)
+    monkeypatch.setattr(training_capfilt_models.Matcher, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         capfilt(samples, out, settings(models), batch_size=2)
     assert len(lines(out / "scores.jsonl")) == 2 and not (out / "metadata.jsonl").exists()
@@ -416,6 +416,13 @@ def test_grown_and_changed_data(models, data, tmp_path, monkeypatch):
     summary = capfilt(samples, out, settings(models), threshold=0)
     assert sum(seen) == 3  # the changed one, and two new ones
     assert summary["web"] == {"captions": 7, "kept": 7} and summary["synthetic"] == {"captions": 5, "kept": 5}
+
+
+def test_files_that_cannot_be_replaced_leave_nothing_temporary(models, data, tmp_path):
+    (tmp_path / "summary.json").mkdir()
+    with pytest.raises(OSError):
+        capfilt(read_samples(data), tmp_path, settings(models, captioner=None, num_captions=0))
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_filter_only(models, data, tmp_path):
@@ -516,10 +523,10 @@ def test_going_on_with_other_settings_is_refused(models, data, tmp_path):
     capfilt(read_samples(data)[:1], tmp_path, settings(models, seed=4))
     assert settings_for(tmp_path) == settings(models, seed=4)  # as it began
     assert settings_for(tmp_path, seed=4, captioner=os.path.relpath(models["stage1"])) == settings(models, seed=4)
-    with pytest.raises(ValueError, match=r"was begun with seed 4 \(now 0\), num_captions 1 \(now 2\)"):
+    with pytest.raises(ValueError, match=r"was started with seed 4 \(now 0\), num_captions 1 \(now 2\)"):
         settings_for(tmp_path, seed=0, num_captions=2)
     (tmp_path / "options.json").write_text('{"beams": 3}')
-    with pytest.raises(ValueError, match="has beams: it is not of this version"):
+    with pytest.raises(ValueError, match="has beams: it was written by another version"):
         settings_for(tmp_path)
 
 
@@ -539,15 +546,15 @@ def test_command(models, data, tmp_path, monkeypatch):
     assert "5/5" in result.stderr
     assert json.loads((out / "options.json").read_text())["max_new_tokens"] == 5
 
-    monkeypatch.setattr(training_capfilt, "load_captioner", None)  # another threshold needs no model
-    monkeypatch.setattr(training_capfilt, "load_matcher", None)
+    monkeypatch.setattr(training_capfilt_models, "load_captioner", None)  # another threshold needs no model
+    monkeypatch.setattr(training_capfilt_models, "load_matcher", None)
     result = run(data, "--output", out, "--threshold", 1)
     assert (result.exit_code, result.stdout) == (0, "web: 0 of 6 captions kept\nsynthetic: 0 of 5 captions kept\n")
     assert (out / "metadata.jsonl").read_text() == ""
 
     result = run(*begin, "--seed", 3, "--max-new-tokens", 7)
     assert result.exit_code == 1
-    assert "was begun with" in result.stderr and "max_new_tokens 5 (now 7)" in result.stderr
+    assert "was started with" in result.stderr and "max_new_tokens 5 (now 7)" in result.stderr
 
 
 def test_command_reports_images_that_cannot_be_read(models, data, tmp_path):

@@ -1,0 +1,62 @@
+"""`vlbridge train`: a bridge from a recipe."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli_common import CommandError, exit_codes, one_line, print_line
+
+
+@exit_codes()
+def train(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="YAML file, or the name of a shipped recipe (--list).")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change a value, such as arguments.max_steps=100; may be repeated."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write to.", show_default="the recipe's name")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Resume from the last checkpoint in the output folder, if there is one.")
+    ] = False,
+    list_recipes: Annotated[bool, typer.Option("--list", help="Show the shipped recipes and exit.")] = False,
+) -> None:
+    """Train a bridge from a recipe; on several devices with `accelerate launch -m vlbridge.cli train ...`."""
+    from .training.training_recipes import RecipeError, read_recipe, shipped
+
+    if list_recipes:
+        names = shipped()
+        width = max(map(len, names))
+        for name in names:
+            print_line(f"{name:{width}}  {read_recipe(name).description}", sys.stdout)
+        return
+    if recipe is None:
+        raise CommandError("name a recipe: a YAML file, or one of those that --list shows", exit_code=2)
+    try:
+        chosen = read_recipe(recipe, settings or ())
+    except RecipeError as error:
+        raise CommandError(one_line(error), exit_code=2) from error
+    output = Path(Path(recipe).stem) if output is None else output
+    try:
+        from .training import training_trainer
+    except ModuleNotFoundError as error:
+        raise CommandError(f"{error}; training needs more packages: pip install 'vlbridge[train]'") from error
+    try:
+        summary = training_trainer.train(chosen, output, resume=resume)
+    except RecipeError as error:
+        raise CommandError(one_line(error), exit_code=2) from error
+    except (OSError, ValueError, training_trainer.TrainingError) as error:
+        raise CommandError(one_line(error)) from error
+    for row in summary["evaluation"]:
+        print_line(f"{row['dataset']} ({row['split']}): {row['metric']} {row['value']:.4f}", sys.stdout)
+    print_line(f"{output}: {summary['steps']} steps in {summary['seconds'] / 60:.1f} minutes", sys.stdout)
+
+
+__all__ = ["train"]
