@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..processing.processing_bridged import BridgedProcessor
 from ..processing.processing_parts import add_tokens, load_image_processor, load_tokenizer
@@ -28,11 +30,11 @@ def assemble(
     vision: Part,
     language: Part,
     *,
-    tokenizer=None,
-    image_processor=None,
+    tokenizer: PreTrainedTokenizerBase | str | os.PathLike | None = None,
+    image_processor: BaseImageProcessor | str | os.PathLike | None = None,
     chat_template: str | None = None,
     dtype: torch.dtype | str | None = None,
-    device_map=None,
+    device_map: str | dict | torch.device | None = None,
     **options,
 ) -> tuple[BridgedModel, BridgedProcessor]:
     """Put a new bridge of one family between a vision encoder and a language model.

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
 
 from ..configuration.configuration_bridged import BridgedConfig
 from .modeling_parts import build_part
@@ -88,7 +89,7 @@ class Bridge(nn.Module):
         """Initialise this module's own parameters (sub-modules are initialised by the model)."""
 
 
-def patch_features_of(vision_outputs, layer: int | list[int] | None) -> torch.Tensor:
+def patch_features_of(vision_outputs: ModelOutput, layer: int | list[int] | None) -> torch.Tensor:
     """Read the encoder's features as a sequence, prefix tokens included.
 
     Args:

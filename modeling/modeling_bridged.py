@@ -227,7 +227,7 @@ class BridgedModel(
         if pixel_values.ndim != 4:
             raise ValueError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}; expected (num_images, channels, height, width), "
-                "the images of all rows of the batch one after the other"
+                "the images of all rows of the batch, concatenated"
                 + (", or (num_images, num_frames, channels, height, width) for videos." if self.takes_frames else ".")
             )
         vision_dtype = next(self.vision_model.parameters()).dtype

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -284,7 +285,7 @@ class BridgeCheckpointMixin:
 
     def save_pretrained(
         self,
-        save_directory,
+        save_directory: str | os.PathLike,
         *args,
         bridge_only: bool = False,
         with_code: bool = False,
@@ -292,7 +293,7 @@ class BridgeCheckpointMixin:
         state_dict: dict | None = None,
         push_to_hub: bool = False,
         **kwargs,
-    ):
+    ) -> None:
         """Save the model, or its bridge alone.
 
         Args:
@@ -370,7 +371,7 @@ class BridgeCheckpointMixin:
         max_shard_size: int | str = "50GB",
         tags: list[str] | None = None,
         **kwargs,
-    ):
+    ) -> CommitInfo:
         """Upload the model, or its bridge alone, in one commit.
 
         Args:
@@ -415,7 +416,13 @@ class BridgeCheckpointMixin:
                 )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args,
+        config: PreTrainedConfig | str | os.PathLike | None = None,
+        **kwargs,
+    ):
         """Load a model. For a bridge checkpoint, the frozen parts are loaded and verified too.
 
         Args:
@@ -533,7 +540,7 @@ class BridgeCheckpointMixin:
         info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         return (model, info) if output_loading_info else model
 
-    def dispatch(self, device_map, max_memory: dict | None = None, **kwargs) -> None:
+    def dispatch(self, device_map: str | dict | torch.device, max_memory: dict | None = None, **kwargs) -> None:
         """Distribute a model that is in memory over devices, as `device_map` does during loading.
 
         Args:

@@ -15,7 +15,14 @@ from typing import ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..compat import can_return_tuple, torch_compilable_check
@@ -31,7 +38,7 @@ from .modeling_bridge import Bridge
 from .modeling_bridged import BridgedModel
 from .modeling_flamingo import PerceiverFlamingoForConditionalGeneration, PerceiverResampler
 from .modeling_llava import MLPBridge, MLPLlavaForConditionalGeneration, PooledPatchesMixin
-from .modeling_parts import resolve_part
+from .modeling_parts import Part, resolve_part
 from .modeling_pins import summary
 from .modeling_qformer import QFormerBlip2ForConditionalGeneration
 from .modeling_qformer_layers import QFormer
@@ -178,14 +185,14 @@ class BridgedForImageClassification(BridgedModel):
     @classmethod
     def from_vision(
         cls,
-        vision,
+        vision: Part,
         *,
         num_labels: int | None = None,
         id2label: dict[int, str] | None = None,
-        image_processor=None,
+        image_processor: BaseImageProcessor | str | os.PathLike | None = None,
         dtype: torch.dtype | str | None = None,
         **options,
-    ):
+    ) -> tuple[BridgedForImageClassification, BaseImageProcessor]:
         """Put a new bridge and classifier on top of a vision encoder, which is frozen.
 
         Args:
@@ -217,13 +224,13 @@ class BridgedForImageClassification(BridgedModel):
     @classmethod
     def from_bridge(
         cls,
-        source,
+        source: BridgedModel | str | os.PathLike,
         *,
         num_labels: int | None = None,
         id2label: dict[int, str] | None = None,
-        image_processor=None,
+        image_processor: BaseImageProcessor | str | os.PathLike | None = None,
         **options,
-    ):
+    ) -> tuple[BridgedForImageClassification, BaseImageProcessor]:
         """Initialise a classifier with the vision encoder and the visual tokens of another model of the family.
 
         Args:
@@ -277,7 +284,7 @@ class BridgedForImageClassification(BridgedModel):
     @classmethod
     def _raise_wrong_source(cls, found: str) -> None:
         expected = " or ".join(sorted({model.config_class.model_type for model in cls.begins_as}))
-        raise ValueError(f"{found}; {cls.__name__} begins as {expected}.")
+        raise ValueError(f"{found}; {cls.__name__} can be initialised from {expected}.")
 
     @staticmethod
     def _label_fields(num_labels: int | None, id2label: dict[int, str] | None) -> dict:
@@ -432,7 +439,9 @@ class QFormerBlip2ForImageClassification(BridgedForImageClassification):
         return {"qformer_config": {**source.config.qformer_config.to_dict(), "use_text": False}}
 
     @classmethod
-    def from_stage1(cls, stage1, **options):
+    def from_stage1(
+        cls, stage1: QFormerBlip2Stage1Model | str | os.PathLike, **options
+    ) -> tuple[QFormerBlip2ForImageClassification, BaseImageProcessor]:
         """Initialise a classifier with the Q-Former of a stage-1 model, `QFormerBlip2ForPreTraining`.
 
         Args:

@@ -9,7 +9,7 @@ from transformers import GradientCheckpointingLayer
 class FreezingMixin:
     """`freeze()`, and frozen parts that stay in eval mode."""
 
-    def freeze(self, vision_model: bool = True, language_model: bool = True):
+    def freeze(self, vision_model: bool = True, language_model: bool = True) -> nn.Module:
         """Choose which parts are trained. The bridge always is.
 
         Args:
@@ -27,7 +27,7 @@ class FreezingMixin:
                     parameter.requires_grad_(not frozen)
         return self.train(self.training)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> nn.Module:
         """Set the training mode of the trained parts. Frozen ones stay in eval mode: no dropout, no running statistics.
 
         Args:

@@ -90,7 +90,7 @@ class BridgeGenerationMixin:
         *args,
         cache: Cache | None = None,
         **kwargs,
-    ):
+    ) -> torch.LongTensor | ModelOutput:
         """Generate text for a batch of prompts with images.
 
         Args:
@@ -165,7 +165,10 @@ class BridgeGenerationMixin:
         return self.visual_states_for_generation(input_ids, features, kwargs.get("visual_states"))
 
     def visual_states_for_generation(
-        self, input_ids: torch.LongTensor | None, image_features, before: ModelOutput | None
+        self,
+        input_ids: torch.LongTensor | None,
+        image_features: torch.Tensor | list[torch.Tensor] | None,
+        before: ModelOutput | None,
     ) -> GenerationStates:
         """Assign visual tokens to their samples. Families whose visual tokens are not in the prompt override this.
 

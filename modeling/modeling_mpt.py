@@ -548,12 +548,14 @@ def as_conditionable(language_model: PreTrainedModel) -> PreTrainedModel:
         return language_model
     here = f"{MptForCausalLM.__module__}.{MptForCausalLM.__name__}"
     if getattr(language_model, "hf_quantizer", None) is not None:
-        raise ValueError(f"transformers' MPT can't be taken over once quantised; load it with {here}.from_pretrained.")
+        raise ValueError(
+            f"transformers' MPT can't be replaced when it is quantised; load it with {here}.from_pretrained."
+        )
     device_map = getattr(language_model, "hf_device_map", None)
     if device_map is not None and len(set(map(str, device_map.values()))) > 1:
         raise ValueError(
-            f"transformers' MPT can't be taken over once it is spread over devices (hf_device_map={device_map}); load "
-            f"it with {here}.from_pretrained, or on one device, and spread it afterwards."
+            f"transformers' MPT can't be replaced when it is distributed over devices (hf_device_map={device_map}); "
+            f"load it with {here}.from_pretrained, or on one device, and distribute it afterwards."
         )
     config = copy.deepcopy(language_model.config)
     set_attention(config, "sdpa")

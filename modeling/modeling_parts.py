@@ -52,7 +52,7 @@ SHAPE_FIELDS = (
 Part = str | os.PathLike | PreTrainedConfig | PreTrainedModel
 
 
-def auto_class_for(part: str, config: PreTrainedConfig):
+def auto_class_for(part: str, config: PreTrainedConfig) -> type:
     """The Auto class that loads a frozen part, or the model's class if no Auto class returns it."""
     # Compared by name: code saved along with models may be loaded in several copies with different classes.
     known = {cls.config_class.model_type: cls for cls in _CLASSES_WITHOUT_AUTO[part]}
@@ -82,8 +82,8 @@ def refuse_zero3() -> None:
     """
     if is_deepspeed_zero3_enabled():
         raise RuntimeError(
-            "There are TrainingArguments with DeepSpeed's ZeRO-3 already, so that parts would be loaded empty, spread "
-            "over the processes. Compose or load the model before they are made; the Trainer spreads it."
+            "TrainingArguments with DeepSpeed's ZeRO-3 exist already, so parts would be loaded empty, sharded over the "
+            "processes. Compose or load the model before the arguments are created; the Trainer shards it."
         )
 
 

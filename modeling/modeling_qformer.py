@@ -11,13 +11,22 @@ import re
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    BaseImageProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..configuration.configuration_qformer import QFormerBlip2Config
 from ..processing.processing_qformer import QFormerBlip2Processor
 from .modeling_assembly import assemble
 from .modeling_bridge import Bridge
 from .modeling_bridged import BridgedModel
+from .modeling_parts import Part
 from .modeling_pins import summary
 from .modeling_qformer_layers import QFormer, joint_attention_mask
 from .modeling_qformer_pretraining import QFormerBlip2Stage1Model
@@ -99,14 +108,14 @@ class QFormerBlip2ForConditionalGeneration(BridgedModel):
     @classmethod
     def from_stage1(
         cls,
-        stage1,
-        language,
+        stage1: QFormerBlip2Stage1Model | str | os.PathLike,
+        language: Part,
         *,
         instruction_aware: bool = False,
-        image_processor=None,
-        qformer_tokenizer=None,
+        image_processor: BaseImageProcessor | str | os.PathLike | None = None,
+        qformer_tokenizer: PreTrainedTokenizerBase | None = None,
         **options,
-    ):
+    ) -> tuple[QFormerBlip2ForConditionalGeneration, QFormerBlip2Processor]:
         """Build a model for stage 2 (or 3) from a stage-1 model's vision encoder and Q-Former, and a language model.
 
         Args:

@@ -57,7 +57,16 @@ def joint_attention_mask(objective: Objective, num_queries: int, text_mask: torc
     return allowed | ~allowed.any(dim=-1, keepdim=True)
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention without a fused kernel, with the interface of `ALL_ATTENTION_FUNCTIONS`."""
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
@@ -411,7 +420,7 @@ class QFormer(nn.Module):
         """
         bert, missing = source, []
         if isinstance(source, PreTrainedModel) and not isinstance(source, BertForMaskedLM):
-            raise ValueError(f"The Q-Former begins as a BertForMaskedLM, not as a {type(source).__name__}.")
+            raise ValueError(f"The Q-Former is initialised from a BertForMaskedLM, not from a {type(source).__name__}.")
         if not isinstance(source, PreTrainedModel):
             bert, info = BertForMaskedLM.from_pretrained(os.fspath(source), output_loading_info=True, **hub_kwargs)
             missing = sorted(info["missing_keys"])
@@ -438,7 +447,7 @@ class QFormer(nn.Module):
         problems += [f"nothing for {name}" for name in sorted(own.keys() - copies.keys() - fresh)]
         if problems:
             name = type(source).__name__ if isinstance(source, PreTrainedModel) else source
-            raise ValueError(f"The Q-Former can't begin as the BERT in {name}: {summary(problems)}.")
+            raise ValueError(f"The Q-Former can't be initialised from the BERT in {name}: {summary(problems)}.")
         for target, tensor in copies.items():
             self.get_parameter(target)[: len(tensor)].copy_(tensor)
         return {name.removeprefix("cls.predictions."): t for name, t in weights.items() if name.startswith("cls.")}

@@ -570,7 +570,7 @@ class QFormerBlip2ForPreTraining(QFormerBlip2Stage1Model):
         mask = kwargs.pop("attention_mask", None)
         mask = input_ids != self.config.pad_token_id if mask is None else mask
         if not bool(mask.all()):
-            raise ValueError("Captions that begin with texts of different lengths: caption those separately.")
+            raise ValueError("The beginnings of the captions have different lengths; caption those images separately.")
         settings = [
             self._generation_setting(name, kwargs.get("generation_config"), kwargs)
             for name in ("num_beams", "num_return_sequences")

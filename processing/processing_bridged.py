@@ -7,7 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import ClassVar
 
-from transformers import ProcessorMixin
+from huggingface_hub import CommitInfo
+from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..compat import MultiModalData, get_image_size
 from ..compat_hooks import ProcessorHooks
@@ -132,7 +133,9 @@ class BridgedProcessor(ProcessorHooks, ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or self.build_chat_template(tokenizer))
 
     @classmethod
-    def from_config(cls, config: BridgedConfig, image_processor, tokenizer, **kwargs) -> BridgedProcessor:
+    def from_config(
+        cls, config: BridgedConfig, image_processor: BaseImageProcessor, tokenizer: PreTrainedTokenizerBase, **kwargs
+    ) -> BridgedProcessor:
         """Build the processor of a model.
 
         Args:
@@ -176,7 +179,9 @@ class BridgedProcessor(ProcessorHooks, ProcessorMixin):
         return None
 
     @classmethod
-    def build_chat_template(cls, tokenizer, template: str | None = None, image: str = "<image>") -> str:
+    def build_chat_template(
+        cls, tokenizer: PreTrainedTokenizerBase, template: str | None = None, image: str = "<image>"
+    ) -> str:
         """Extend a chat template so that it accepts images.
 
         Args:
@@ -225,7 +230,7 @@ class BridgedProcessor(ProcessorHooks, ProcessorMixin):
         query: dict | list[dict],
         tokenize: bool = True,
         **kwargs,
-    ):
+    ) -> BatchFeature | tuple:
         """Build model inputs that show some examples before a query.
 
         Args:
@@ -339,7 +344,7 @@ class BridgedProcessor(ProcessorHooks, ProcessorMixin):
             raise ValueError(f"The number of {self.image_token} tokens in the text is {count}, but {given}.")
         return super().get_text_with_replacements(text, images_replacements, *more, **kwargs)
 
-    def num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+    def num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs) -> MultiModalData:
         """Number of placeholders per image, for inference servers that allocate memory before processing.
 
         Args:
@@ -360,7 +365,7 @@ class BridgedProcessor(ProcessorHooks, ProcessorMixin):
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, with_code: bool = False, **kwargs
-    ):
+    ) -> list[str]:
         """Save the processor.
 
         Args:
@@ -383,7 +388,7 @@ class BridgedProcessor(ProcessorHooks, ProcessorMixin):
             )
         return files
 
-    def push_to_hub(self, repo_id: str, *, with_code: bool = False, **kwargs):
+    def push_to_hub(self, repo_id: str, *, with_code: bool = False, **kwargs) -> CommitInfo:
         """Upload the processor in one commit.
 
         To upload it together with its model, call `model.push_to_hub(..., processor=processor)`.

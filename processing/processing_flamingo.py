@@ -35,7 +35,7 @@ class PerceiverFlamingoProcessor(BridgedProcessor):
         """See `ProcessorMixin.replace_image_token`."""
         return self.image_token  # one token marks the image's place; its features are conditioning
 
-    def num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+    def num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs) -> MultiModalData:
         """See `BridgedProcessor.num_multimodal_tokens`; the prompt holds one token per image."""
         data = super().num_multimodal_tokens(image_sizes, **kwargs)
         if image_sizes is not None:

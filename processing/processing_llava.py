@@ -6,6 +6,7 @@ import math
 import re
 
 from PIL import Image
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from ..compat import MultiModalData, make_flat_list_of_images, to_pil_image
 from ..configuration.configuration_llava import (
@@ -272,7 +273,9 @@ class MLPLlavaProcessor(BridgedProcessor):
             config.image_grid_pinpoints = default_grid_pinpoints(config.image_size)
 
     @classmethod
-    def from_config(cls, config: MLPLlavaConfig, image_processor, tokenizer, **kwargs) -> MLPLlavaProcessor:
+    def from_config(
+        cls, config: MLPLlavaConfig, image_processor: BaseImageProcessor, tokenizer: PreTrainedTokenizerBase, **kwargs
+    ) -> MLPLlavaProcessor:
         """See `BridgedProcessor.from_config`."""
         kwargs = {**{name: getattr(config, name) for name in cls.shared_fields}, **kwargs}
         kwargs.setdefault("image_aspect_ratio", "square" if kwargs["image_grid_pinpoints"] is None else "anyres")
@@ -344,7 +347,7 @@ class MLPLlavaProcessor(BridgedProcessor):
             height = width = max(height, width)
         return super().processed_size(height, width)
 
-    def num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+    def num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs) -> MultiModalData:
         """See `BridgedProcessor.num_multimodal_tokens`."""
         if image_sizes is None or self.image_grid_pinpoints is None:
             return super().num_multimodal_tokens(image_sizes, **kwargs)

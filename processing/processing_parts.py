@@ -9,6 +9,7 @@ from transformers import (
     AddedToken,
     AutoImageProcessor,
     AutoTokenizer,
+    BaseImageProcessor,
     CLIPImageProcessor,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -50,7 +51,12 @@ def native_image_processor(vision_config: PreTrainedConfig) -> CLIPImageProcesso
     )
 
 
-def load_image_processor(given, name: str | None, vision_config: PreTrainedConfig, **hub_kwargs):
+def load_image_processor(
+    given: BaseImageProcessor | str | os.PathLike | None,
+    name: str | None,
+    vision_config: PreTrainedConfig,
+    **hub_kwargs,
+) -> BaseImageProcessor:
     """Load the image processor of a vision encoder.
 
     Args:

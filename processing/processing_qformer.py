@@ -6,7 +6,7 @@ import os
 from typing import ClassVar
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoTokenizer, BaseImageProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..compat import optional_file
 from ..compat_hooks import ProcessorHooks
@@ -224,7 +224,13 @@ class QFormerBlip2PreTrainingProcessor(ProcessorHooks, ProcessorMixin):
         super().__init__(image_processor, tokenizer)
 
     @classmethod
-    def from_config(cls, config: QFormerBlip2PreTrainingConfig, image_processor, tokenizer, **kwargs):
+    def from_config(
+        cls,
+        config: QFormerBlip2PreTrainingConfig,
+        image_processor: BaseImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        **kwargs,
+    ) -> QFormerBlip2PreTrainingProcessor:
         """Build the processor of a model.
 
         Args:
@@ -285,7 +291,7 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
 
 
-def bert_tokenizer(source, **hub_kwargs) -> PreTrainedTokenizerBase:
+def bert_tokenizer(source: PreTrainedTokenizerBase | str | os.PathLike, **hub_kwargs) -> PreTrainedTokenizerBase:
     """BERT's tokenizer with `[DEC]`, which begins captions.
 
     Args:

@@ -17,6 +17,7 @@ import importlib
 import inspect
 import logging
 import mmap
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -393,14 +394,20 @@ def as_wide_as_logits(text_config: PreTrainedConfig) -> PreTrainedConfig:
     return text_config
 
 
-def create_causal_mask(config, inputs_embeds, attention_mask, cache, position_ids) -> torch.Tensor | None:
+def create_causal_mask(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: Any,
+    position_ids: torch.Tensor | None,
+) -> torch.Tensor | None:
     """The causal mask of transformers, which supports caches, padding and packed rows."""
     from transformers.masking_utils import create_causal_mask as create
 
     return create(config, inputs_embeds, attention_mask, position_ids=position_ids, **cache_argument(cache))
 
 
-def masks_for_generate(model, *args, **kwargs):
+def masks_for_generate(model: PreTrainedModel, *args, **kwargs) -> Any:
     """The masks that `generate` creates for a language model, by its own method or transformers' common function."""
     from transformers.masking_utils import create_masks_for_generate
 
@@ -441,7 +448,7 @@ def build_from_config(model_class: type, config: PreTrainedConfig) -> PreTrained
     return model_class._from_config(config)
 
 
-def optional_file(source, name: str, gated_is_missing: bool = False, **hub_kwargs) -> str | None:
+def optional_file(source: str | os.PathLike, name: str, gated_is_missing: bool = False, **hub_kwargs) -> str | None:
     """Local path of a file of a Hub repository or folder; `None` if it has no such file.
 
     Args:
@@ -456,7 +463,7 @@ def optional_file(source, name: str, gated_is_missing: bool = False, **hub_kwarg
     return cached_file(source, name, **hub_kwargs, **gated, _raise_exceptions_for_missing_entries=False)
 
 
-def resolve_revision(source, revision: str | None = None, **hub_kwargs) -> str | None:
+def resolve_revision(source: str | os.PathLike | None, revision: str | None = None, **hub_kwargs) -> str | None:
     """The commit that a revision points to, so that all files of a model come from one commit.
 
     Args:
@@ -470,8 +477,6 @@ def resolve_revision(source, revision: str | None = None, **hub_kwargs) -> str |
     resolve = find("transformers.utils.hub.resolve_revision")
     if resolve is not _MISSING:
         return resolve(source, revision, **hub_kwargs)
-    import os
-
     from huggingface_hub import HfApi, is_offline_mode
 
     if source is None or os.path.exists(source) or hub_kwargs.get("local_files_only") or is_offline_mode():
@@ -498,7 +503,7 @@ def unpack_gguf() -> dict[str, Any]:
 _OFFSETS_ARE_KNOWN = version_of("torch") >= Version("2.7")
 
 
-def load_without_weights(file) -> Any:
+def load_without_weights(file: str | os.PathLike) -> Any:
     """Load a file of `torch.save` (in the zip format) without the bytes of its tensors.
 
     Args:

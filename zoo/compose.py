@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .families import FAMILIES
@@ -21,11 +24,11 @@ def compose(
     language: Part,
     bridge: str = "mlp",
     *,
-    tokenizer=None,
-    image_processor=None,
+    tokenizer: PreTrainedTokenizerBase | str | os.PathLike | None = None,
+    image_processor: BaseImageProcessor | str | os.PathLike | None = None,
     chat_template: str | None = None,
     dtype: torch.dtype | str | None = None,
-    device_map=None,
+    device_map: str | dict | torch.device | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | None = None,
