@@ -1,4 +1,4 @@
-"""What the three families' configurations share: two frozen parts, one placeholder token, one token count."""
+"""Base of the three families' configurations: two frozen parts, one placeholder token, one token count."""
 
 from typing import ClassVar, Literal
 
@@ -6,17 +6,19 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..compat import as_wide_as_logits, attention_of, set_attention
-from .configuration_mpt import MosaicGPTConfig  # noqa: F401 (registers what a text_config may be)
+from .configuration_mpt import MosaicGPTConfig  # noqa: F401 (registers a model type for text_config)
 
 
 def patch_grid(source, height: int, width: int) -> tuple[int, int]:
     """Rows and columns of the patches that the vision model makes of one image.
 
     Args:
-        source: Anything that carries `patch_size`, `num_prefix_tokens` and `vision_layout`: a configuration or a
-            processor.
+        source: A configuration or a processor, with `patch_size`, `num_prefix_tokens` and `vision_layout`.
         height: Height of the image as the vision model receives it, in pixels.
-        width: Width, in pixels.
+        width: Width of the same image, in pixels.
+
+    Returns:
+        `(rows, columns)`.
 
     Raises:
         ValueError: The geometry of the vision model is not known yet.
@@ -26,7 +28,7 @@ def patch_grid(source, height: int, width: int) -> tuple[int, int]:
             f"{type(source).__name__} does not know its vision model's geometry (patch_size={source.patch_size}, "
             f"num_prefix_tokens={source.num_prefix_tokens}). Building the model fills both in; or pass them."
         )
-    # Convolutional encoders pad at their borders (ceil); patch embeddings drop what does not fill a patch (floor).
+    # Convolutional encoders pad at their borders (ceil); patch embeddings drop incomplete patches (floor).
     round_up = source.num_prefix_tokens == 0 and source.vision_layout == "grid"
     rows, columns = ((side + (source.patch_size - 1) * round_up) // source.patch_size for side in (height, width))
     return rows, columns
@@ -38,10 +40,10 @@ def num_patches(source, height: int, width: int) -> int:
     Args:
         source: As for `patch_grid`, and with `vision_feature_select_strategy`.
         height: Height of the image as the vision model receives it, in pixels.
-        width: Width, in pixels.
+        width: Width of the same image, in pixels.
 
     Returns:
-        Patches, and the prefix tokens (CLS, registers) too where the strategy is `"full"`.
+        The number of patches, plus the prefix tokens (CLS, registers) if the strategy is `"full"`.
 
     Raises:
         ValueError: The geometry of the vision model is not known yet.
@@ -58,27 +60,27 @@ class BridgedConfig(PreTrainedConfig):
         vision_config: Configuration of the vision encoder (any `AutoModel` that takes `pixel_values`), or its dict.
         text_config: Configuration of the language model, or its dict.
         image_token_id: Id of the `<image>` placeholder.
-        vision_feature_layer: Hidden state(s) of the vision encoder to read; `None` takes its last hidden state, a
-            list concatenates several along the channels.
+        vision_feature_layer: Hidden state(s) of the vision encoder to read; `None` takes the last one, a list
+            concatenates several along the channels.
         vision_feature_select_strategy: `"patch"` drops prefix tokens (CLS, registers), `"full"` keeps them.
         vision_layout: `"sequence"` for encoders that give `(batch, tokens, channels)`, `"grid"` for CNNs' `(batch,
-            channels, height, width)`. Filled in from the encoder where it is `None`, as are the next four.
+            channels, height, width)`. If it is `None`, it is read from the encoder, as are the next four.
         vision_hidden_size: Channels of one patch feature, before several layers are concatenated.
-        patch_size: Pixels that one patch covers, per side (a CNN's total stride).
-        num_prefix_tokens: Tokens in front of the patches.
-        image_size: Side of the (square) images that the encoder was made for, in pixels.
-        special_token_ids: Ids of tokens whose embedding rows are trained and live in the bridge.
-        freeze_vision_model: Keep the vision encoder untouched by training (no gradients, always in eval mode).
-        freeze_language_model: The same for the language model.
+        patch_size: Side of one patch, in pixels (the total stride of a CNN).
+        num_prefix_tokens: Tokens before the patches (CLS, registers).
+        image_size: Side of the square images that the encoder was trained on, in pixels.
+        special_token_ids: Ids of the tokens whose embedding rows are trained and stored in the bridge.
+        freeze_vision_model: Exclude the vision encoder from training (no gradients, always in eval mode).
+        freeze_language_model: Exclude the language model from training (no gradients, always in eval mode).
         bridge_only: The checkpoint holds `bridge.*` only; the frozen parts come from `frozen_parts`.
         frozen_parts: Where the frozen parts came from: `{"vision_model": {"source", "revision", "sha256"},
             "language_model": {...}}`.
-        trained_tensors: Names of tensors of the frozen parts that were trained all the same, and travel with the bridge.
-        initializer_range: Standard deviation of the bridge's fresh weights.
+        trained_tensors: Names of tensors of the frozen parts that were trained and are saved with the bridge.
+        initializer_range: Standard deviation of the bridge's initial weights.
     """
 
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
-    # what an AutoConfig is where nothing was given, or a dict without model_type
+    # Model types used when no configuration was given, or a dict without model_type.
     default_model_types: ClassVar[dict[str, str]] = {"vision_config": "clip_vision_model", "text_config": "llama"}
     # Families that put visual tokens into the prompt count them; Flamingo conditions on them instead.
     visual_tokens_in_prompt: ClassVar[bool] = True
@@ -103,7 +105,7 @@ class BridgedConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        # Configurations of loaded models keep their attention implementation, which the base class would reset.
+        # The base class would reset the attention implementation of configurations that come from loaded models.
         parts = [getattr(self, name, None) for name in self.sub_configs]
         given = [part for part in parts if isinstance(part, PreTrainedConfig)]
         attention = [] if kwargs.get("attn_implementation") else [attention_of(part) for part in given]
@@ -120,14 +122,15 @@ class BridgedConfig(PreTrainedConfig):
             for name in ("decoder_start_token_id", "pad_token_id", "eos_token_id", "bos_token_id"):
                 if getattr(self, name, None) is None:
                     setattr(self, name, getattr(self.text_config, name, None))
-        # Tied tables are the language model's own affair, but the savers ask the outermost configuration.
+        # Only the language model's embeddings can be tied, but saving reads the outermost configuration.
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
 
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
+        """See `PreTrainedConfig.get_text_config`; inside `logits_of_width` with the logits' width as `vocab_size`."""
         return as_wide_as_logits(super().get_text_config(*args, **kwargs))
 
     def _part_config(self, name: str, given: dict | PreTrainedConfig | None) -> PreTrainedConfig:
-        """One of `sub_configs`, from what was given for it."""
+        """Build the configuration of one of `sub_configs` from the value given for it."""
         if isinstance(given, PreTrainedConfig):
             return given
         if given is not None and not isinstance(given, dict):
@@ -139,7 +142,7 @@ class BridgedConfig(PreTrainedConfig):
 
     @property
     def vision_feature_size(self) -> int:
-        """Channels of what the bridge receives."""
+        """Channels of the features that the bridge receives."""
         layers = self.vision_feature_layer
         return self.vision_hidden_size * (len(layers) if isinstance(layers, list) else 1)
 
@@ -147,13 +150,13 @@ class BridgedConfig(PreTrainedConfig):
         """Visual tokens that one image becomes.
 
         Args:
-            height: Height as the vision model receives it, in pixels.
-            width: Width, in pixels.
+            height: Height of the image as the vision model receives it, in pixels.
+            width: Width of the same image, in pixels.
         """
         return num_patches(self, height, width)
 
     def image_token_range(self) -> tuple[int, int]:
-        """Fewest and most visual tokens of one image, over all pictures."""
+        """Smallest and largest number of visual tokens that one image can become."""
         tokens = self.num_image_tokens(self.image_size, self.image_size)
         return tokens, tokens
 

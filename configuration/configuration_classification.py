@@ -1,6 +1,6 @@
-"""Configurations of image classification on a bridge's visual tokens: a family's own, without a language model.
+"""Configurations for image classification on a bridge's visual tokens: those of a family, without a language model.
 
-`num_labels`, `id2label`, `label2id` and `problem_type` are those of every configuration of transformers.
+`num_labels`, `id2label`, `label2id` and `problem_type` are inherited from `PreTrainedConfig`.
 """
 
 from typing import ClassVar
@@ -14,7 +14,7 @@ from .configuration_qformer import QFormerBlip2Config, QFormerConfig
 
 
 class ClassificationConfigMixin:
-    """What the families' classification configurations share. What concerns a language model has no meaning there."""
+    """Base of the families' classification configurations. Fields about a language model are ignored."""
 
     visual_tokens_in_prompt: ClassVar[bool] = False
 
@@ -39,7 +39,7 @@ class ClassificationConfigMixin:
 class QFormerBlip2ClassificationConfig(ClassificationConfigMixin, QFormerBlip2Config):
     """Image classification on the query tokens of a Q-Former, which reads images only.
 
-    For the fields see `QFormerBlip2Config`; `qformer_config.use_text` is always false here.
+    The fields are those of `QFormerBlip2Config`; `qformer_config.use_text` is always `False`.
     """
 
     model_type = "qformer_blip2_classification"
@@ -55,9 +55,9 @@ class MLPLlavaClassificationConfig(ClassificationConfigMixin, MLPLlavaConfig):
     """Image classification on the visual tokens of MLP-LLaVA: one per patch, of one tile per image.
 
     Args:
-        hidden_size: Width of the visual tokens; where they were trained for a language model, that model's.
+        hidden_size: Width of the visual tokens; the language model's width if they were trained for one.
 
-    For the rest see `MLPLlavaConfig`; `image_grid_pinpoints` must be `None`.
+    The other fields are those of `MLPLlavaConfig`; `image_grid_pinpoints` must be `None`.
     """
 
     model_type = "mlp_llava_classification"
@@ -75,7 +75,7 @@ class MLPLlavaClassificationConfig(ClassificationConfigMixin, MLPLlavaConfig):
 class PerceiverFlamingoClassificationConfig(ClassificationConfigMixin, PerceiverFlamingoConfig):
     """Image classification on the latents of a Perceiver Resampler.
 
-    For the fields see `PerceiverFlamingoConfig`; what concerns cross-attention has no meaning here.
+    The fields are those of `PerceiverFlamingoConfig`; those about cross-attention are ignored.
     """
 
     model_type = "perceiver_flamingo_classification"

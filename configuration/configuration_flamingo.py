@@ -13,28 +13,30 @@ from .configuration_bridged import BridgedConfig
 
 @strict
 class PerceiverFlamingoConfig(BridgedConfig):
-    """Perceiver-Flamingo: a Perceiver Resampler, and gated cross-attention in front of decoder layers.
+    """Perceiver-Flamingo: a Perceiver Resampler, and gated cross-attention before decoder layers.
 
     Args:
-        num_latents: Learned latents, and so visual tokens per image.
+        num_latents: Learned latents, which is also the number of visual tokens per image.
         resampler_depth: Blocks of the Perceiver Resampler.
-        resampler_num_heads: Its attention heads.
-        resampler_head_dim: Channels of one of its heads.
-        cross_attention_every_n_layers: Every n-th decoder layer gets a gated cross-attention block in front.
+        resampler_num_heads: Attention heads of the resampler.
+        resampler_head_dim: Channels of one attention head of the resampler.
+        cross_attention_every_n_layers: A gated cross-attention block is put before every n-th decoder layer.
         cross_attention_num_heads: Heads of the gated cross-attention.
-        cross_attention_head_dim: Channels of one of its heads.
-        feed_forward_multiplier: Width of the feed-forward layers, in multiples of their input's.
-        max_num_frames: Frames of a video that have an embedding for their place; `None`: no such embedding.
-        max_num_media: Images of a document that have an embedding for their place; `None`: no such embedding.
-        latents_init_std: Standard deviation of fresh latents. With 1, the official code's, nine tenths of the variance that a
-            fresh resampler puts out are the latents themselves and a hundredth is between images; with 0.1 it is a fifth each
-            (EfficientNet-Lite0, two blocks).
-        gate_init: What fresh tanh gates hold. At 0, the paper's, blocks are shut and open as their gates are learned. At
-            another value they stand open in front of output projections that begin at zero, so that a fresh model is the
-            language model alone here too; what is learned first are then the projections, not the gates.
-        only_attend_immediate_media: A text token sees the latest image before it, not all earlier ones.
+        cross_attention_head_dim: Channels of one head of the gated cross-attention.
+        feed_forward_multiplier: Width of the feed-forward layers, as a multiple of their input width.
+        max_num_frames: Number of learned embeddings of a frame's position in a video; `None` uses none.
+        max_num_media: Number of learned embeddings of an image's position in a document; `None` uses none.
+        latents_init_std: Standard deviation of the latents at initialization. With 1, the value of the official code,
+            nine tenths of the variance of an untrained resampler's output come from the latents themselves and one
+            hundredth from differences between images; with 0.1 each of the two gives a fifth (measured with
+            EfficientNet-Lite0 and two blocks).
+        gate_init: Value of the tanh gates at initialization. With 0, the value of the paper, the blocks are closed and
+            open as their gates are learned. With another value the gates are open and the output projections begin
+            at zero instead, so that an untrained model still equals the language model alone; the projections are
+            then learned first.
+        only_attend_immediate_media: A text token attends to the latest image before it, not to all earlier ones.
 
-    For the rest see `BridgedConfig`.
+    The other fields are those of `BridgedConfig`.
     """
 
     model_type = "perceiver_flamingo"
@@ -55,7 +57,7 @@ class PerceiverFlamingoConfig(BridgedConfig):
     only_attend_immediate_media: bool = True
 
     def num_image_tokens(self, height: int, width: int) -> int:
-        """Visual tokens that one image becomes; in the prompt it is one `<image>` all the same."""
+        """Visual tokens that one image becomes, whatever its size; the prompt holds one `<image>` for them."""
         return self.num_latents
 
 

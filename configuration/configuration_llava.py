@@ -1,4 +1,4 @@
-"""Configuration of MLP-LLaVA: a linear layer or a small MLP as bridge; one tile per image, or as many as it needs.
+"""Configuration of MLP-LLaVA: the bridge is a linear layer or a small MLP; an image is one tile or several.
 
 Source: LLaVA (arXiv 2304.08485, section 4.1), LLaVA-1.5 (arXiv 2310.03744, sections 3.2 and 3.4) and LLaVA-NeXT (the
 authors' article of January 2024); `llava/model/multimodal_projector/builder.py`, `llava/mm_utils.py` and `llava/model/
@@ -18,15 +18,15 @@ from .configuration_bridged import BridgedConfig, patch_grid
 
 
 def best_resolution(height: int, width: int, image_grid_pinpoints: list[list[int]]) -> tuple[int, int]:
-    """The resolution that keeps most of an image's pixels, and among those the one that wastes least.
+    """Choose the resolution that keeps most of an image's pixels and, among those, pads least.
 
     Args:
         height: Height of the original image, in pixels.
-        width: Its width.
+        width: Width of the original image, in pixels.
         image_grid_pinpoints: Resolutions to choose from, `(height, width)` in pixels.
 
     Returns:
-        One of them, `(height, width)`; the earlier one where two are equally good.
+        The chosen `(height, width)`; the earlier one if two are equally good.
 
     Raises:
         ValueError: The image has no pixels.
@@ -52,10 +52,11 @@ def unpadded_span(original: tuple[int, int], grid: tuple[int, int]) -> tuple[sli
         grid: `(rows, columns)` of features of the image padded to its best resolution.
 
     Returns:
-        Slices of rows and columns. An image so narrow that it covers less than one feature of an even grid leaves none.
+        Slices of rows and columns. They are empty if the image is so narrow that it covers less than one feature of
+        an even grid.
 
-    Source: `unpad_image` in `llava/model/llava_arch.py`, with its float arithmetic: the scaled side is truncated, and
-    where it should be a whole number it may come out one less. transformers rounds to seven digits first.
+    Source: `unpad_image` in `llava/model/llava_arch.py`, with its float arithmetic: the scaled side is truncated, so
+    that a side that should be a whole number may come out one less. transformers rounds to seven digits first.
     """
     (height, width), (rows, columns) = original, grid
     if width / height > columns / rows:
@@ -70,11 +71,11 @@ class AnyresLayout:
     """How one image becomes visual tokens at any resolution.
 
     Args:
-        tiles: Rows and columns of tiles, the base image not among them.
+        tiles: Rows and columns of tiles, without the base image.
         grid: Rows and columns of features of one tile, after pooling.
         rows: Rows of the tiles' joint grid that are kept.
-        columns: Its columns that are kept.
-        num_image_tokens: Visual tokens of base image, tiles and line ends together.
+        columns: Columns of the tiles' joint grid that are kept.
+        num_image_tokens: Visual tokens of the base image, the tiles and the line ends together.
     """
 
     tiles: tuple[int, int]
@@ -85,7 +86,7 @@ class AnyresLayout:
 
     @property
     def num_tiles(self) -> int:
-        """Tiles, the base image among them."""
+        """Number of tiles, including the base image."""
         return self.tiles[0] * self.tiles[1] + 1
 
 
@@ -94,21 +95,21 @@ def pooled_grid(source, height: int, width: int) -> tuple[int, int]:
 
     Args:
         source: As for `patch_grid`, and with `pooling_factor`.
-        height: Height as the vision model receives it, in pixels.
-        width: Width, in pixels.
+        height: Height of the image as the vision model receives it, in pixels.
+        width: Width of the same image, in pixels.
     """
     rows, columns = patch_grid(source, height, width)
     return -(-rows // source.pooling_factor), -(-columns // source.pooling_factor)
 
 
 def anyres_layout(source, height: int, width: int) -> AnyresLayout:
-    """Tiles and visual tokens of one image at any resolution: what model and processor both go by.
+    """Tiles and visual tokens of one image at any resolution. Model and processor both use this function.
 
     Args:
-        source: Configuration or processor with `image_grid_pinpoints`, `image_size`, `patch_merge_type` and what
-            `num_patches` and `pooled_grid` need.
+        source: Configuration or processor with `image_grid_pinpoints`, `image_size`, `patch_merge_type` and the fields
+            that `num_patches` and `pooled_grid` need.
         height: Height of the original image, in pixels.
-        width: Its width.
+        width: Width of the original image, in pixels.
 
     Raises:
         ValueError: The image has no pixels, or the resolutions can't be cut into tiles.
@@ -117,8 +118,8 @@ def anyres_layout(source, height: int, width: int) -> AnyresLayout:
     best = best_resolution(height, width, source.image_grid_pinpoints)
     if best[0] % side or best[1] % side:
         raise ValueError(
-            f"image_grid_pinpoints has {list(best)}; height and width must be multiples of the vision encoder's image_size, "
-            f"{side} pixels."
+            f"image_grid_pinpoints has {list(best)}; height and width must be multiples of the vision encoder's "
+            f"image_size, {side} pixels."
         )
     tiles = best[0] // side, best[1] // side
     grid = pooled_grid(source, side, side)
@@ -136,10 +137,10 @@ def anyres_layout(source, height: int, width: int) -> AnyresLayout:
 
 
 def _num_prefix_tokens(source) -> int:
-    """Prefix tokens that stay among an image's features.
+    """Prefix tokens that are kept among an image's features.
 
     Raises:
-        ValueError: They stay, although they have no place in a grid that is pooled or merged.
+        ValueError: Prefix tokens are kept, but the grid is pooled or merged and has no place for them.
     """
     if source.vision_feature_select_strategy != "full" or not source.num_prefix_tokens:
         return 0
@@ -147,8 +148,8 @@ def _num_prefix_tokens(source) -> int:
     if source.pooling is not None or spatial:
         what = f"pooling={source.pooling!r}" if source.pooling else f"patch_merge_type={source.patch_merge_type!r}"
         raise ValueError(
-            f"{what} needs patches alone, but vision_feature_select_strategy='full' keeps {source.num_prefix_tokens} prefix "
-            "tokens (CLS, registers). Use 'patch', or patch_merge_type='flat' without pooling."
+            f"{what} needs patches alone, but vision_feature_select_strategy='full' keeps {source.num_prefix_tokens} "
+            "prefix tokens (CLS, registers). Use 'patch', or patch_merge_type='flat' without pooling."
         )
     return source.num_prefix_tokens
 
@@ -158,8 +159,8 @@ def num_llava_tokens(source, height: int, width: int) -> int:
 
     Args:
         source: Configuration or processor.
-        height: Height in pixels: of the original image at any resolution, else as the vision model receives it.
-        width: Width, likewise.
+        height: Height in pixels: of the original image if it is cut into tiles, else as the vision model receives it.
+        width: Width of the same image, in pixels.
     """
     if source.image_grid_pinpoints is not None:
         return anyres_layout(source, height, width).num_image_tokens
@@ -168,10 +169,13 @@ def num_llava_tokens(source, height: int, width: int) -> int:
 
 
 def default_grid_pinpoints(image_size: int) -> list[list[int]]:
-    """LLaVA-NeXT's resolutions for an encoder: 1x2, 2x1, 2x2, 3x1 and 1x3 tiles, `(height, width)` in pixels.
+    """LLaVA-NeXT's resolutions for an encoder: 1x2, 2x1, 2x2, 3x1 and 1x3 tiles.
 
     Args:
         image_size: Side of one tile, in pixels.
+
+    Returns:
+        A list of `[height, width]`, in pixels.
     """
     return [[rows * image_size, columns * image_size] for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
 
@@ -185,21 +189,21 @@ class MLPLlavaConfig(BridgedConfig):
 
     Args:
         projector_type: `"linear"` (v1), `"mlp2x_gelu"` (v1.5), `"mlpNx_gelu"` for N layers, or `"identity"` for
-            features that have the language model's width already.
+            features that already have the language model's width.
         projector_bias: Whether the linear layers have biases.
-        projector_hidden_size: Width between the layers; `None` takes the language model's.
-        pooling: Makes fewer tokens before the projector: `"average"` of neighbouring patches, or `"pixel_shuffle"`,
-            which puts their channels side by side. A border that does not fill a neighbourhood is averaged as it is, or
-            filled with zeros.
-        pooling_factor: Patches per side that become one.
-        image_grid_pinpoints: Resolutions to choose from per image, `(height, width)` in pixels, multiples of the
-            encoder's image size (the official configuration lists width first). With it, images are cut into tiles: any
-            resolution, as in LLaVA-NeXT.
-        patch_merge_type: What becomes of the tiles at any resolution: `"flat"` puts one behind the other, `"spatial"`
-            joins them to one picture, `"spatial_unpad"` cuts its padding off too and ends every line with
+        projector_hidden_size: Width of the layers between the first and the last; `None` takes the language model's.
+        pooling: How to reduce the number of tokens before the projector: `"average"` averages neighbouring patches,
+            `"pixel_shuffle"` concatenates their channels. An incomplete neighbourhood at the border is averaged over
+            the patches it has, or filled up with zeros.
+        pooling_factor: Side of the neighbourhood that becomes one token, in patches.
+        image_grid_pinpoints: Resolutions to choose from for each image, `(height, width)` in pixels, multiples of the
+            encoder's image size (the official configuration lists the width first). If given, images of any resolution
+            are cut into tiles, as in LLaVA-NeXT.
+        patch_merge_type: How the tiles of an image are put together: `"flat"` concatenates them, `"spatial"` arranges
+            them as one picture, `"spatial_unpad"` also cuts off its padding and ends every line with
             `bridge.image_newline`.
 
-    For the rest see `BridgedConfig`.
+    The other fields are those of `BridgedConfig`.
     """
 
     model_type = "mlp_llava"
@@ -214,17 +218,17 @@ class MLPLlavaConfig(BridgedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        self.projector_depth  # noqa: B018  refuses a bad projector_type here
+        self.projector_depth  # noqa: B018  raises if projector_type is unknown
         if self.pooling_factor < 1 or (self.pooling is None and self.pooling_factor != 1):
             raise ValueError(
-                f"pooling_factor is {self.pooling_factor} with pooling={self.pooling!r}; expected 1 without pooling, and a "
-                "number from 1 on with pooling='average' or 'pixel_shuffle'."
+                f"pooling_factor is {self.pooling_factor} with pooling={self.pooling!r}; expected 1 without pooling, "
+                "and at least 1 with pooling='average' or 'pixel_shuffle'."
             )
         for pinpoint in self.image_grid_pinpoints or ([] if self.image_grid_pinpoints is None else [[]]):
             if len(pinpoint) != 2 or min(pinpoint) < 1:
                 raise ValueError(
-                    f"image_grid_pinpoints is {self.image_grid_pinpoints}; expected a list of (height, width) in pixels, or "
-                    "None for one tile per image."
+                    f"image_grid_pinpoints is {self.image_grid_pinpoints}; expected a list of (height, width) in "
+                    "pixels, or None for one tile per image."
                 )
 
     @property
@@ -232,7 +236,7 @@ class MLPLlavaConfig(BridgedConfig):
         """Number of linear layers.
 
         Raises:
-            ValueError: `projector_type` is none of those that exist.
+            ValueError: `projector_type` is unknown.
         """
         if self.projector_type in ("identity", "linear"):
             return int(self.projector_type == "linear")
@@ -247,13 +251,13 @@ class MLPLlavaConfig(BridgedConfig):
     def has_image_newline(self) -> bool:
         """Whether lines of tiles end with a learned token.
 
-        Source: `initialize_vision_modules` in `llava/model/llava_arch.py`: where padding is cut off, and only there.
+        Source: `initialize_vision_modules` in `llava/model/llava_arch.py`: only if padding is cut off.
         """
         return self.image_grid_pinpoints is not None and self.patch_merge_type == "spatial_unpad"
 
     @property
     def vision_feature_size(self) -> int:
-        """Channels of what the bridge receives."""
+        """Channels of the features that the bridge receives, after pooling."""
         neighbours = self.pooling_factor**2 if self.pooling == "pixel_shuffle" else 1
         return super().vision_feature_size * neighbours
 
@@ -261,16 +265,17 @@ class MLPLlavaConfig(BridgedConfig):
         """Visual tokens that one image becomes.
 
         Args:
-            height: Height in pixels: of the original image at any resolution, else as the vision model receives it.
-            width: Width, likewise.
+            height: Height in pixels: of the original image if it is cut into tiles, else as the vision model
+                receives it.
+            width: Width of the same image, in pixels.
         """
         return num_llava_tokens(self, height, width)
 
     def image_token_range(self) -> tuple[int, int]:
-        """Fewest and most visual tokens of one image.
+        """Smallest and largest number of visual tokens that one image can become.
 
-        At any resolution: over sides from 1 to 65,536 pixels in powers of two, and over the resolutions themselves, which
-        are the pictures with most tokens.
+        If images are cut into tiles, sides from 1 to 65,536 pixels in powers of two are tried, and the resolutions
+        themselves, which give the most tokens.
         """
         if self.image_grid_pinpoints is None:
             return super().image_token_range()

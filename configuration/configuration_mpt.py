@@ -1,7 +1,7 @@
-"""Configuration of MPT-1B (`mosaic_gpt`), and one reading of both MPT configurations for one implementation.
+"""Configuration of MPT-1B (`mosaic_gpt`), and settings read from both MPT configurations for one implementation.
 
-MPT-7B's configuration is transformers' own `MptConfig`. Source: mosaicml/llm-foundry (`configuration_mpt.py`) and its
-forerunner in mosaicml/examples (`configuration_mosaic_gpt.py`, `mosaic_gpt.py`).
+MPT-7B is configured by transformers' `MptConfig`. Source: mosaicml/llm-foundry (`configuration_mpt.py`) and its
+predecessor in mosaicml/examples (`configuration_mosaic_gpt.py`, `mosaic_gpt.py`).
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from transformers import AutoConfig, MptConfig, PreTrainedConfig
 
 @strict
 class MosaicGPTConfig(PreTrainedConfig):
-    """MPT-1B; the defaults are those of the released model. Other keys of the official `config.json` are kept unread.
+    """MPT-1B; the defaults are those of the released model. Other keys of the official `config.json` are ignored.
 
     Args:
         d_model: Channels of the hidden states (also `hidden_size`).
         n_heads: Attention heads (also `num_attention_heads`).
         n_layers: Decoder layers (also `num_hidden_layers`).
-        mlp_ratio: Width of the feed-forward layers, in multiples of `d_model`.
-        max_seq_len: Tokens that the model was trained with (also `max_position_embeddings`); ALiBi sets no limit.
+        mlp_ratio: Width of the feed-forward layers, as a multiple of `d_model`.
+        max_seq_len: Length of the training sequences, in tokens (also `max_position_embeddings`); not a limit, thanks
+            to ALiBi.
         vocab_size: Rows of the embedding table.
         attn_qk_ln: Layer norm of queries and keys, over all heads together.
-        attn_clip_qkv: Clamp queries, keys and values to plus and minus this.
+        attn_clip_qkv: Clamp queries, keys and values to plus and minus this value.
         softmax_scale: Factor of the attention scores; `None` takes `1 / sqrt(head_dim)`.
-        attn_impl: The official code's choice of kernel; not read.
+        attn_impl: The official code's choice of kernel; ignored.
         alibi: Only `True` is supported.
         alibi_bias_max: The flattest of ALiBi's slopes is `2 ** -alibi_bias_max`.
         no_bias: Only `True` is supported.
@@ -35,10 +36,10 @@ class MosaicGPTConfig(PreTrainedConfig):
         attn_uses_sequence_id: Only `False` is supported.
         embedding_fraction: Only 1 is supported.
         emb_pdrop: Dropout of the embeddings, in training.
-        resid_pdrop: Dropout of what attention and feed-forward add to the hidden states.
+        resid_pdrop: Dropout of the outputs of attention and feed-forward, before they are added.
         attn_pdrop: Dropout of the attention weights.
         logit_scale: Factor of the logits, or `"inv_sqrt_d_model"`.
-        init_std: Standard deviation of fresh weights (also `initializer_range`).
+        init_std: Standard deviation of the initial weights (also `initializer_range`).
     """
 
     model_type = "mosaic_gpt"
@@ -79,7 +80,7 @@ class MosaicGPTConfig(PreTrainedConfig):
 
 
 def _refuse_unsupported(model_type: str, settings: dict[str, tuple[Any, tuple]]) -> None:
-    """`settings` maps a name to the value found and the values supported."""
+    """Raise a `ValueError` for the first of `settings` (name to value and supported values) that is not supported."""
     for name, (value, supported) in settings.items():
         if value not in supported:
             raise ValueError(
@@ -90,24 +91,24 @@ def _refuse_unsupported(model_type: str, settings: dict[str, tuple[Any, tuple]])
 
 @dataclass(frozen=True)
 class MptSettings:
-    """What the computation depends on, in one vocabulary for `MptConfig` and `MosaicGPTConfig`.
+    """Settings of the computation, under the same names for `MptConfig` and `MosaicGPTConfig`.
 
     Args:
-        hidden_size: Channels.
+        hidden_size: Channels of the hidden states.
         num_heads: Attention heads.
         feed_forward_size: Channels between the two feed-forward layers.
-        layer_norm_eps: Of every layer norm, except those of queries and keys.
-        qk_layer_norm: Layer norm of queries and keys.
-        clip_qkv: Bound of queries, keys and values; `None` or 0: none.
+        layer_norm_eps: Epsilon of every layer norm, except those of queries and keys.
+        qk_layer_norm: Whether queries and keys are normalised.
+        clip_qkv: Bound of queries, keys and values; `None` or 0 sets none.
         softmax_scale: Factor of the attention scores.
         alibi_bias_max: The flattest slope is `2 ** -alibi_bias_max`.
-        attention_dropout: Probability, as the next two.
-        residual_dropout: Of what attention and feed-forward add to the hidden states.
-        embedding_dropout: Of the embeddings.
+        attention_dropout: Dropout probability of the attention weights.
+        residual_dropout: Dropout probability of the outputs of attention and feed-forward.
+        embedding_dropout: Dropout probability of the embeddings.
         logit_scale: Factor of the logits, or `None`.
 
     Raises:
-        ValueError: The heads do not divide the channels, or the logit scale is an unknown word.
+        ValueError: The channels are not a multiple of the heads, or the logit scale is an unknown word.
     """
 
     hidden_size: int
@@ -137,7 +138,7 @@ class MptSettings:
 
     @staticmethod
     def _shared(config: MptConfig | MosaicGPTConfig) -> dict:
-        """What both configurations have under the same names."""
+        """Read the settings that have the same names in both configurations."""
         return {
             "hidden_size": config.d_model,
             "num_heads": config.n_heads,
@@ -151,7 +152,7 @@ class MptSettings:
         """Read an `MptConfig`.
 
         Raises:
-            ValueError: A setting that changes the computation and is not implemented.
+            ValueError: A setting changes the computation in a way that is not implemented.
         """
         attention = config.attn_config
         supported = {
@@ -180,7 +181,7 @@ class MptSettings:
         """Read a `MosaicGPTConfig`.
 
         Raises:
-            ValueError: A setting that changes the computation and is not implemented.
+            ValueError: A setting changes the computation in a way that is not implemented.
         """
         supported = {
             "alibi": (True,),
@@ -203,6 +204,6 @@ class MptSettings:
         )
 
 
-AutoConfig.register(MosaicGPTConfig.model_type, MosaicGPTConfig, exist_ok=True)  # transformers does not have it
+AutoConfig.register(MosaicGPTConfig.model_type, MosaicGPTConfig, exist_ok=True)  # unknown to transformers
 
 __all__ = ["MosaicGPTConfig", "MptSettings"]

@@ -17,20 +17,20 @@ class QFormerConfig(PreTrainedConfig):
 
     Args:
         hidden_size: Width of the query tokens.
-        num_hidden_layers: Blocks.
+        num_hidden_layers: Number of blocks.
         num_attention_heads: Heads of self- and cross-attention.
         intermediate_size: Width of the feed-forward layers.
         hidden_act: Activation of the feed-forward layers.
         hidden_dropout_prob: Dropout after every sub-layer.
         attention_probs_dropout_prob: Dropout on attention weights.
         layer_norm_eps: Epsilon of the layer norms.
-        cross_attention_frequency: Every how many blocks one has cross-attention, counted from the first.
-        num_query_tokens: Learned queries, and so visual tokens per image.
-        use_text: The Q-Former reads text too: word and position embeddings, and a second feed-forward per block. Stage 1
-            and instruction-aware models need it.
+        cross_attention_frequency: Every n-th block has cross-attention, beginning with the first.
+        num_query_tokens: Learned queries, which is also the number of visual tokens per image.
+        use_text: The Q-Former reads text too, with word and position embeddings and a second feed-forward per block.
+            Stage 1 and instruction-aware models need it.
         vocab_size: BERT's 30,522 tokens and `[DEC]`, which begins captions.
         max_position_embeddings: Longest text, in tokens.
-        pad_token_id: Token that fills up shorter texts.
+        pad_token_id: Id of the padding token.
     """
 
     model_type = "vlbridge_qformer"
@@ -68,7 +68,8 @@ class QFormerBlip2Config(BridgedConfig):
         qformer_config: Configuration of the Q-Former, or its dict.
         vision_layer_norm_eps: Epsilon of the layer norm on the patch features (`ln_vision`).
 
-    For the rest see `BridgedConfig`. The Q-Former reads the CLS token too (`vision_feature_select_strategy="full"`).
+    The other fields are those of `BridgedConfig`. The Q-Former reads the CLS token too
+    (`vision_feature_select_strategy="full"`).
     """
 
     model_type = "qformer_blip2"
@@ -80,6 +81,7 @@ class QFormerBlip2Config(BridgedConfig):
     vision_feature_select_strategy: str = "full"
 
     def num_image_tokens(self, height: int, width: int) -> int:
+        """Visual tokens that one image becomes, whatever its size."""
         return self.qformer_config.num_query_tokens
 
 
@@ -91,18 +93,18 @@ class QFormerBlip2PreTrainingConfig(BridgedConfig):
         qformer_config: Configuration of the Q-Former, or its dict; `use_text` is always true here.
         vision_layer_norm_eps: Epsilon of the layer norm on the patch features (`ln_vision`).
         embed_dim: Width of the space in which images and texts are compared.
-        itc_temperature: What the learned temperature begins with.
-        itc_weight: Weight of the image-text contrastive loss; 0 leaves a loss out, and what is only computed for it.
+        itc_temperature: Initial value of the learned temperature.
+        itc_weight: Weight of the image-text contrastive loss; a loss with weight 0 is not computed.
         itm_weight: Weight of the image-text matching loss.
         itg_weight: Weight of the image-grounded text generation loss.
-        label_smoothing: Of the contrastive and the generation loss.
+        label_smoothing: Label smoothing of the contrastive and the generation loss.
         negatives_floor: Added to every negative's probability of being drawn for matching (LAVIS 1.0.2: 1e-4; its main
             branch: 0).
-        bos_token_id: `[DEC]`, with which captions begin.
-        eos_token_id: `[SEP]`, with which they end.
-        pad_token_id: Padding, the same as the Q-Former's.
+        bos_token_id: Id of `[DEC]`, with which captions begin.
+        eos_token_id: Id of `[SEP]`, with which captions end.
+        pad_token_id: Id of the padding token, the same as the Q-Former's.
 
-    For the rest see `BridgedConfig`; what concerns a language model has no meaning here.
+    The other fields are those of `BridgedConfig`; those about a language model are ignored.
     """
 
     model_type = "qformer_blip2_pretraining"
@@ -142,6 +144,7 @@ class QFormerBlip2PreTrainingConfig(BridgedConfig):
             raise ValueError(f"Weights of losses can't be negative: {weights}.")
 
     def num_image_tokens(self, height: int, width: int) -> int:
+        """Visual tokens that one image becomes, whatever its size."""
         return self.qformer_config.num_query_tokens
 
 

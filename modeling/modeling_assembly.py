@@ -1,9 +1,11 @@
-"""A model and its processor, put together from a vision encoder, a language model and a fresh bridge."""
+"""Assemble a model and its processor from a vision encoder, a language model and a new bridge."""
 
 from __future__ import annotations
 
+import os
+
 import torch
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..processing.processing_bridged import BridgedProcessor
 from ..processing.processing_parts import add_tokens, load_image_processor, load_tokenizer
@@ -12,14 +14,14 @@ from .modeling_bridged import BridgedModel
 from .modeling_parts import Part, resolve_part
 
 
-# fields of a configuration that are found out, not chosen
-_FOUND_OUT = {"vision_config", "text_config", "image_token_id", "special_token_ids", "frozen_parts", "bridge_only"}
+# Configuration fields that follow from the parts and can't be chosen
+_DERIVED_FIELDS = {"vision_config", "text_config", "image_token_id", "special_token_ids", "frozen_parts", "bridge_only"}
 
 
 def options_of(model_class: type[BridgedModel], processor_class: type[BridgedProcessor]) -> set[str]:
-    """Names of what can be chosen about a family's bridge: configuration fields and options of model and processor."""
+    """Names of the options of a family's bridge: configuration fields, and options of the model and the processor."""
     fields = set(model_class.config_class.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
-    return (fields - _FOUND_OUT) | {*processor_class.compose_options, *model_class.compose_options}
+    return (fields - _DERIVED_FIELDS) | {*processor_class.compose_options, *model_class.compose_options}
 
 
 def assemble(
@@ -28,33 +30,36 @@ def assemble(
     vision: Part,
     language: Part,
     *,
-    tokenizer=None,
-    image_processor=None,
+    tokenizer: PreTrainedTokenizerBase | str | os.PathLike | None = None,
+    image_processor: BaseImageProcessor | str | os.PathLike | None = None,
     chat_template: str | None = None,
     dtype: torch.dtype | str | None = None,
-    device_map=None,
+    device_map: str | dict | torch.device | None = None,
     **options,
 ) -> tuple[BridgedModel, BridgedProcessor]:
-    """Put a fresh bridge of one family between a vision encoder and a language model.
+    """Put a new bridge of one family between a vision encoder and a language model.
 
     Args:
         model_class: The family's model.
         processor_class: The family's processor.
         vision: Vision encoder: Hub id, folder, configuration (random weights) or loaded model.
-        language: Language model, given in the same ways.
-        tokenizer: The language model's tokenizer, where it is not found beside it: object, Hub id or folder.
-        image_processor: The encoder's image processor, where it is not found beside it: object, Hub id or folder.
-        chat_template: Jinja template; the default is made from the tokenizer's own.
-        dtype: Of all parts; `None` keeps what the checkpoints have, the bridge being in float32.
+        language: Language model: Hub id, folder, configuration (random weights) or loaded model.
+        tokenizer: The language model's tokenizer: object, Hub id or folder; by default it is loaded from the language
+            model's repository.
+        image_processor: The encoder's image processor: object, Hub id or folder; by default it is loaded from the
+            encoder's repository.
+        chat_template: Jinja template; the default is built from the tokenizer's template.
+        dtype: Data type of all parts; `None` keeps the checkpoints' data types and a float32 bridge.
         device_map: `"auto"`, a device or a dict, as in `from_pretrained`.
-        options: `revision`, `token`, `cache_dir` and `local_files_only` for the Hub; and those of `options_of`.
+        options: `revision`, `token`, `cache_dir` and `local_files_only` for the Hub, and the options listed by
+            `options_of`.
 
     Returns:
         Model (in eval mode) and processor.
 
     Raises:
-        ValueError: Parts that do not fit together.
-        TypeError: A part is none of what it may be.
+        ValueError: The parts do not fit together.
+        TypeError: A part has an unsupported type.
     """
     hub_names = ("revision", "token", "cache_dir", "local_files_only")
     hub_kwargs = {name: options.pop(name) for name in hub_names if name in options}
@@ -71,7 +76,7 @@ def assemble(
     token_ids = add_tokens(tokenizer, tokens)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokens[-1]
-    # only what is in init_kwargs is saved with a tokenizer
+    # A tokenizer saves only what is in its init_kwargs.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
 
     config = model_class.config_class(
@@ -101,7 +106,7 @@ def assemble(
 
 
 def _set_generation_defaults(model: BridgedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Say what pads, and where generation ends."""
+    """Set the padding token and the tokens that end generation, if the language model leaves them open."""
     defaults = model.generation_config
     if defaults.pad_token_id is None:
         defaults.pad_token_id = tokenizer.pad_token_id

@@ -1,4 +1,4 @@
-"""What every family's bridge has in common, and what it has to know of its vision encoder."""
+"""Base of every family's bridge, and the geometry of the vision encoder that a bridge depends on."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import ClassVar
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
 
 from ..configuration.configuration_bridged import BridgedConfig
 from .modeling_parts import build_part
 
 
 class TokenRows(nn.Module):
-    """Embedding rows of special tokens that are trained while the language model's own tables stay as they are.
+    """Trained embedding rows of special tokens; the language model's own tables are not changed.
 
     Args:
-        token_ids: Ids that the rows stand for; they may lie beyond the language model's tables.
+        token_ids: Ids of the rows' tokens; they may lie beyond the language model's tables.
         input_size: Width of the input embeddings.
-        output_size: Width of the output layer's input; `None` where it shares its table with the input embeddings.
+        output_size: Width of the output layer's input; `None` if its table is tied to the input embeddings.
     """
 
     def __init__(self, token_ids: list[int], input_size: int, output_size: int | None):
@@ -29,31 +30,39 @@ class TokenRows(nn.Module):
         self.output_rows = None if output_size is None else nn.Parameter(torch.zeros(len(self.token_ids), output_size))
 
     def fill(self, inputs_embeds: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        """Put the rows where their tokens stand: `(batch, tokens, text_dim)` of both."""
+        """Replace the embeddings of the special tokens.
+
+        Args:
+            inputs_embeds: `(batch, tokens, text_dim)`.
+            input_ids: `(batch, tokens)`.
+
+        Returns:
+            `(batch, tokens, text_dim)`.
+        """
         for row, token_id in zip(self.input_rows, self.token_ids):
             inputs_embeds = torch.where((input_ids == token_id)[..., None], row.to(inputs_embeds), inputs_embeds)
         return inputs_embeds
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Scores of the special tokens, `(..., len(token_ids))`, from the output layer's input."""
+        """Logits of the special tokens, `(..., len(token_ids))`, from the output layer's input."""
         rows = self.input_rows if self.output_rows is None else self.output_rows
         return hidden_states @ rows.to(hidden_states).T
 
 
 def num_embeddings(embedding: nn.Module) -> int:
-    """Rows of a table, where PEFT has put a wrapper around it too."""
+    """Number of rows of an embedding table, which PEFT may have wrapped."""
     return next(module.num_embeddings for module in embedding.modules() if hasattr(module, "num_embeddings"))
 
 
 class Bridge(nn.Module):
-    """Base of every family's bridge: all that is trained, and nothing else.
+    """Base of every family's bridge, which holds all trained parameters and nothing else.
 
     Args:
         config: The family's configuration.
-        language_model: Used to read widths only; no reference is kept. `None` for a family that has none.
+        language_model: Only its widths are read; no reference is kept. `None` for a family without a language model.
     """
 
-    adapter_targets: ClassVar[str] = r".*"  # which linear layers adapters reach: a regular expression for their names
+    adapter_targets: ClassVar[str] = r".*"  # regular expression for the names of the linear layers that get adapters
 
     def __init__(self, config: BridgedConfig, language_model: PreTrainedModel | None):
         super().__init__()
@@ -65,22 +74,34 @@ class Bridge(nn.Module):
         if config.special_token_ids:
             head = language_model.get_output_embeddings()
             tied = bool(getattr(language_model.config, "tie_word_embeddings", False))
-            # `in_features` of the head, read off its weight: some heads are not nn.Linear
+            # The weight's width instead of `in_features`: some heads are not nn.Linear.
             self.token_rows = TokenRows(
                 config.special_token_ids, self.text_dim, None if tied or head is None else head.weight.shape[-1]
             )
 
     @property
     def dtype(self) -> torch.dtype:
-        parameter = next(self.parameters(), None)  # a bridge may have none
+        """Data type of the parameters; torch's default for a bridge without parameters."""
+        parameter = next(self.parameters(), None)
         return torch.get_default_dtype() if parameter is None else parameter.dtype
 
     def init_parameters(self, config: BridgedConfig) -> None:
-        """Fill this module's own fresh parameters (sub-modules are initialised by the model)."""
+        """Initialise this module's own parameters (sub-modules are initialised by the model)."""
 
 
-def patch_features_of(vision_outputs, layer: int | list[int] | None) -> torch.Tensor:
-    """The encoder's features as a sequence, prefix tokens included: `(num_images, tokens, channels)`."""
+def patch_features_of(vision_outputs: ModelOutput, layer: int | list[int] | None) -> torch.Tensor:
+    """Read the encoder's features as a sequence, prefix tokens included.
+
+    Args:
+        vision_outputs: Output of the vision encoder.
+        layer: The configuration's `vision_feature_layer`.
+
+    Returns:
+        `(num_images, tokens, channels)`.
+
+    Raises:
+        ValueError: The layers differ in their number of tokens.
+    """
     if layer is None:
         chosen = [vision_outputs.last_hidden_state]
     else:
@@ -96,23 +117,22 @@ def patch_features_of(vision_outputs, layer: int | list[int] | None) -> torch.Te
     return torch.cat(sequences, dim=-1)
 
 
-def fill_vision_geometry(config: BridgedConfig, vision_model: PreTrainedModel | None = None) -> None:
-    """Find out, on the meta device, what the vision encoder gives for an image, and write it into `config`.
+def fill_vision_geometry(config: BridgedConfig) -> None:
+    """Run the vision encoder on the meta device, and write the shape of its features into `config`.
 
     Args:
         config: Its `vision_layout`, `vision_hidden_size`, `patch_size`, `num_prefix_tokens` and `image_size` are filled
-            in where they are `None`.
-        vision_model: Where it exists already: it is copied to the meta device rather than built again.
+            in if they are `None`.
 
     Raises:
-        ValueError: The encoder is none that turns `pixel_values` into patch features.
+        ValueError: The encoder does not turn `pixel_values` into patch features.
     """
     names = ("vision_layout", "vision_hidden_size", "patch_size", "num_prefix_tokens", "image_size")
     if all(getattr(config, name) is not None for name in names):
         return
     vision_config = config.vision_config
     size = config.image_size or getattr(vision_config, "image_size", None)
-    if size is None:  # timm's own description, else what nearly every CNN was trained at
+    if size is None:  # timm's description; otherwise 224, the training size of nearly every CNN
         size = (getattr(vision_config, "pretrained_cfg", None) or {}).get("input_size", [3, 224, 224])[-1]
     if isinstance(size, (list, tuple)):
         if len(set(size)) > 1:
@@ -144,7 +164,7 @@ def fill_vision_geometry(config: BridgedConfig, vision_model: PreTrainedModel | 
         found["patch_size"] = round(size / states.shape[-1])
     elif states.ndim == 3:
         patch_size = getattr(vision_config, "patch_size", None)
-        if patch_size is None:  # the largest square that fits leaves the prefix
+        if patch_size is None:  # the patches are the largest square number of tokens; the rest is the prefix
             patch_size = size // int(states.shape[1] ** 0.5)
         patch_size = patch_size if isinstance(patch_size, int) else patch_size[0]
         prefix = states.shape[1] - (size // patch_size) ** 2

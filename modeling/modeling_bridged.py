@@ -1,7 +1,7 @@
-"""The one shape of every family: `vision_model` -> `bridge` -> `language_model`.
+"""The architecture of every family: `vision_model` -> `bridge` -> `language_model`.
 
-Everything that the families share is here: freezing, placeholder filling, generation, loading and saving. A family adds
-a configuration, a bridge module and, where its visual tokens do not enter through placeholders, its own conditioning.
+`BridgedModel` holds what the families share: freezing, placeholder filling, generation, loading and saving. A family
+adds a configuration, a bridge module and, if its visual tokens do not replace placeholders, its own conditioning.
 """
 
 from __future__ import annotations
@@ -15,12 +15,7 @@ from typing import ClassVar
 
 import torch
 from torch import nn
-from transformers import (
-    Cache,
-    GenerationConfig,
-    GenerationMixin,
-    PreTrainedModel,
-)
+from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPooling,
@@ -49,30 +44,32 @@ from .modeling_hot_swap import HotSwapMixin
 from .modeling_parts import build_part
 
 
-# What an encoder-decoder language model's output has beside loss, logits and cache
-ENCODER_DECODER_FIELDS = ("decoder_hidden_states", "decoder_attentions", "cross_attentions", "encoder_last_hidden_state",
-                          "encoder_hidden_states", "encoder_attentions")  # fmt: skip
-_running = threading.local()  # `model`: on whose behalf this thread runs a language model, which several may share
+# Output fields of an encoder-decoder language model besides loss, logits and cache
+ENCODER_DECODER_FIELDS = (
+    "decoder_hidden_states", "decoder_attentions", "cross_attentions", "encoder_last_hidden_state",
+    "encoder_hidden_states", "encoder_attentions",
+)  # fmt: skip
+_running = threading.local()  # its `model` runs the language model in this thread; several models may share one
 
 
 @dataclass
 class BridgedOutput(CausalLMOutputWithPast):
     """Output of a bridged model.
 
-    The first five fields are those of transformers' `CausalLMOutputWithPast`: `loss`, `logits` `(batch, tokens, vocabulary)`,
-    the language model's cache (`cache` from transformers 5.24 on, before it `past_key_values`), and `hidden_states` and
-    `attentions` of a decoder-only language model.
+    The first five fields are those of transformers' `CausalLMOutputWithPast`: `loss`, `logits` `(batch, tokens,
+    vocabulary)`, the language model's cache (`cache` since transformers 5.24, `past_key_values` before), and
+    `hidden_states` and `attentions` of a decoder-only language model.
 
     Args:
-        decoder_hidden_states: Of an encoder-decoder language model: `generate` looks for them here.
-        decoder_attentions: Likewise.
-        cross_attentions: Of an encoder-decoder language model.
-        encoder_last_hidden_state: Of an encoder-decoder language model.
-        encoder_hidden_states: Of an encoder-decoder language model.
-        encoder_attentions: Of an encoder-decoder language model.
-        image_hidden_states: What the bridge made of the images, `(num_images, num_image_tokens, text_dim)`; a list of
-            `(num_image_tokens, text_dim)` where images differ in their number of tokens.
-        visual_states: Conditioning to carry along with the cache (families that condition decoder layers).
+        decoder_hidden_states: Hidden states of an encoder-decoder language model's decoder.
+        decoder_attentions: Self-attention weights of an encoder-decoder language model's decoder.
+        cross_attentions: Cross-attention weights of an encoder-decoder language model's decoder.
+        encoder_last_hidden_state: Last hidden state of an encoder-decoder language model's encoder.
+        encoder_hidden_states: Hidden states of an encoder-decoder language model's encoder.
+        encoder_attentions: Attention weights of an encoder-decoder language model's encoder.
+        image_hidden_states: The bridge's visual tokens, `(num_images, num_image_tokens, text_dim)`; a list of
+            `(num_image_tokens, text_dim)` if images differ in their number of tokens.
+        visual_states: Conditioning to pass on together with the cache (families that condition decoder layers).
     """
 
     decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
@@ -98,21 +95,22 @@ class BridgedModel(
 
     Args:
         config: The family's configuration.
-        vision_model: An encoder that exists already; it is used as it is, not copied and not initialised again.
-        language_model: Likewise.
+        vision_model: A loaded encoder, which is used without a copy; by default it is built from the configuration.
+        language_model: A loaded language model, which is used without a copy; by default it is built from the
+            configuration.
     """
 
     config_class = BridgedConfig
     bridge_class: ClassVar[type[Bridge]] = Bridge
-    # Arguments of `forward` and `generate` that say what the images are: all go to `get_image_features`, once per call
+    # Arguments of `forward` and `generate` that describe the images; they are passed on to `get_image_features`
     image_arguments: ClassVar[tuple[str, ...]] = ("pixel_values", "patch_features")
-    # Tokens that are really read or written: their rows are trained with the bridge
+    # Tokens that the language model reads or writes: their rows are trained with the bridge
     special_tokens: ClassVar[tuple[str, ...]] = ()
-    compose_options: ClassVar[tuple[str, ...]] = ()  # what `assemble` hands to `init_bridge`
+    compose_options: ClassVar[tuple[str, ...]] = ()  # options that `assemble` passes on to `init_bridge`
     takes_frames: ClassVar[bool] = False  # pixel_values may be (num_images, num_frames, channels, height, width)
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    _tied_weights_keys = {}  # of its own; PEFT asks the parts only where this is a dict
+    _tied_weights_keys = {}  # PEFT reads the parts' tied weights only if this is a dict
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
@@ -133,20 +131,20 @@ class BridgedModel(
         fill_vision_geometry(config)
         for part in (vision_model, language_model):
             if part is not None:
-                mark_initialized(part)  # or post_init would draw fresh weights
+                mark_initialized(part)  # otherwise post_init would initialise the weights again
         self.vision_model = build_part("vision_model", config.vision_config) if vision_model is None else vision_model
         if language_model is None and config.text_config is not None:
             language_model = build_part("language_model", config.text_config)
-        self.language_model = language_model  # `None` in a family that has none
+        self.language_model = language_model  # `None` in a family without a language model
         self.bridge = self.bridge_class(config, language_model)
         self._can_compile_fullgraph = bool(getattr(language_model, "_can_compile_fullgraph", False))
         self._language_model_arguments = set(
             inspect.signature(language_model.forward).parameters if language_model is not None else ()
         )
-        self._watch_output_layer(config)
+        self._hook_output_layer(config)
         self._residents = {self._active_bridge: None}
         given = {"vision_model": vision_model, "language_model": language_model}
-        self._remember_parts(*(part for part, model in given.items() if model is not None))
+        self._record_parts(*(part for part, model in given.items() if model is not None))
         self.post_init()
         self.generation_config = self._inherit_generation_config()
         self.freeze(config.freeze_vision_model, config.freeze_language_model)
@@ -154,18 +152,23 @@ class BridgedModel(
     # ------------------------------------------------------------------ parts
 
     def get_input_embeddings(self) -> nn.Module:
+        """Input embeddings of the language model."""
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Set the language model's input embeddings."""
         self.language_model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module | None:
+        """Output layer of the language model."""
         return self.language_model.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Set the language model's output layer."""
         self.language_model.set_output_embeddings(new_embeddings)
 
-    def get_encoder(self, modality: str | None = None):
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        """See `PreTrainedModel.get_encoder`; by default the encoder of an encoder-decoder language model."""
         if modality is None and self.config.is_encoder_decoder:
             return self.language_model.get_encoder()
         return super().get_encoder(modality)
@@ -181,23 +184,20 @@ class BridgedModel(
             module.init_parameters(self.config)
 
     def _inherit_generation_config(self) -> GenerationConfig:
-        """Generation defaults are the language model's; the `<image>` placeholder is never written."""
+        """Copy the language model's generation defaults."""
         inherited = getattr(self.language_model, "generation_config", None)
         return copy.deepcopy(inherited) if inherited is not None else GenerationConfig.from_model_config(self.config)
 
-    def _watch_output_layer(self, config: BridgedConfig) -> None:
-        """Have special tokens scored, where a bridge brings some."""
+    def _hook_output_layer(self, config: BridgedConfig) -> None:
+        """Let the output layer score the bridge's special tokens too, if it has any."""
         head = self.language_model.get_output_embeddings() if config.special_token_ids else None
-        if head is not None and head is not self.__dict__.get("_watched_head"):
+        if head is not None and head is not self.__dict__.get("_hooked_head"):
             attach(head.register_forward_hook, self, "_score_special_tokens")
-            self.__dict__["_watched_head"] = head  # not as a part of this model, which it is already
+            self.__dict__["_hooked_head"] = head  # bypasses nn.Module, which would register it as a second child
 
     def _score_special_tokens(self, head: nn.Module, args: tuple, logits: torch.Tensor) -> torch.Tensor:
-        """Hook of the output layer: it scores the special tokens too.
-
-        A hook, not code behind the layer, because language models may cap or scale their logits afterwards.
-        """
-        token_rows = self.bridge.token_rows  # looked up now: PEFT may have put a trained copy here
+        """Forward hook that adds the special tokens' logits, before the language model caps or scales its logits."""
+        token_rows = self.bridge.token_rows  # read at every call: PEFT may have replaced the bridge by a copy
         if token_rows is None or getattr(_running, "model", None) is not self:
             return logits
         scores = token_rows.logits(args[0]).to(logits.dtype)
@@ -209,14 +209,14 @@ class BridgedModel(
 
     @classmethod
     def check_language_model(cls, language_model: PreTrainedModel) -> None:
-        """Refuse language models that the family can't work with; `compose` asks.
+        """Check that the family can work with a language model; `compose` calls this method.
 
         Raises:
-            ValueError: It can't, and why.
+            ValueError: The family can't work with it; the message says why.
         """
 
     def init_bridge(self, **options) -> None:
-        """Begin with weights from elsewhere; `compose` asks for it where one of `compose_options` is given."""
+        """Initialise the bridge with other weights; `compose` calls it if one of `compose_options` is given."""
         raise NotImplementedError(f"{type(self).__name__} has no options of this kind.")
 
     # ------------------------------------------------------------------ images
@@ -227,7 +227,7 @@ class BridgedModel(
         if pixel_values.ndim != 4:
             raise ValueError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}; expected (num_images, channels, height, width), "
-                "the images of all rows of the batch one after the other"
+                "the images of all rows of the batch, concatenated"
                 + (", or (num_images, num_frames, channels, height, width) for videos." if self.takes_frames else ".")
             )
         vision_dtype = next(self.vision_model.parameters()).dtype
@@ -250,7 +250,7 @@ class BridgedModel(
             pixel_values: `(num_images, channels, height, width)`, normalised as the encoder expects.
 
         Returns:
-            `(num_images, num_patches, vision_dim)`; with a dimension of frames where `pixel_values` has one.
+            `(num_images, num_patches, vision_dim)`, or `(num_images, num_frames, num_patches, vision_dim)` for videos.
 
         Raises:
             ValueError: `pixel_values` has another shape.
@@ -274,15 +274,16 @@ class BridgedModel(
 
         Args:
             pixel_values: `(num_images, channels, height, width)`.
-            patch_features: `(num_images, num_patches, vision_dim)`, instead of pixels: what `get_patch_features` gave.
-            output_hidden_states: Return the vision encoder's hidden states too; `None` asks its configuration.
-            output_attentions: Likewise its attention weights.
+            patch_features: `(num_images, num_patches, vision_dim)`, the result of `get_patch_features`, instead of
+                `pixel_values`.
+            output_hidden_states: Return the vision encoder's hidden states too; `None` follows its configuration.
+            output_attentions: Return the vision encoder's attention weights too.
             kwargs: The family's other `image_arguments`, for the bridge.
 
         Returns:
-            An output whose `pooler_output` holds the visual tokens, `(num_images, num_image_tokens, text_dim)` (a list of
-            `(num_image_tokens, text_dim)` where images differ in their number), and whose `last_hidden_state` holds the
-            patch features.
+            An output whose `pooler_output` holds the visual tokens, `(num_images, num_image_tokens, text_dim)` (a list
+            of `(num_image_tokens, text_dim)` if images differ in their number of tokens), and whose `last_hidden_state`
+            holds the patch features.
         """
         hidden_states = attentions = None
         if patch_features is None:
@@ -305,7 +306,7 @@ class BridgedModel(
         )
 
     def embed_tokens(self, input_ids: torch.LongTensor) -> torch.Tensor:
-        """Look tokens up; placeholders beyond the language model's table get some valid row.
+        """Look up the tokens' embeddings; placeholders beyond the language model's table get an arbitrary valid row.
 
         Args:
             input_ids: `(batch, tokens)`.
@@ -322,16 +323,16 @@ class BridgedModel(
     def fill_placeholders(
         self, inputs_embeds: torch.Tensor, input_ids: torch.LongTensor | None, image_features: torch.Tensor | None
     ) -> torch.Tensor:
-        """Put visual tokens where the `<image>` placeholders stand.
+        """Replace the embeddings of the `<image>` placeholders by visual tokens.
 
         Args:
             inputs_embeds: `(batch, tokens, text_dim)`.
-            input_ids: `(batch, tokens)`; where only embeddings were given, they must hold the visual tokens already.
-            image_features: `(num_images, num_image_tokens, text_dim)`; a list of `(num_image_tokens, text_dim)` where
+            input_ids: `(batch, tokens)`; `None` if `inputs_embeds` hold the visual tokens already.
+            image_features: `(num_images, num_image_tokens, text_dim)`; a list of `(num_image_tokens, text_dim)` if
                 images differ in their number of tokens; or `None` for text alone.
 
         Raises:
-            ValueError: There are not as many placeholders as visual tokens.
+            ValueError: The numbers of placeholders and visual tokens differ.
         """
         if input_ids is None:
             if image_features is None:
@@ -339,7 +340,7 @@ class BridgedModel(
             raise ValueError("Images need input_ids: placeholders can't be found in inputs_embeds.")
         placeholders = input_ids == self.config.image_token_id  # (batch, tokens)
         if image_features is None:
-            # decoding steps have one token: no need to wait for the device there
+            # Decoding steps have one token: checking them would only wait for the device.
             if input_ids.shape[1] > 1 and not torch.compiler.is_compiling() and bool(placeholders.any()):
                 raise ValueError(
                     f"There are {int(placeholders.sum())} image tokens in input_ids, but no images were given."
@@ -353,22 +354,22 @@ class BridgedModel(
 
     @staticmethod
     def check_placeholders(count: torch.Tensor, image_features: torch.Tensor | list[torch.Tensor]) -> None:
-        """Refuse prompts with another number of placeholders than there are visual tokens.
+        """Check that there are as many placeholders as visual tokens.
 
         Args:
-            count: Placeholders, a number on the device.
+            count: Number of placeholders, a scalar on the device.
             image_features: As for `fill_placeholders`.
 
         Raises:
-            ValueError: They differ.
+            ValueError: The numbers differ.
         """
         lengths = [len(features) for features in image_features]
         torch_compilable_check(
             count == sum(lengths),
             lambda: (
                 f"{int(count)} image tokens in input_ids, but the bridge made {sum(lengths)} features for "
-                f"{len(lengths)} images ({', '.join(map(str, sorted(set(lengths))))} each). Use the processor that belongs "
-                "to this model, and don't truncate."
+                f"{len(lengths)} images ({', '.join(map(str, sorted(set(lengths))))} each). Use the processor that "
+                "belongs to this model, and don't truncate."
             ),
         )
 
@@ -377,8 +378,7 @@ class BridgedModel(
     def _visual_conditioning(
         self, input_ids, image_features, visual_states, segment_ids=None
     ) -> tuple[dict, ModelOutput | None]:
-        """Keyword arguments for the language model beside the embeddings, and the state to carry along: a family whose
-        visual tokens do not stand in the prompt overrides this."""
+        """Arguments for the language model, and the visual state; for families that condition decoder layers."""
         return {}, None
 
     def _run_language_model(self, **kwargs) -> ModelOutput:
@@ -432,36 +432,36 @@ class BridgedModel(
         """Run the model.
 
         Args:
-            input_ids: `(batch, tokens)`, with the `<image>` placeholders that the processor made.
-            pixel_values: `(num_images, channels, height, width)`: the images of all rows, one after the other. Families
-                that take videos: `(num_images, num_frames, channels, height, width)`.
-            attention_mask: `(batch, tokens)`, 1 for tokens and 0 for padding; or a 4-d mask, passed on as it is.
-            position_ids: `(batch, tokens)`; counted from the mask where they are not given.
+            input_ids: `(batch, tokens)`, with the `<image>` placeholders that the processor wrote.
+            pixel_values: `(num_images, channels, height, width)`: the images of all rows, concatenated. For families
+                that take videos also `(num_images, num_frames, channels, height, width)`.
+            attention_mask: `(batch, tokens)`, 1 for tokens and 0 for padding; a 4-d mask is passed on unchanged.
+            position_ids: `(batch, tokens)`; by default they are counted from the mask.
             cache: The language model's cache; `past_key_values` is another name for it.
             inputs_embeds: `(batch, tokens, text_dim)` instead of `input_ids`.
-            labels: `(batch, tokens)` as `input_ids`, -100 where no loss is wanted. For an encoder-decoder language
-                model the target's ids.
-            logits_to_keep: How many last positions (0: all), or which, to compute logits for.
-            patch_features: `(num_images, num_patches, vision_dim)` instead of `pixel_values`, from
-                `get_patch_features`: the encoder does not run again.
-            mm_encoder_outputs: What `get_image_features` gave, under the key `"image"`, instead of `pixel_values`.
-            visual_states: State from an earlier output, beside its cache.
-            decoder_input_ids: For an encoder-decoder language model.
-            decoder_attention_mask: For an encoder-decoder language model.
-            encoder_outputs: For an encoder-decoder language model: its encoder need not run again.
-            segment_ids: `(batch, tokens)`: which sample of a packed row a token belongs to, rising from left to right.
-                Conditioned text sees the images of its own sample only. The mask and the positions that packing needs
-                too are `attention_mask` and `position_ids`.
-            num_logits: Columns that the logits have at least: tokens beyond the language model's table get minus infinity.
-                `generate` asks for it, as its processors look up the prompt's placeholders.
-            kwargs: The family's other `image_arguments`; the rest is for the language model. `shift_labels` (beside `labels`): what each position predicts, instead of the
-                next position's label.
+            labels: `(batch, tokens)`, aligned with `input_ids`; -100 is ignored. For an encoder-decoder language model,
+                the ids of the target.
+            logits_to_keep: Number of last positions to compute logits for (0 for all), or the indices of positions.
+            patch_features: `(num_images, num_patches, vision_dim)`, the result of `get_patch_features`, instead of
+                `pixel_values`: the encoder does not run again.
+            mm_encoder_outputs: The result of `get_image_features` under the key `"image"`, instead of `pixel_values`.
+            visual_states: `visual_states` of the earlier output that `cache` comes from.
+            decoder_input_ids: `(batch, target_tokens)`, for an encoder-decoder language model.
+            decoder_attention_mask: `(batch, target_tokens)`, for an encoder-decoder language model.
+            encoder_outputs: Outputs of an encoder-decoder language model's encoder, which then does not run again.
+            segment_ids: `(batch, tokens)`: index of the sample of a packed row that a token belongs to, increasing from
+                left to right. Conditioned text sees the images of its own sample only. Packing also needs matching
+                `attention_mask` and `position_ids`.
+            num_logits: Minimum number of columns of the logits: columns beyond the language model's table are minus
+                infinity. `generate` sets it, because its logits processors look up the prompt's placeholders.
+            kwargs: The family's other `image_arguments`; the rest is passed on to the language model. `shift_labels`
+                (together with `labels`) holds the target of each position itself, instead of the next position's label.
 
         Returns:
             A `BridgedOutput`.
 
         Raises:
-            ValueError: Placeholders and visual tokens differ in number, or inputs contradict each other.
+            ValueError: The numbers of placeholders and visual tokens differ, or inputs contradict each other.
         """
         images = {"pixel_values": pixel_values, "patch_features": patch_features}
         images.update((name, kwargs.pop(name)) for name in self.image_arguments if name in kwargs)
@@ -485,10 +485,10 @@ class BridgedModel(
             attention_mask=attention_mask,
             **cache_argument(cache, arguments),
             **conditioning,
-            **self._argument_of_kept(logits_to_keep),
+            **self._logits_to_keep_argument(logits_to_keep),
             **{**kwargs, "return_dict": True},
         )
-        logits = self._kept(outputs.logits, logits_to_keep)
+        logits = self._select_kept_logits(outputs.logits, logits_to_keep)
         loss = None
         if labels is not None:
             self._check_labels(labels, logits)
@@ -509,12 +509,12 @@ class BridgedModel(
             visual_states=visual_states,
         )
 
-    def _argument_of_kept(self, logits_to_keep: int | torch.Tensor) -> dict:
-        """`logits_to_keep` as an argument of the language model, if it has one."""
+    def _logits_to_keep_argument(self, logits_to_keep: int | torch.Tensor) -> dict:
+        """`logits_to_keep` as an argument of the language model, if it accepts it."""
         return {"logits_to_keep": logits_to_keep} if "logits_to_keep" in self._language_model_arguments else {}
 
-    def _kept(self, logits: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-        """The positions of `(batch, tokens, vocabulary)` that were asked for, if the language model gave all of them."""
+    def _select_kept_logits(self, logits: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+        """Select the positions of `logits_to_keep`, if the language model returned the logits of all positions."""
         every = isinstance(logits_to_keep, int) and logits_to_keep == 0
         if every or "logits_to_keep" in self._language_model_arguments:
             return logits
@@ -534,7 +534,7 @@ class BridgedModel(
         hidden = self._prompt_embeddings(input_ids, inputs_embeds, image_features)
         encoder = self.language_model.get_encoder()
         outputs = encoder(inputs_embeds=hidden, attention_mask=mask, **{**kwargs, "return_dict": True})
-        # T5 takes any other class apart by position, and hidden states for attention weights
+        # T5 unpacks any other class by position, and would take hidden states for attention weights.
         return BaseModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=field_of(outputs, "hidden_states", wanted=bool(kwargs.get("output_hidden_states"))),
@@ -560,14 +560,14 @@ class BridgedModel(
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
             **cache_argument(cache, self._language_model_arguments),
-            **self._argument_of_kept(logits_to_keep),
+            **self._logits_to_keep_argument(logits_to_keep),
             **{**kwargs, "return_dict": True},
         )
-        logits = self._kept(outputs.logits, logits_to_keep)
+        logits = self._select_kept_logits(outputs.logits, logits_to_keep)
         loss = None
         if labels is not None:
             self._check_labels(labels, logits)
-            # Teacher-forced targets stand where they are predicted: no shift.
+            # The decoder's inputs are shifted already, so the labels are not.
             sums = "mean" if num_items_in_batch is None else "sum"
             loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction=sums)
             loss = loss if num_items_in_batch is None else loss / num_items_in_batch
@@ -583,10 +583,12 @@ class BridgedModel(
 
     @property
     def num_logits(self) -> int:
+        """Number of columns of the logits, special tokens included."""
         return max([num_embeddings(self.get_input_embeddings()), *(i + 1 for i in self.config.special_token_ids or [])])
 
     @property
     def num_logits_to_generate(self) -> int:
+        """Number of columns that include every token of a prompt, placeholders too."""
         return max(self.num_logits, self.config.image_token_id + 1)
 
 

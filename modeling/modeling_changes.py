@@ -1,4 +1,4 @@
-"""Whether a frozen part is still what it was when it was loaded: a bridge alone must not be saved if it is not."""
+"""Detect whether a frozen part has changed since it was loaded: its bridge must then not be saved alone."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import nn
 
 
 def has_adapters(module: nn.Module | None) -> bool:
-    """Whether PEFT has put layers of its own into a module, or a copy in its place."""
+    """Whether PEFT has added layers to a module, or replaced it by a copy."""
     layers = module.modules() if module is not None else ()
     return any(name in ("base_layer", "modules_to_save") for layer in layers for name, _ in layer.named_children())
 
 
-def _plain(name: str) -> str:
-    """A parameter's name without what adapters have put around its layer."""
+def _name_without_adapters(name: str) -> str:
+    """A parameter's name without the components that PEFT inserts."""
     return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def sample_of(tensor: torch.Tensor) -> torch.Tensor:
-    """One number of every row, on the CPU: the column differs from row to row. Vectors are kept whole."""
+    """Sample one number of every row, on the CPU; the column differs from row to row. Vectors are kept whole."""
     if tensor.element_size() == 1:
         tensor = tensor.view(torch.uint8)  # 8-bit floats can't be gathered
     if tensor.ndim < 2:
@@ -35,37 +35,39 @@ def sample_of(tensor: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def samples_of(module: nn.Module | None) -> dict[str, torch.Tensor]:
-    """One number of every row of every parameter: enough to see training, merged adapters and single trained tokens.
+    """Sample every row of every parameter, which detects training, merged adapters and single trained tokens.
 
-    Training changes tensors densely, or (tokens of an embedding table) row by row. What has no data here is left
-    out: offloaded, or spread over processes.
+    Training changes tensors densely, or (tokens of an embedding table) row by row. Parameters without data in this
+    process, offloaded or sharded, are left out.
 
     Args:
-        module: Its matrices may be quantised.
+        module: A module, which may be quantised.
 
     Returns:
-        By name, on the CPU and in the parameter's own precision.
+        Samples by parameter name, on the CPU and in the parameter's own precision.
     """
     samples = {}
     for name, parameter in module.named_parameters() if module is not None else ():
-        name, tensor = _plain(name), parameter.detach()
+        name, tensor = _name_without_adapters(name), parameter.detach()
         if tensor.is_meta or tensor.numel() == 0 or hasattr(tensor, "to_local"):
             continue
         samples[name] = sample_of(tensor)
     return samples
 
 
-def _same(old: torch.Tensor, new: torch.Tensor) -> bool:
-    by_way_of = (new.dtype, torch.bfloat16, torch.float16) if new.is_floating_point() else (new.dtype,)
-    return old.shape == new.shape and any(torch.equal(old.to(dtype).to(new.dtype), new) for dtype in by_way_of)
+def _equal_up_to_precision(old: torch.Tensor, new: torch.Tensor) -> bool:
+    """Whether two samples are equal, possibly after rounding to a lower precision."""
+    precisions = (new.dtype, torch.bfloat16, torch.float16) if new.is_floating_point() else (new.dtype,)
+    return old.shape == new.shape and any(torch.equal(old.to(dtype).to(new.dtype), new) for dtype in precisions)
 
 
 def changed_since(model: nn.Module, saved: Iterable[tuple[str, torch.Tensor]]) -> tuple[list[str], int]:
-    """Names of a model's parameters that are not what its files hold. Quantised ones can't be told, nor those that loading
-    calls otherwise.
+    """Names of a model's parameters that differ from its files.
+
+    Quantised parameters can't be compared, nor can those that have another name in the files.
 
     Args:
-        model: As for `samples_of`.
+        model: A loaded model.
         saved: Names and tensors of its files, with or without the model's `base_model_prefix`.
 
     Returns:
@@ -77,23 +79,23 @@ def changed_since(model: nn.Module, saved: Iterable[tuple[str, torch.Tensor]]) -
         known = next((each for each in (name, name.removeprefix(prefix), prefix + name) if each in now), None)
         if known is not None:
             compared += 1
-            if not _same(sample_of(tensor), now[known]):
+            if not _equal_up_to_precision(sample_of(tensor), now[known]):
                 changed.append(known)
     return sorted(changed), compared
 
 
 def changed_tensors(module: nn.Module | None, before: dict[str, torch.Tensor]) -> list[str]:
-    """Names of parameters that are not what they were. A change of precision is none, nor are adapters beside them.
+    """Names of parameters that have changed. Neither another precision nor unmerged adapters count as a change.
 
     Args:
-        module: As for `samples_of`.
-        before: What that gave.
+        module: The module.
+        before: Earlier result of `samples_of`.
     """
     now = samples_of(module)
-    present = {_plain(name) for name, _ in module.named_parameters()} if module is not None else set()
+    present = {_name_without_adapters(name) for name, _ in module.named_parameters()} if module is not None else set()
     gone = before.keys() - present
     new = set() if has_adapters(module) else now.keys() - before.keys()
-    differ = {name for name in before.keys() & now.keys() if not _same(before[name], now[name])}
+    differ = {name for name in before.keys() & now.keys() if not _equal_up_to_precision(before[name], now[name])}
     return sorted(gone | new | differ)
 
 

@@ -1,7 +1,7 @@
 """Bridge checkpoints: `bridge.*` alone on disk, with both frozen parts pinned by source and hash of their weights.
 
-What was trained in a frozen part all the same (OpenFlamingo's embedding tables) lies beside `bridge.*` under its own name, is
-listed in the configuration's `trained_tensors`, and is laid over the part when the bridge is loaded.
+Tensors of a frozen part that were trained (OpenFlamingo's embedding tables) are saved next to `bridge.*` under their
+own names and listed in the configuration's `trained_tensors`. They replace the part's when the bridge is loaded.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -42,17 +43,17 @@ logger = logging.get_logger(__name__)
 
 
 def overlay_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, nn.Parameter]:
-    """A model's parameters of those names.
+    """Look up parameters of the frozen parts by name.
 
     Args:
-        model: The whole.
-        names: `vision_model.*` and `language_model.*`.
+        model: The bridged model.
+        names: Names of parameters, `vision_model.*` and `language_model.*`.
 
     Raises:
-        ValueError: A name that the frozen parts do not have.
+        ValueError: The frozen parts have no parameter of such a name.
     """
     known = {name: parameter for name, parameter in model.named_parameters() if name.startswith(FROZEN_PARTS)}
-    # second names of one tensor: a tied output layer, for one
+    # Second names of the same tensor, such as a tied output layer's
     known.update((name, known[source]) for name, source in model.all_tied_weights_keys.items() if source in known)
     if unknown := sorted(set(names) - known.keys()):
         raise ValueError(
@@ -62,8 +63,8 @@ def overlay_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, nn.Par
     return {name: known[name] for name in names}
 
 
-def _name_sources(config_path: Path, pins: dict) -> None:
-    """In a saved configuration, call the frozen parts what their pins call them, not where they lay on this machine."""
+def _replace_local_paths(config_path: Path, pins: dict) -> None:
+    """Replace local paths in a saved configuration by the frozen parts' pinned sources."""
     saved = json.loads(config_path.read_text())
     for name, part in (("vision_config", "vision_model"), ("text_config", "language_model")):
         if "_name_or_path" in (saved.get(name) or {}):
@@ -84,20 +85,20 @@ def load_bridge_weights(
     """Fill a bridge from a bridge checkpoint.
 
     Args:
-        bridge: Its weights may be on the meta device still.
-        path: Hub id or folder.
-        tied: The model's tied tables, target to source: tables that share their storage with another are in no file.
-        dtype: To cast the bridge to; `"auto"` takes the file's.
-        overlay: Parameters of the frozen parts that the checkpoint brings too, see `overlay_of`.
-        shared: Frozen parts that others use as well: they are not changed.
-        hub_kwargs: `revision`, `cache_dir` and the like.
+        bridge: The bridge, whose weights may still be on the meta device.
+        path: Hub id or folder of the checkpoint.
+        tied: The model's tied weights, target to source: the targets are not saved.
+        dtype: Data type to cast the bridge to; `"auto"` takes that of the file.
+        overlay: Parameters of the frozen parts that the checkpoint replaces, see `overlay_of`.
+        shared: Frozen parts that other models use too: they are not changed.
+        hub_kwargs: `revision`, `cache_dir` and other arguments of `from_pretrained`.
 
     Raises:
-        ValueError: The file's tensors are not those of this bridge.
-        FrozenPartError: A shared part has other trained tensors than the checkpoint.
+        ValueError: The tensors of the file do not match the bridge.
+        FrozenPartError: The trained tensors of a shared part differ from the checkpoint's.
     """
     weights = dict(tensors_of(checkpoint_files(path, **hub_kwargs)))
-    _lay_over(overlay or {}, weights, shared)
+    _load_overlay(overlay or {}, weights, shared)
     expected = {f"bridge.{name}": tensor for name, tensor in bridge.state_dict().items()}
     weights.update((name, weights[source]) for name, source in tied.items() if name in expected and source in weights)
     problems = [f"missing {name}" for name in sorted(expected.keys() - weights.keys())]
@@ -109,7 +110,7 @@ def load_bridge_weights(
     ]
     if problems:
         raise ValueError(f"The weights in {path} are not those of its configuration: {summary(problems)}.")
-    if not weights:  # a bridge may have none
+    if not weights:  # an identity bridge has none
         return
     bridge.to(next(iter(weights.values())).dtype if dtype == "auto" else dtype)
     if any(tensor.is_meta for tensor in expected.values()):
@@ -118,12 +119,12 @@ def load_bridge_weights(
 
 
 @torch.no_grad()
-def _lay_over(parameters: dict[str, nn.Parameter], weights: dict[str, torch.Tensor], shared: Iterable[str]) -> None:
-    """Put trained tensors where they belong in the frozen parts, and take them out of `weights`.
+def _load_overlay(parameters: dict[str, nn.Parameter], weights: dict[str, torch.Tensor], shared: Iterable[str]) -> None:
+    """Copy trained tensors into the frozen parts, and remove them from `weights`.
 
     Raises:
-        ValueError: One is missing or has another shape.
-        FrozenPartError: It belongs to a part that was passed in, and is not there already: the part is not ours to change.
+        ValueError: A tensor is missing or has another shape.
+        FrozenPartError: A tensor differs from that of a shared part, which must not be changed.
     """
     missing = [name for name in parameters if name not in weights]
     if missing:
@@ -144,25 +145,25 @@ def _lay_over(parameters: dict[str, nn.Parameter], weights: dict[str, torch.Tens
 
 
 class BridgeCheckpointMixin:
-    """`save_pretrained(bridge_only=True)`, `push_to_hub(bridge_only=True)`, and `from_pretrained` of what they wrote."""
+    """`save_pretrained(bridge_only=True)`, `push_to_hub(bridge_only=True)`, and `from_pretrained` for their files."""
 
-    # Auto classes that code which travels with the model is registered with
+    # Auto classes that the model's code is registered with when it is saved along with the model
     auto_classes: ClassVar[tuple[str, ...]] = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 
     def set_frozen_parts(self, **sources: str | os.PathLike) -> list[str]:
-        """Say where the frozen parts came from, and find out what was trained in them all the same.
+        """Set where the frozen parts came from, and find the tensors that were trained in them.
 
-        For models that were loaded or converted whole: afterwards they can be saved with `bridge_only=True`.
+        Models that were loaded or converted as a whole can be saved with `bridge_only=True` afterwards.
 
         Args:
-            sources: `vision_model=` and `language_model=`: Hub ids or folders of the original parts. They are loaded and
-                compared, one after the other.
+            sources: `vision_model=` and `language_model=`: Hub ids or folders of the original parts, which are loaded
+                and compared one at a time.
 
         Returns:
-            Names of the tensors that differ, which are now the configuration's `trained_tensors`.
+            Names of the tensors that differ. They become the configuration's `trained_tensors`.
 
         Raises:
-            ValueError: An unknown part, or one that differs in most tensors: the model did not begin with it.
+            ValueError: A part is unknown, or most of its tensors differ: the model was not initialised with it.
         """
         if unknown := sorted(set(sources) - set(frozen_parts_of(self.config))):
             raise ValueError(
@@ -178,7 +179,7 @@ class BridgeCheckpointMixin:
             source = os.path.abspath(source) if os.path.isdir(source) else os.fspath(source)
             place = where_to_load(source)
             config = copy.deepcopy(self.config.vision_config if part == "vision_model" else self.config.text_config)
-            # with this model's own shapes: what has another there, or is missing, differs
+            # Built with this model's shapes: tensors that are missing in the source or have another shape differ.
             original, info = auto_class_for(part, config).from_pretrained(
                 place, config=config, ignore_mismatched_sizes=True, output_loading_info=True
             )
@@ -192,21 +193,21 @@ class BridgeCheckpointMixin:
             ]
             if len(differ) > len(ours) / 2:
                 raise ValueError(
-                    f"The {part} differs from {source!r} in {len(differ)} of {len(ours)} tensors: this model did not begin "
-                    "with it, or was trained as a whole. Save it whole (bridge_only=False)."
+                    f"The {part} differs from {source!r} in {len(differ)} of {len(ours)} tensors: this model did not "
+                    "begin with it, or was trained as a whole. Save it whole (bridge_only=False)."
                 )
             trained += [f"{part}.{name}" for name in differ]
             pins[part] = {"source": source, "revision": commit_of(place) if place == source else None}
         self.config.frozen_parts, self.config.trained_tensors = pins, trained or None
-        self._remember_parts(*sources)  # as they are now they have been compared
+        self._record_parts(*sources)  # later changes are relative to the state that was compared here
         return trained
 
-    def _remember_parts(self, *parts: str) -> None:
-        """Take note of what frozen parts are now, so that a bridge alone is not saved once they have changed."""
+    def _record_parts(self, *parts: str) -> None:
+        """Record the current state of frozen parts, so that later changes are noticed when a bridge is saved alone."""
         self._loaded = {**self.__dict__.get("_loaded", {}), **{part: samples_of(getattr(self, part)) for part in parts}}
 
     def _changes_of(self, part: str, adapters: bool = True) -> list[str]:
-        """What makes a frozen part other than the one that its pin names; nothing if all is well. `adapters`: they do."""
+        """Differences between a frozen part and its pinned source; unmerged adapters count if `adapters` is true."""
         if adapters and has_adapters(getattr(self, part)):
             return ["it carries adapters"]
         if part not in self._loaded:
@@ -215,10 +216,13 @@ class BridgeCheckpointMixin:
         return [name for name in changed if f"{part}.{name}" not in (self.config.trained_tensors or [])]
 
     def pin_frozen_parts(self) -> dict:
-        """Name both frozen parts by source, revision and hash of their weights.
+        """Identify both frozen parts by source, revision and hash of their weights.
+
+        Returns:
+            The configuration's `frozen_parts`.
 
         Raises:
-            ValueError: A part has no source to come back from, or has been trained.
+            ValueError: A part has no source to load it from again, or has been trained.
         """
         pins = {}
         if has_adapters(self.bridge):
@@ -229,20 +233,20 @@ class BridgeCheckpointMixin:
             pin = (self.config.frozen_parts or {}).get(part) or {}
             if not getattr(self.config, f"freeze_{part}"):
                 raise ValueError(
-                    f"bridge_only=True would lose the training of the {part}, which is not frozen. Save the whole model, "
-                    "or freeze() the part first."
+                    f"bridge_only=True would lose the training of the {part}, which is not frozen. Save the whole "
+                    "model, or freeze() the part first."
                 )
             if not pin.get("source"):
                 raise ValueError(
-                    f"bridge_only=True needs to know where the {part} comes from, but it was made from a configuration or "
-                    f"passed in without a path. Save it (`model.{part}.save_pretrained(FOLDER)`) and compose the bridge "
-                    "with that folder or with a Hub id."
+                    f"bridge_only=True needs to know where the {part} comes from, but it was made from a configuration "
+                    f"or passed in without a path. Save it (`model.{part}.save_pretrained(FOLDER)`) and compose the "
+                    "bridge with that folder or with a Hub id."
                 )
             if changes := self._changes_of(part):
                 raise ValueError(
-                    f"bridge_only=True would lose what became of the {part}: {summary(changes)}, since it was loaded from "
-                    f"{pin['source']!r}. Merged adapters and training do that. Save the whole model; save unmerged adapters "
-                    "with PEFT's save_pretrained; or, where few tensors differ, let these travel with the bridge: "
+                    f"bridge_only=True would lose changes of the {part} since it was loaded from {pin['source']!r}: "
+                    f"{summary(changes)}. Merged adapters and training change it. Save the whole model; save unmerged "
+                    "adapters with PEFT's save_pretrained; or, if few tensors differ, save these with the bridge: "
                     f"model.set_frozen_parts({part}={pin['source']!r})."
                 )
             if not pin.get("sha256") and not pin.get("alternatives"):
@@ -260,27 +264,28 @@ class BridgeCheckpointMixin:
         return pins
 
     def _verify(self, part: str, source: str, **hub_kwargs) -> None:
-        """Compare a part that was passed in as a loaded model with the files that it says it came from.
+        """Compare a part that was passed in as a loaded model with the files of its source.
 
         Raises:
-            ValueError: It is not what they hold.
+            ValueError: They differ.
         """
         changed, compared = changed_since(getattr(self, part), tensors_of(checkpoint_files(source, **hub_kwargs)))
         if changed:
             raise ValueError(
-                f"The {part} was passed in as a loaded model, and is not what {source!r} holds: {summary(changed)}. A bridge "
-                f"that is saved alone would come back on another {part}. Save the part (`model.{part}.save_pretrained(FOLDER)`) "
-                "and compose the bridge with that folder; or save the whole model."
+                f"The {part} was passed in as a loaded model, and differs from {source!r}: {summary(changed)}. A "
+                f"bridge that is saved alone would be reloaded with another {part}. Save the part "
+                f"(`model.{part}.save_pretrained(FOLDER)`) and compose the bridge with that folder; or save the whole "
+                "model."
             )
         if 2 * compared < sum(1 for _ in getattr(self, part).parameters()):
             logger.warning(
-                f"Most tensors of the {part} could not be compared with {source!r} (quantised, or called otherwise there): it "
-                "is taken for what that holds."
+                f"Most tensors of the {part} could not be compared with {source!r} (they are quantised, or have other "
+                "names there); the two are assumed to be the same."
             )
 
     def save_pretrained(
         self,
-        save_directory,
+        save_directory: str | os.PathLike,
         *args,
         bridge_only: bool = False,
         with_code: bool = False,
@@ -288,27 +293,28 @@ class BridgeCheckpointMixin:
         state_dict: dict | None = None,
         push_to_hub: bool = False,
         **kwargs,
-    ):
+    ) -> None:
         """Save the model, or its bridge alone.
 
         Args:
             save_directory: Folder to write to.
-            bridge_only: Write `bridge.*`, the configuration's `trained_tensors`, and a configuration that pins both frozen
-                parts; nothing else of them is copied. Where the folder has no README.md, a model card is written.
-            with_code: Write the code too, so that transformers alone loads the folder with `trust_remote_code=True`.
-            processor: The model's processor, to be saved beside it.
+            args: Positional arguments of `PreTrainedModel.save_pretrained`.
+            bridge_only: Save only `bridge.*`, the configuration's `trained_tensors`, and a configuration that pins both
+                frozen parts. A model card is written too, unless the folder has a README.md.
+            with_code: Save the code too, so that transformers alone can load the folder with `trust_remote_code=True`.
+            processor: The model's processor, to be saved in the same folder.
             state_dict: Tensors to save instead of the model's own.
             push_to_hub: Upload the folder afterwards, see `push_to_hub`; `repo_id` defaults to the folder's name.
-            kwargs: As for every transformers model, and those of `push_folder`.
+            kwargs: Arguments of `PreTrainedModel.save_pretrained` and of `push_folder`.
 
         Raises:
-            ValueError: `bridge_only` with a part that has no source or has been trained.
+            ValueError: With `bridge_only=True`, a part has no source or has been trained.
         """
         hub = take_push_options(kwargs)
         repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
         if not bridge_only:
             was = self.config.bridge_only, self.config.frozen_parts
-            # a part that has changed is no longer what its pin says
+            # The pin of a part that has changed is no longer valid.
             kept = {part: pin for part, pin in (was[1] or {}).items() if not self._changes_of(part)}
             self.config.bridge_only, self.config.frozen_parts = False, kept or None
             try:
@@ -321,11 +327,11 @@ class BridgeCheckpointMixin:
                               with_code=with_code, **kwargs)  # fmt: skip
             write_card(Path(save_directory), repo_id if push_to_hub else None)
         if push_to_hub:
-            self._warn_of_folders(bridge_only)
+            self._warn_about_local_parts(bridge_only)
             publisher("push_to_hub").upload(Path(save_directory), repo_id, **{"commit_message": "Upload model", **hub})
 
     def _save_bridge(self, target: Path, *args, state_dict, processor, with_code: bool, **kwargs) -> None:
-        """Write the bridge into a folder: all files, or none."""
+        """Save the bridge into a folder: all files, or none."""
         pins = self.pin_frozen_parts()
         state_dict = self.state_dict() if state_dict is None else state_dict
         bridge = {name: tensor for name, tensor in state_dict.items() if name.startswith("bridge.")}
@@ -338,16 +344,16 @@ class BridgeCheckpointMixin:
                 super().save_pretrained(staging, *args, state_dict=bridge, **kwargs)
             finally:
                 self.config.frozen_parts, self.config.bridge_only = before
-            _name_sources(staging / "config.json", pins)
+            _replace_local_paths(staging / "config.json", pins)
             share_permissions(staging / "config.json", staging.glob("*.safetensors"))
             self._save_beside_weights(staging, processor, with_code)
             written = move_into(staging, target)
         for path in target.iterdir():
             if WEIGHTS.fullmatch(path.name) and path.name not in written:
-                path.unlink()  # of an earlier model
+                path.unlink()  # left from an earlier model
 
     def _save_beside_weights(self, folder: Path, processor, with_code: bool) -> None:
-        """Write what goes beside the weights."""
+        """Save the processor and the code next to the weights."""
         if processor is not None:
             processor.check(self.config)
             processor.save_pretrained(folder)
@@ -365,17 +371,17 @@ class BridgeCheckpointMixin:
         max_shard_size: int | str = "50GB",
         tags: list[str] | None = None,
         **kwargs,
-    ):
+    ) -> CommitInfo:
         """Upload the model, or its bridge alone, in one commit.
 
         Args:
-            repo_id: `name` or `owner/name`; the repository is made if it is not there.
-            bridge_only: As for `save_pretrained`; both frozen parts should have been composed from Hub ids, or nobody else
-                can load the bridge.
-            with_code: As for `save_pretrained`.
-            processor: The model's processor, to go into the same commit.
-            max_shard_size: As for every transformers model.
-            tags: For the model card. A card that the repository has already stays as it is.
+            repo_id: `name` or `owner/name`; the repository is created if it does not exist.
+            bridge_only: Upload the bridge alone, as for `save_pretrained`. Both frozen parts should have been composed
+                from Hub ids, or nobody else can load the bridge.
+            with_code: Upload the code too, as for `save_pretrained`.
+            processor: The model's processor, to be uploaded in the same commit.
+            max_shard_size: Largest size of one file of weights, as for `PreTrainedModel.save_pretrained`.
+            tags: Tags of the model card. An existing card of the repository is not changed.
             kwargs: `private`, `token`, `revision`, `create_pr`, `commit_message` and `commit_description`, as for
                 `push_folder`.
 
@@ -383,8 +389,9 @@ class BridgeCheckpointMixin:
             The commit.
 
         Raises:
-            ValueError: As for `save_pretrained`.
-            huggingface_hub.errors.HfHubHTTPError: The Hub refuses it.
+            TypeError: An argument is unknown.
+            ValueError: With `bridge_only=True`, a part has no source or has been trained.
+            huggingface_hub.errors.HfHubHTTPError: The Hub refuses the upload.
         """
         hub = take_push_options(kwargs)
         if kwargs:
@@ -395,36 +402,44 @@ class BridgeCheckpointMixin:
                 folder, bridge_only=bridge_only, with_code=with_code, processor=processor, max_shard_size=max_shard_size
             )
             write_card(folder, repo_id, tags)
-            self._warn_of_folders(bridge_only)
+            self._warn_about_local_parts(bridge_only)
             return publisher("push_to_hub").upload(
                 folder, repo_id, keep=["README.md"], **{"commit_message": "Upload model", **hub}
             )
 
-    def _warn_of_folders(self, bridge_only: bool) -> None:
+    def _warn_about_local_parts(self, bridge_only: bool) -> None:
         for part, pin in (self.config.frozen_parts or {}).items() if bridge_only else ():
             if pin.get("source") and os.path.isdir(pin["source"]):
                 logger.warning(
-                    f"The {part} is pinned to the folder {pin['source']!r}, which others don't have: they can load this "
-                    f"bridge only with {part}=<a loaded model>. Push the part and compose with its Hub id."
+                    f"The {part} is pinned to the folder {pin['source']!r}, which others don't have: they can load "
+                    f"this bridge only with {part}=<a loaded model>. Push the part and compose with its Hub id."
                 )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
-        """Load a model; a bridge checkpoint fetches and verifies its frozen parts too.
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args,
+        config: PreTrainedConfig | str | os.PathLike | None = None,
+        **kwargs,
+    ):
+        """Load a model. For a bridge checkpoint, the frozen parts are loaded and verified too.
 
         Args:
             pretrained_model_name_or_path: Hub id or folder.
-            config: The configuration, where it is loaded already.
-            kwargs: As for every transformers model. For a bridge checkpoint also `vision_model=` and
-                `language_model=`: loaded models to use (and share) instead of fetching the pinned ones; and
-                `allow_mismatch=True`: a pinned part whose weights have changed is used with a warning. `AutoModel` copies
-                its arguments for a moment: to spare that memory, give it `config=AutoConfig.from_pretrained(...)` too.
+            model_args: Positional arguments of the class.
+            config: The configuration, if it is loaded already.
+            kwargs: Arguments of `PreTrainedModel.from_pretrained`. For a bridge checkpoint also `vision_model=` and
+                `language_model=`, loaded models to use (and share) instead of the pinned ones, and
+                `allow_mismatch=True`, which turns the error about a pinned part with changed weights into a warning.
+                `AutoModel` copies its arguments temporarily: to save that memory, also pass
+                `config=AutoConfig.from_pretrained(...)`.
 
         Raises:
-            FrozenPartError: A frozen part is missing or changed.
-            ValueError: The bridge's weights are not those of this configuration.
+            FrozenPartError: A frozen part is missing or has changed.
+            ValueError: The bridge's weights do not match the configuration.
         """
-        # once, so that all files are of one commit
+        # Resolved once, so that all files come from one commit
         revision = resolve_revision(
             pretrained_model_name_or_path,
             kwargs.pop("revision", None),
@@ -442,16 +457,16 @@ class BridgeCheckpointMixin:
                     config if isinstance(config, (str, os.PathLike)) else pretrained_model_name_or_path, **hub_kwargs
                 )
                 bridge_only = config_dict.get("bridge_only", False)
-            except OSError:  # an adapter's folder, or a wrong name: the stock loader knows what to say
+            except OSError:  # an adapter's folder, or a wrong name: left to the base class
                 bridge_only = False
-        # weights handed over directly are not a bridge checkpoint's file
+        # A state_dict is loaded as a whole model.
         if not bridge_only or kwargs.get("state_dict") is not None or pretrained_model_name_or_path is None:
             kwargs.pop("allow_mismatch", None)  # nothing is pinned
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
             model = loaded[0] if isinstance(loaded, tuple) else loaded
-            # loading puts new parameters in place, which know nothing of freezing
+            # Loading replaces the parameters, and with them `requires_grad`.
             model.freeze(model.config.freeze_vision_model, model.config.freeze_language_model)
-            model._remember_parts(*frozen_parts_of(model.config))
+            model._record_parts(*frozen_parts_of(model.config))
             return loaded
         return cls._from_bridge_checkpoint(pretrained_model_name_or_path, config, hub_kwargs, **kwargs)
 
@@ -505,13 +520,13 @@ class BridgeCheckpointMixin:
                 trained = {name.removeprefix(f"{part}.") for name in overlay if name.startswith(f"{part}.")}
                 parts[part] = load_frozen_part(part, pin, part_config, trained, allow_mismatch, dtype=dtype, **extra)
 
-        with torch.device("meta"):  # drawing weights that are replaced takes longer than loading them
+        with torch.device("meta"):  # initialising weights takes longer than loading the ones that replace them
             model = cls(config, **parts)
         shared = {part for part in FROZEN_PARTS if given[part] is not None}
         load_bridge_weights(
             model.bridge, path, model.all_tied_weights_keys, dtype, overlay_of(model, overlay), shared, **hub_kwargs
         )
-        model.tie_weights()  # what was on the meta device has lost its ties
+        model.tie_weights()  # moving the bridge off the meta device has broken its ties
         model.freeze(config.freeze_vision_model, config.freeze_language_model).eval()
         if generation_config is None:
             try:
@@ -525,12 +540,14 @@ class BridgeCheckpointMixin:
         info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         return (model, info) if output_loading_info else model
 
-    def dispatch(self, device_map, max_memory: dict | None = None, **kwargs) -> None:
-        """Spread a model that is in memory over devices, as `device_map` does at loading.
+    def dispatch(self, device_map: str | dict | torch.device, max_memory: dict | None = None, **kwargs) -> None:
+        """Distribute a model that is in memory over devices, as `device_map` does during loading.
 
         Args:
-            device_map: `"auto"` and its like, a device, or a dict from module names to devices.
-            max_memory: Bytes (or `"20GiB"`) that may be used per device.
+            device_map: `"auto"`, `"balanced"`, `"balanced_low_0"` or `"sequential"`, a device, or a dict from module
+                names to devices.
+            max_memory: Memory that may be used per device, in bytes or as `"20GiB"`.
+            kwargs: Passed on to `accelerate.dispatch_model`.
         """
         from accelerate import dispatch_model, infer_auto_device_map
 

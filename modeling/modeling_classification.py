@@ -1,10 +1,10 @@
 """Image classification on a bridge's visual tokens: a frozen vision encoder, the bridge, and a linear layer on top.
 
 There is no language model. The part of a family's bridge that makes visual tokens (Q-Former, linear layers, Perceiver
-Resampler) keeps its names; `bridge.pooler` makes one vector of an image's tokens and `bridge.classifier` scores the classes.
-Everything that is trained lies under `bridge`, the head too, so that a bridge checkpoint is a whole classifier.
+Resampler) keeps its names; `bridge.pooler` pools an image's tokens into one vector and `bridge.classifier` scores the
+classes. All trained parameters are part of `bridge`, the head included, so a bridge checkpoint is a whole classifier.
 
-Source: for what the classes of an image mean and how losses are computed, transformers' own `ViTForImageClassification`.
+Source: labels and losses are those of transformers' `ViTForImageClassification`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ from typing import ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..compat import can_return_tuple, torch_compilable_check
@@ -31,15 +38,15 @@ from .modeling_bridge import Bridge
 from .modeling_bridged import BridgedModel
 from .modeling_flamingo import PerceiverFlamingoForConditionalGeneration, PerceiverResampler
 from .modeling_llava import MLPBridge, MLPLlavaForConditionalGeneration, PooledPatchesMixin
-from .modeling_parts import resolve_part
+from .modeling_parts import Part, resolve_part
 from .modeling_pins import summary
 from .modeling_qformer import QFormerBlip2ForConditionalGeneration
 from .modeling_qformer_layers import QFormer
 from .modeling_qformer_pretraining import QFormerBlip2Stage1Model
 
 
-# fields of a configuration that say nothing about how a bridge makes visual tokens
-_NOT_OF_THE_BRIDGE = {
+# Configuration fields that do not change how a bridge makes visual tokens
+_NON_BRIDGE_FIELDS = {
     *PreTrainedConfig.__dataclass_fields__, "vision_config", "text_config", "image_token_id", "special_token_ids",
     "freeze_vision_model", "freeze_language_model", "bridge_only", "frozen_parts", "trained_tensors",
     "visual_tokens_in_prompt",
@@ -50,12 +57,12 @@ _NOT_OF_THE_BRIDGE = {
 
 
 class TokenPooling(nn.Module):
-    """One vector of an image's visual tokens: their mean, weighted by a learned query.
+    """Pool an image's visual tokens into one vector: their mean, weighted by a learned query.
 
-    The query begins as zero, and so with the plain mean, which is how BLIP-2 scores matches of image and text over its
-    query tokens: what stage 1 has learned is read the way it was trained. From there the query learns which tokens matter,
-    with no more than one number per channel: Q-Former queries and latents are not alike, and of an MLP's tokens, one per
-    patch, most show background.
+    The query is initialised with zero, which gives the plain mean. BLIP-2 averages its query tokens in the same way for
+    image-text matching, so a Q-Former from stage 1 is used as it was trained. The query then learns which tokens
+    matter, with one number per channel: Q-Former queries and latents differ in their content, and most tokens of an
+    MLP, one per patch, show background.
 
     Args:
         width: Channels of a token.
@@ -66,6 +73,7 @@ class TokenPooling(nn.Module):
         self.query = nn.Parameter(torch.zeros(width))
 
     def init_parameters(self, config: BridgedConfig) -> None:
+        """Set the query to zero."""
         init.zeros_(self.query)
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
@@ -79,12 +87,12 @@ class ClassificationBridge(Bridge):
     """Base of every family's bridge for classification; its own modules make the visual tokens."""
 
     def add_head(self, width: int, num_labels: int) -> None:
-        """Add what makes scores of visual tokens of `width` channels."""
+        """Add the modules that turn visual tokens of `width` channels into scores of `num_labels` classes."""
         self.pooler = TokenPooling(width)
         self.classifier = nn.Linear(width, num_labels)
 
     def logits(self, image_features: torch.Tensor) -> torch.Tensor:
-        """Scores of the classes, `(num_images, num_labels)`, of visual tokens."""
+        """Scores of the classes, `(num_images, num_labels)`, from visual tokens."""
         return self.classifier(self.pooler(image_features))
 
 
@@ -115,7 +123,8 @@ class MLPClassificationBridge(ClassificationBridge, MLPBridge):
 
     @property
     def text_dim(self) -> int:
-        return self.config.hidden_size  # there is no language model to ask
+        """Width of the visual tokens, which the configuration sets: there is no language model."""
+        return self.config.hidden_size
 
 
 class PerceiverClassificationBridge(ClassificationBridge):
@@ -144,60 +153,65 @@ class BridgedForImageClassification(BridgedModel):
 
     Args:
         config: The family's configuration for classification.
-        vision_model: An encoder that exists already; it is used as it is.
+        vision_model: A loaded encoder, which is used without a copy; by default it is built from the configuration.
     """
 
     auto_classes = ("AutoModel", "AutoModelForImageClassification")
     bridge_class: ClassVar[type[ClassificationBridge]] = ClassificationBridge
-    begins_as: ClassVar[tuple[type[BridgedModel], ...]] = ()  # models whose bridge this one can begin with
-    takes_over: ClassVar[tuple[str, ...]] = ()  # beginnings of names, in that bridge, of what makes visual tokens
+    begins_as: ClassVar[tuple[type[BridgedModel], ...]] = ()  # models whose bridge this one can be initialised with
+    takes_over: ClassVar[tuple[str, ...]] = ()  # prefixes of the names of the weights that are copied from that bridge
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     accepts_loss_kwargs = False  # losses are means over the images of a batch
 
     @classmethod
     def can_generate(cls) -> bool:
+        """Classifiers can't generate."""
         return False
 
     def _inherit_generation_config(self) -> None:
         return None
 
     def get_input_embeddings(self) -> nn.Module:
+        """Input embeddings of the vision encoder."""
         return self.vision_model.get_input_embeddings()
 
     def get_output_embeddings(self) -> None:
+        """A classifier has no output embeddings."""
         return None
 
-    # ------------------------------------------------------------------ beginning
+    # ------------------------------------------------------------------ initialisation
 
     @classmethod
     def from_vision(
         cls,
-        vision,
+        vision: Part,
         *,
         num_labels: int | None = None,
         id2label: dict[int, str] | None = None,
-        image_processor=None,
+        image_processor: BaseImageProcessor | str | os.PathLike | None = None,
         dtype: torch.dtype | str | None = None,
         **options,
-    ):
-        """Put a fresh bridge and classifier behind a vision encoder, which is frozen.
+    ) -> tuple[BridgedForImageClassification, BaseImageProcessor]:
+        """Put a new bridge and classifier on top of a vision encoder, which is frozen.
 
         Args:
             vision: Vision encoder: Hub id, folder, configuration (random weights) or loaded model.
-            num_labels: Classes, or values to predict; where `id2label` names them it can be left out.
+            num_labels: Number of classes, or of values to predict; it can be left out if `id2label` is given.
             id2label: Names of the classes, by number from 0.
-            image_processor: The encoder's image processor, where it is not found beside it: object, Hub id or folder.
-            dtype: Of the vision encoder; the bridge is in float32.
+            image_processor: The encoder's image processor: object, Hub id or folder; by default it is loaded from the
+                encoder's repository.
+            dtype: Data type of the vision encoder; the bridge is in float32.
             options: Fields of the configuration, such as `problem_type` or `qformer_config={...}`.
 
         Returns:
             Model (in eval mode) and image processor.
 
         Raises:
-            ValueError: Neither `num_labels` nor `id2label` is given, they contradict each other, or an unknown option.
+            ValueError: Neither `num_labels` nor `id2label` is given, they contradict each other, or an option is
+                unknown.
         """
-        options |= cls._labels(num_labels, id2label)
+        options |= cls._label_fields(num_labels, id2label)
         known = {*cls.config_class.__dataclass_fields__, "num_labels"}
         known -= {"vision_config", "text_config", "frozen_parts", "bridge_only", "trained_tensors"}
         if unknown := sorted(set(options) - known):
@@ -210,31 +224,33 @@ class BridgedForImageClassification(BridgedModel):
     @classmethod
     def from_bridge(
         cls,
-        source,
+        source: BridgedModel | str | os.PathLike,
         *,
         num_labels: int | None = None,
         id2label: dict[int, str] | None = None,
-        image_processor=None,
+        image_processor: BaseImageProcessor | str | os.PathLike | None = None,
         **options,
-    ):
-        """Begin with a bridge that was trained for something else: its vision encoder and the part that makes visual tokens.
+    ) -> tuple[BridgedForImageClassification, BaseImageProcessor]:
+        """Initialise a classifier with the vision encoder and the visual tokens of another model of the family.
 
         Args:
-            source: A model of the family, or the folder or Hub id of one. A folder's model is loaded as it is, its
-                language model too where it has one; that is let go afterwards.
-            num_labels: As for `from_vision`.
-            id2label: Likewise.
-            image_processor: Likewise; by default the source's, where that is a folder or a Hub id.
+            source: A model of the family, or its folder or Hub id. The whole model is loaded, including its language
+                model if it has one, which is freed afterwards.
+            num_labels: Number of classes, or of values to predict; it can be left out if `id2label` is given.
+            id2label: Names of the classes, by number from 0.
+            image_processor: The encoder's image processor: object, Hub id or folder; by default the one of `source` if
+                that is a folder or a Hub id.
             options: `label2id` and `problem_type`.
 
         Returns:
             Model (in eval mode) and image processor. The vision encoder is shared with a model that was passed in, the
-            bridge's weights are copies.
+            bridge's weights are copied.
 
         Raises:
-            ValueError: It is no model of this family, or as for `from_vision`.
+            ValueError: `source` is not a model of this family, neither `num_labels` nor `id2label` is given, they
+                contradict each other, or an option is unknown.
         """
-        options |= cls._labels(num_labels, id2label)
+        options |= cls._label_fields(num_labels, id2label)
         if unknown := sorted(set(options) - {"num_labels", "id2label", "label2id", "problem_type"}):
             raise ValueError(
                 f"{', '.join(unknown)} can't be chosen here: the bridge brings all but labels and problem_type with it."
@@ -244,13 +260,13 @@ class BridgedForImageClassification(BridgedModel):
             place = os.fspath(source)
             kind = AutoConfig.from_pretrained(place).model_type
             if kind not in [model.config_class.model_type for model in cls.begins_as]:
-                cls._refuse(f"{place} holds a {kind!r} model")
+                cls._raise_wrong_source(f"{place} holds a {kind!r} model")
             source = AutoModel.from_pretrained(place)
         if not isinstance(source, cls.begins_as):
-            cls._refuse(f"the source is a {type(source).__name__}")
+            cls._raise_wrong_source(f"the source is a {type(source).__name__}")
         before = source.config
         fields = set(cls.config_class.__dataclass_fields__) & set(type(before).__dataclass_fields__)
-        fields -= _NOT_OF_THE_BRIDGE
+        fields -= _NON_BRIDGE_FIELDS
         kept = {name: getattr(before, name) for name in sorted(fields)}
         config = cls.config_class(
             vision_config=source.vision_model.config, **{**kept, **cls.fields_of(source)}, **options
@@ -266,16 +282,16 @@ class BridgedForImageClassification(BridgedModel):
         return model.eval(), load_image_processor(image_processor, name, config.vision_config)
 
     @classmethod
-    def _refuse(cls, found: str) -> None:
+    def _raise_wrong_source(cls, found: str) -> None:
         expected = " or ".join(sorted({model.config_class.model_type for model in cls.begins_as}))
-        raise ValueError(f"{found}; {cls.__name__} begins as {expected}.")
+        raise ValueError(f"{found}; {cls.__name__} can be initialised from {expected}.")
 
     @staticmethod
-    def _labels(num_labels: int | None, id2label: dict[int, str] | None) -> dict:
-        """The configuration's fields that say what the classes are.
+    def _label_fields(num_labels: int | None, id2label: dict[int, str] | None) -> dict:
+        """Configuration fields that define the classes.
 
         Raises:
-            ValueError: Nothing says so, or they contradict each other.
+            ValueError: Neither is given, or they contradict each other.
         """
         if id2label is None:
             if num_labels is None:
@@ -289,17 +305,17 @@ class BridgedForImageClassification(BridgedModel):
 
     @classmethod
     def fields_of(cls, source: BridgedModel) -> dict:
-        """Fields of the configuration that another model's bridge implies without having them under this name."""
+        """Configuration fields that can't be copied from another model's configuration under the same name."""
         return {}
 
     def load_tokens(self, source: BridgedModel) -> None:
-        """Take over what makes visual tokens in another model's bridge.
+        """Copy the weights that make visual tokens from another model's bridge.
 
         Args:
             source: A model of this family.
 
         Raises:
-            ValueError: Its bridge has another shape.
+            ValueError: The bridge of `source` has other shapes.
         """
         ours = {name: value for name, value in self.bridge.state_dict().items() if name.startswith(self.takes_over)}
         theirs = source.bridge.state_dict()
@@ -328,20 +344,20 @@ class BridgedForImageClassification(BridgedModel):
 
         Args:
             pixel_values: `(batch, channels, height, width)`.
-            labels: One class per image: integers `(batch,)`, -100 for images that do not count. Several at once: floats
-                `(batch, num_labels)`, 0 or 1. Values to predict: floats `(batch, num_labels)`, or `(batch,)` where
-                `num_labels` is 1. Which of these it is says the configuration's `problem_type`; where that is `None`, it is
-                told from the first labels, as transformers does.
-            patch_features: `(batch, num_patches, vision_dim)` instead of pixels, from `get_patch_features`: the encoder
-                does not run again.
+            labels: For one class per image, integers `(batch,)`, with -100 for images to ignore. For several classes
+                per image, floats `(batch, num_labels)`, 0 or 1. For regression, floats `(batch, num_labels)`, or
+                `(batch,)` if `num_labels` is 1. The configuration's `problem_type` selects one of these; if it is
+                `None`, it is set from the first labels, as in transformers.
+            patch_features: `(batch, num_patches, vision_dim)`, the result of `get_patch_features`, instead of
+                `pixel_values`: the encoder does not run again.
             output_hidden_states: Return the vision encoder's hidden states too.
-            output_attentions: Return its attention weights too.
+            output_attentions: Return the vision encoder's attention weights too.
 
         Returns:
-            An output with `logits`, `(batch, num_labels)`, and `loss` where labels were given.
+            An output with `logits`, `(batch, num_labels)`, and `loss` if labels are given.
 
         Raises:
-            ValueError: Not exactly one of `pixel_values` and `patch_features`, or labels that do not fit.
+            ValueError: Not exactly one of `pixel_values` and `patch_features` is given, or the labels do not fit.
         """
         if (pixel_values is None) == (patch_features is None):
             raise ValueError("Give exactly one of pixel_values and patch_features.")
@@ -356,7 +372,7 @@ class BridgedForImageClassification(BridgedModel):
         loss = None
         if labels is not None:
             self._check_labels(labels, logits)
-            # of one class per image: the mean over those that count, 0 where none does
+            # With one class per image: the mean over the images that are not ignored, or 0 if all are
             counted = (labels != -100).sum().clamp(min=1)
             loss = self.loss_function(labels, logits.float(), self.config, num_items_in_batch=counted)
         return ImageClassifierOutput(
@@ -364,10 +380,10 @@ class BridgedForImageClassification(BridgedModel):
         )
 
     def _check_labels(self, labels: torch.Tensor, logits: torch.Tensor) -> None:
-        """Refuse labels that do not fit `problem_type`.
+        """Check that the labels fit `problem_type`.
 
         Raises:
-            ValueError: Their dtype, shape or values.
+            ValueError: The labels have the wrong dtype, shape or values.
         """
         (batch, num_labels), problem = logits.shape, self.config.problem_type
         integers = not labels.is_floating_point()
@@ -378,8 +394,9 @@ class BridgedForImageClassification(BridgedModel):
         if single:
             if not integers or labels.shape.numel() != batch:
                 raise ValueError(
-                    f"labels are {labels.dtype} of shape {tuple(labels.shape)}; expected one number of a class per image, "
-                    f"integers of shape {(batch,)}. Several classes at once: problem_type='multi_label_classification'."
+                    f"labels are {labels.dtype} of shape {tuple(labels.shape)}; expected one number of a class per "
+                    f"image, integers of shape {(batch,)}. Several classes at once: "
+                    "problem_type='multi_label_classification'."
                 )
             torch_compilable_check(
                 ((labels == -100) | (labels >= 0) & (labels < num_labels)).all(),
@@ -401,12 +418,14 @@ class BridgedForImageClassification(BridgedModel):
     # ------------------------------------------------------------------ saving
 
     def _save_beside_weights(self, folder: Path, processor, with_code: bool) -> None:
-        if processor is not None:  # an image processor, which belongs to the encoder alone
+        if processor is not None:  # an image processor, which has no `check`
             processor.save_pretrained(folder)
         super()._save_beside_weights(folder, None, with_code)
 
 
 class QFormerBlip2ForImageClassification(BridgedForImageClassification):
+    """Q-Former BLIP-2 for image classification, see `BridgedForImageClassification`."""
+
     config_class = QFormerBlip2ClassificationConfig
     config: QFormerBlip2ClassificationConfig
     bridge_class = QFormerClassificationBridge
@@ -416,21 +435,24 @@ class QFormerBlip2ForImageClassification(BridgedForImageClassification):
 
     @classmethod
     def fields_of(cls, source: BridgedModel) -> dict:
+        """The Q-Former's configuration, without its text side."""
         return {"qformer_config": {**source.config.qformer_config.to_dict(), "use_text": False}}
 
     @classmethod
-    def from_stage1(cls, stage1, **options):
-        """Begin with a Q-Former that has learned from images and notes: `QFormerBlip2ForPreTraining`.
+    def from_stage1(
+        cls, stage1: QFormerBlip2Stage1Model | str | os.PathLike, **options
+    ) -> tuple[QFormerBlip2ForImageClassification, BaseImageProcessor]:
+        """Initialise a classifier with the Q-Former of a stage-1 model, `QFormerBlip2ForPreTraining`.
 
         Args:
-            stage1: A stage-1 model, or the folder or Hub id of one; no language model is loaded.
-            options: As for `from_bridge`.
+            stage1: A stage-1 model, or its folder or Hub id.
+            options: Arguments of `from_bridge`.
 
         Returns:
             Model (in eval mode) and image processor.
 
         Raises:
-            ValueError: It is no stage-1 model, or as for `from_bridge`.
+            ValueError: `stage1` is not a stage-1 model, or `from_bridge` raises it.
         """
         is_model = isinstance(stage1, PreTrainedModel)
         found = (stage1.config if is_model else AutoConfig.from_pretrained(os.fspath(stage1))).model_type
@@ -442,6 +464,8 @@ class QFormerBlip2ForImageClassification(BridgedForImageClassification):
 
 
 class MLPLlavaForImageClassification(PooledPatchesMixin, BridgedForImageClassification):
+    """MLP-LLaVA for image classification, see `BridgedForImageClassification`."""
+
     config_class = MLPLlavaClassificationConfig
     config: MLPLlavaClassificationConfig
     bridge_class = MLPClassificationBridge
@@ -450,11 +474,13 @@ class MLPLlavaForImageClassification(PooledPatchesMixin, BridgedForImageClassifi
 
     @classmethod
     def fields_of(cls, source: BridgedModel) -> dict:
-        # of a model for any resolution, the base image alone
+        """The width of the visual tokens; images are not cut into tiles."""
         return {"hidden_size": source.bridge.text_dim, "image_grid_pinpoints": None}
 
 
 class PerceiverFlamingoForImageClassification(BridgedForImageClassification):
+    """Perceiver-Flamingo for image classification, see `BridgedForImageClassification`."""
+
     config_class = PerceiverFlamingoClassificationConfig
     config: PerceiverFlamingoClassificationConfig
     bridge_class = PerceiverClassificationBridge

@@ -1,7 +1,7 @@
-"""Perceiver-Flamingo: a Perceiver Resampler, and gated cross-attention in front of frozen decoder layers.
+"""Perceiver-Flamingo: a Perceiver Resampler, and gated cross-attention before frozen decoder layers.
 
 Source: Flamingo (arXiv 2204.14198, sections 2.2-2.4); `open_flamingo/src/{helpers,flamingo,flamingo_lm}.py` of
-OpenFlamingo 2.0.1 for what the paper leaves open.
+OpenFlamingo 2.0.1 for the details that the paper leaves open.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from .modeling_mpt import as_conditionable
 
 logger = logging.get_logger(__name__)
 
-CONDITIONING = "cross_attention_conditioning"  # the keyword argument that travels through the language model
+CONDITIONING = "cross_attention_conditioning"  # keyword argument that the language model passes on to its layers
 
 
 def split_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """`(batch, tokens, heads * head_dim)` to `(batch, heads, tokens, head_dim)`."""
+    """Reshape `(batch, tokens, heads * head_dim)` to `(batch, heads, tokens, head_dim)`."""
     return states.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
@@ -47,6 +47,7 @@ class FeedForward(nn.Module):
         self.linear_out = linear_out(dim * multiplier, dim, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map `(..., dim)` to `(..., dim)`."""
         return self.linear_out(nn.functional.gelu(self.linear_in(self.layer_norm(hidden_states))))
 
 
@@ -65,8 +66,7 @@ class PerceiverAttention(nn.Module):
     def forward(
         self, patch_features: torch.Tensor, latents: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`(num_images, num_patches, dim)` and `(num_images, num_latents, dim)` to the latter's shape; `mask` is
-        `(num_images, 1, 1, num_patches + num_latents)`, true where there is something to see."""
+        """Update `(num_images, num_latents, dim)`; `mask` is `(num_images, 1, 1, num_patches + num_latents)`."""
         latents = self.norm_latents(latents)
         key, value = self.key_value(torch.cat((self.norm_media(patch_features), latents), dim=1)).chunk(2, dim=-1)
         attended = nn.functional.scaled_dot_product_attention(
@@ -76,6 +76,8 @@ class PerceiverAttention(nn.Module):
 
 
 class PerceiverLayer(GradientCheckpointingLayer):
+    """A block of the Perceiver Resampler: attention and feed-forward, both with a residual connection."""
+
     def __init__(self, dim: int, config: PerceiverFlamingoConfig):
         super().__init__()
         self.attention = PerceiverAttention(dim, config.resampler_num_heads, config.resampler_head_dim)
@@ -84,6 +86,7 @@ class PerceiverLayer(GradientCheckpointingLayer):
     def forward(
         self, latents: torch.Tensor, patch_features: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
+        """Update the latents; for the shapes see `PerceiverAttention`."""
         latents = latents + self.attention(patch_features, latents, mask)
         return latents + self.feed_forward(latents)
 
@@ -91,7 +94,7 @@ class PerceiverLayer(GradientCheckpointingLayer):
 class PerceiverResampler(nn.Module):
     """Compress any number of patches, of one frame or several, to `num_latents` visual tokens per image.
 
-    Source: Flamingo, section 2.2; the embedding of an image's place in its document is OpenFlamingo's.
+    Source: Flamingo, section 2.2; embeddings of an image's position in its document are from OpenFlamingo.
     """
 
     def __init__(self, dim: int, config: PerceiverFlamingoConfig):
@@ -105,6 +108,7 @@ class PerceiverResampler(nn.Module):
         self.layer_norm = nn.LayerNorm(dim)
 
     def init_parameters(self, config: PerceiverFlamingoConfig) -> None:
+        """Initialise the latents and the embeddings of positions."""
         init.normal_(self.latents, std=config.latents_init_std)
         for parameter in (self.frame_embeddings, self.media_time_embeddings):
             if parameter is not None:
@@ -119,19 +123,19 @@ class PerceiverResampler(nn.Module):
         """Map patches to visual tokens.
 
         Args:
-            patch_features: `(num_images, num_patches, dim)`, or `(num_images, num_frames, num_patches, dim)` where an
-                image is several frames of a video.
-            patch_mask: True (or 1) for patches, false for padding: shaped as `patch_features` without its last
+            patch_features: `(num_images, num_patches, dim)`, or `(num_images, num_frames, num_patches, dim)` for
+                videos.
+            patch_mask: True (or 1) for patches, false for padding, in the shape of `patch_features` without its last
                 dimension, or `(num_images, num_frames)` for whole frames.
-            media_index: Place of each image in its document, from 0: `(num_images,)`. Only read where the model has an
-                embedding for it.
+            media_index: Position of each image in its document, from 0: `(num_images,)`. Only read if the model has
+                embeddings for it.
 
         Returns:
             `(num_images, num_latents, dim)`.
 
         Raises:
-            ValueError: More frames, or images in a document, than the model has embeddings for, no `media_index` where
-                it is read, or a mask of another shape.
+            ValueError: There are more frames, or images in a document, than the model has embeddings for,
+                `media_index` is missing, or the mask has another shape.
         """
         if patch_features.ndim == 3:
             patch_features = patch_features[:, None]
@@ -159,7 +163,7 @@ class PerceiverResampler(nn.Module):
                 raise ValueError(
                     f"patch_mask has shape {tuple(patch_mask.shape)}; expected {(num_images, num_frames, num_patches)}."
                 )
-            # latents always see themselves
+            # Latents always attend to themselves.
             mask = nn.functional.pad(patch_mask.flatten(1).bool(), (0, len(self.latents)), value=True)[:, None, None]
         latents = self.latents.expand(num_images, -1, -1)
         for layer in self.layers:
@@ -168,29 +172,38 @@ class PerceiverResampler(nn.Module):
 
 
 class TanhGate(nn.Module):
-    """Lets nothing through while it holds 0. A module, not a bare parameter, so that adapters can train it (`modules_to_save`)."""
+    """Multiply by the tanh of a learned number; with 0 the gate is closed.
+
+    It is a module, not a bare parameter, so that PEFT can train it (`modules_to_save`).
+    """
 
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
 
     def init_parameters(self, config: PerceiverFlamingoConfig) -> None:
+        """Set the gate to the configuration's `gate_init`."""
         init.constant_(self.weight, config.gate_init)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Scale `(..., dim)` by the gate."""
         return self.weight.tanh() * hidden_states
 
 
 class GatedLinear(nn.Linear):
-    """A projection in front of a tanh gate: fresh, one of the two is zero."""
+    """A projection before a tanh gate; one of the two is initialised with zero."""
 
     def init_parameters(self, config: PerceiverFlamingoConfig) -> None:
+        """Set the projection to zero if the gate is open from the start."""
         if config.gate_init:
             init.zeros_(self.weight)
 
 
 class GatedCrossAttentionLayer(GradientCheckpointingLayer):
-    """Text attends to visual tokens; two tanh gates let it in. A fresh block changes nothing. Source: Flamingo, figure 4."""
+    """Text attends to visual tokens through two tanh gates; an untrained block changes nothing.
+
+    Source: Flamingo, figure 4.
+    """
 
     def __init__(self, dim: int, vision_dim: int, config: PerceiverFlamingoConfig):
         super().__init__()
@@ -220,10 +233,10 @@ class GatedCrossAttentionLayer(GradientCheckpointingLayer):
         """Condition hidden states on images.
 
         Args:
-            hidden_states: `(rows, tokens, dim)`; `rows` is a multiple of `batch`, as the beams of one sample share its
-                keys and values.
-            key: `(batch, heads, visual_tokens, head_dim)`, or `None` where there is no image.
-            value: Likewise.
+            hidden_states: `(rows, tokens, dim)`; `rows` is a multiple of `batch`, because the beams of one sample share
+                its keys and values.
+            key: `(batch, heads, visual_tokens, head_dim)`, or `None` without images.
+            value: `(batch, heads, visual_tokens, head_dim)`, or `None` without images.
             mask: `(rows, tokens, visual_tokens)`, true where attention is allowed.
             sees_image: `(rows, tokens)`, false for text before any image.
         """
@@ -233,7 +246,7 @@ class GatedCrossAttentionLayer(GradientCheckpointingLayer):
             rows, tokens = states.shape[:2]
             batch = key.shape[0]
             query = split_heads(self.query(self.layer_norm(states)), self.num_heads)  # (rows, heads, tokens, head_dim)
-            # the beams of one sample stand one after the other and attend as one long row
+            # The beams of one sample are neighbouring rows, which attend as one long row.
             query = query.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
             attended = nn.functional.scaled_dot_product_attention(
                 query, key, value, mask.unflatten(0, (batch, -1)).flatten(1, 2)[:, None]
@@ -247,17 +260,18 @@ class GatedCrossAttentionLayer(GradientCheckpointingLayer):
 
 @dataclass
 class VisualStates(ModelOutput):
-    """What is carried beside the cache: the images, seen once.
+    """Keys and values of the images, passed on together with the language model's cache.
 
     Args:
-        key_states: Per cross-attention layer `(batch, heads, max_images * num_latents, head_dim)`.
-        value_states: Likewise.
-        num_images: Images of each sample, `(batch,)`.
-        text_time: Images that came before the next token of each row, `(rows,)`.
-        num_forgotten: Images of each sample that no later token can see, and that were left out, `(batch,)`.
+        key_states: Keys of every cross-attention layer, each `(batch, heads, max_images * num_latents, head_dim)`.
+        value_states: Values of every cross-attention layer, in the same shape.
+        num_images: Number of images of each sample, `(batch,)`.
+        text_time: Number of images before the next token of each row, `(rows,)`.
+        num_forgotten: Number of first images of each sample that were dropped because no later token can see them,
+            `(batch,)`.
     """
 
-    # not `keys` and `values`: these are methods of every ModelOutput
+    # Not `keys` and `values`, which are methods of ModelOutput
     key_states: tuple[torch.Tensor, ...] | None = None
     value_states: tuple[torch.Tensor, ...] | None = None
     num_images: torch.Tensor | None = None
@@ -265,7 +279,7 @@ class VisualStates(ModelOutput):
     num_forgotten: torch.Tensor | None = None
 
     def latest(self, num_latents: int) -> VisualStates:
-        """The state with each sample's last image alone.
+        """Keep only the last image of each sample.
 
         Args:
             num_latents: Visual tokens per image.
@@ -287,13 +301,13 @@ class VisualStates(ModelOutput):
         )
 
     def repeat_to(self, batch: int) -> VisualStates:
-        """The same state for more rows: those of one sample stand one after the other.
+        """Repeat every sample, so that its copies are neighbouring rows.
 
         Args:
-            batch: Rows wanted, a multiple of those that there are.
+            batch: Number of rows wanted, a multiple of the present one.
 
         Raises:
-            ValueError: It is none.
+            ValueError: `batch` is not a multiple of the present number of rows.
         """
         times, rest = divmod(batch, len(self.num_images))
         if rest:
@@ -311,9 +325,9 @@ class VisualStates(ModelOutput):
 
 @dataclass
 class Conditioning:
-    """What one forward pass hands to its hooks: nothing stays on the model between calls.
+    """Conditioning that one forward pass hands to its hooks, so that the model keeps no state between calls.
 
-    It holds the cross-attention layers too: another bridge may be set before a backward pass recomputes this one.
+    It holds the cross-attention layers too: another bridge may be active when a backward pass recomputes this one.
     """
 
     model: PreTrainedModel
@@ -338,20 +352,23 @@ class PerceiverBridge(Bridge):
         )
         if not self.cross_attention_layers:
             raise ValueError(
-                f"cross_attention_every_n_layers={config.cross_attention_every_n_layers} leaves no cross-attention: the "
-                f"language model has {text_config.num_hidden_layers} layers."
+                f"cross_attention_every_n_layers={config.cross_attention_every_n_layers} leaves no cross-attention: "
+                f"the language model has {text_config.num_hidden_layers} layers."
             )
 
     def forward(self, patch_features: torch.Tensor, **kwargs) -> torch.Tensor:
-        """Map `(num_images, num_patches, vision_dim)` to `(num_images, num_latents, vision_dim)`; see the resampler."""
+        """Map patch features to visual tokens, see `PerceiverResampler.forward`."""
         return self.resampler(patch_features, **kwargs)
 
 
 def decoder_layers(language_model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder's layers.
+    """Find the decoder's layers.
+
+    Args:
+        language_model: A decoder-only language model.
 
     Raises:
-        ValueError: No list of layers of the configured length is found.
+        ValueError: The model has no list of layers of the configured length.
     """
     wanted = language_model.config.get_text_config().num_hidden_layers
     for module in language_model.modules():
@@ -370,11 +387,13 @@ def _refuse_encoder_decoder(config: PreTrainedConfig) -> None:
         )
 
 
-class _Reached(Exception):
-    """The conditioning arrived at a decoder layer."""
+class _ConditioningReached(Exception):
+    """Raised by a probe when the conditioning arrives at a decoder layer."""
 
 
 class PerceiverFlamingoForConditionalGeneration(BridgedModel):
+    """Perceiver-Flamingo: visual tokens condition the decoder's layers. For the arguments see `BridgedModel`."""
+
     config_class = PerceiverFlamingoConfig
     config: PerceiverFlamingoConfig
     bridge_class = PerceiverBridge
@@ -393,7 +412,7 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
 
     @classmethod
     def check_language_model(cls, language_model: PreTrainedModel) -> None:
-        """Refuse language models that don't hand keyword arguments on to their layers.
+        """Check that a language model passes keyword arguments on to its decoder layers.
 
         Raises:
             ValueError: The conditioning would not reach the decoder layers.
@@ -403,19 +422,19 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
 
         def reached(module, args, kwargs):
             if CONDITIONING in kwargs:
-                raise _Reached
+                raise _ConditioningReached
 
         with torch.device("meta"):
             probe = build_from_config(type(language_model), copy.deepcopy(language_model.config)).eval()
             decoder_layers(probe)[0].register_forward_pre_hook(reached, with_kwargs=True)
             ids = torch.zeros(1, 1, dtype=torch.long)
-            # with a mask and positions that are made already there is nothing to compute; not every model takes them
+            # A prepared mask and positions leave nothing to compute, but not every model accepts them.
             prepared = {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "position_ids": ids}
             known = inspect.signature(probe.forward).parameters
             for extra in ({key: tensor for key, tensor in prepared.items() if key in known}, {}):
                 try:
                     probe(input_ids=ids, use_cache=False, **extra, **{CONDITIONING: object()})
-                except _Reached:
+                except _ConditioningReached:
                     return
                 except (TypeError, ValueError, RuntimeError) as error:
                     logger.debug(f"{name} with {sorted(extra)}: {error}")
@@ -425,16 +444,17 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
         )
 
     def check_checkpointing(self, reentrant: bool) -> None:
+        """Raise a `ValueError` if reentrant checkpointing does not work with this release of transformers."""
         if reentrant and HOOKS_ARE_RECOMPUTED:
             raise ValueError(
-                "use_reentrant=True can't checkpoint layers that are conditioned by a perceiver bridge before transformers "
-                "5.23. Leave it out: False is the default."
+                "use_reentrant=True can't checkpoint layers that are conditioned by a perceiver bridge before "
+                "transformers 5.23. Leave it out: False is the default."
             )
 
     def _condition_layer(self, index: int, layer: nn.Module, args: tuple, kwargs: dict):
         conditioning = kwargs.get(CONDITIONING)
         if conditioning is None or conditioning.model is not self:
-            return None  # the language model alone, or on behalf of another model that shares it
+            return None  # the language model runs alone, or for another model that shares it
         kwargs = {name: value for name, value in kwargs.items() if name != CONDITIONING}
         number, rest = divmod(index + 1, conditioning.every_n_layers)
         if rest == 0:
@@ -455,15 +475,15 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
     def make_visual_states(
         self, input_ids: torch.LongTensor, image_features: torch.Tensor, before: VisualStates | None = None
     ) -> VisualStates:
-        """Sort the images into their rows and compute every cross-attention layer's keys and values, once.
+        """Assign the images to their rows and compute the keys and values of every cross-attention layer.
 
         Args:
             input_ids: `(batch, tokens)`, one `<image>` per image.
-            image_features: `(num_images, num_latents, vision_dim)`, the images of all rows one after the other.
-            before: State of a prefix that `input_ids` continue: its images come first. A prefix of one row serves all.
+            image_features: `(num_images, num_latents, vision_dim)`, the images of all rows, concatenated.
+            before: State of a prefix that `input_ids` continue; its images come first. A prefix of one row is repeated.
 
         Raises:
-            ValueError: There are not as many `<image>` tokens as images.
+            ValueError: The numbers of `<image>` tokens and images differ.
         """
         num_images = (input_ids == self.config.image_token_id).sum(dim=-1)  # (batch,)
         if int(num_images.sum()) != image_features.shape[0]:
@@ -472,7 +492,7 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
                 "every image needs one <image> where it belongs in the text."
             )
         num_images = num_images.to(image_features.device)
-        taken = torch.zeros_like(num_images)  # places that earlier images have
+        taken = torch.zeros_like(num_images)  # slots of the prefix's images
         if before is not None and before.key_states is not None:
             before = before.repeat_to(len(num_images))
             taken = before.num_images - before.num_forgotten
@@ -502,7 +522,7 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
         )
 
     def _visual_conditioning(self, input_ids, image_features, visual_states, segment_ids=None):
-        # looked up now: PEFT may have put a trained copy of the bridge here, or another bridge may have been set
+        # Read at every call: PEFT may have replaced the bridge by a copy, or another bridge may have been activated.
         bridge = self, self.bridge.cross_attention_layers, self.config.cross_attention_every_n_layers
         if image_features is not None:
             if input_ids is None:
@@ -515,7 +535,7 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
             return {CONDITIONING: Conditioning(*bridge, None, None, None, None)}, None
         if input_ids is None:
             raise ValueError("visual_states need input_ids: <image> can't be found in inputs_embeds.")
-        # Rows are the samples' beams; a generated <image> shows nothing, so the count stops at the sample's images.
+        # Rows are the samples' beams. A generated <image> has no image, so the count stops at the sample's images.
         rows = input_ids.shape[0]
         beams = rows // len(visual_states.num_images)
         limit = visual_states.num_images.repeat_interleave(beams)[:, None]
@@ -535,7 +555,7 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
             earlier = self._images_of_earlier_segments(is_image, segment_ids.to(limit.device))
             mask = mask & (media_time > earlier[..., None])
             sees_image = text_time > earlier
-        mask = mask | ~sees_image[..., None]  # a row that sees nothing would be NaN; its result is dropped
+        mask = mask | ~sees_image[..., None]  # a fully masked row would give NaN; its result is discarded
         conditioning = Conditioning(*bridge, visual_states.key_states, visual_states.value_states, mask, sees_image)
         return {CONDITIONING: conditioning}, VisualStates(
             key_states=visual_states.key_states,
@@ -547,7 +567,7 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
 
     @staticmethod
     def _images_of_earlier_segments(is_image: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
-        """How many images of a packed row come before the sample that a token belongs to: `(rows, tokens)` of all."""
+        """Number of images of a packed row before the sample that a token belongs to; all are `(rows, tokens)`."""
         before = is_image.cumsum(dim=-1) - is_image.long()
         begins = nn.functional.pad(segment_ids.diff(dim=-1) != 0, (1, 0), value=True)
         return torch.where(begins, before, 0).cummax(dim=-1).values
@@ -555,13 +575,13 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
     def visual_states_for_generation(
         self, input_ids: torch.LongTensor | None, image_features: torch.Tensor | None, before: VisualStates | None
     ) -> GenerationStates:
-        """The samples' visual states, made before samples become beams: beams share them."""
+        """See `BridgeGenerationMixin`; the states are made before samples are expanded to beams, which share them."""
         states = before
         if image_features is not None:
             states = self.make_visual_states(input_ids, image_features, before)
         if states is None or states.key_states is None:
             return GenerationStates(states, states)
-        # What is written comes after all images of its sample: no later token sees other ones.
+        # Generated tokens come after all images of their sample.
         decoding = replace(states, text_time=states.num_images)
         several = states.key_states[0].shape[2] > self.config.num_latents
         if several and self.config.only_attend_immediate_media:

@@ -1,4 +1,4 @@
-"""What is trained: the bridge always, the frozen parts where they are asked for."""
+"""Freezing: the bridge is always trained, the vision encoder and the language model only on request."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from transformers import GradientCheckpointingLayer
 class FreezingMixin:
     """`freeze()`, and frozen parts that stay in eval mode."""
 
-    def freeze(self, vision_model: bool = True, language_model: bool = True):
-        """Choose what is trained. The bridge always is.
+    def freeze(self, vision_model: bool = True, language_model: bool = True) -> nn.Module:
+        """Choose which parts are trained. The bridge always is.
 
         Args:
             vision_model: Freeze the vision encoder: no gradients, and always in eval mode.
@@ -27,8 +27,12 @@ class FreezingMixin:
                     parameter.requires_grad_(not frozen)
         return self.train(self.training)
 
-    def train(self, mode: bool = True):
-        """Set the training mode of what is trained. Frozen parts stay in eval mode: no dropout, no running statistics."""
+    def train(self, mode: bool = True) -> nn.Module:
+        """Set the training mode of the trained parts. Frozen ones stay in eval mode: no dropout, no running statistics.
+
+        Args:
+            mode: Whether to set training or eval mode.
+        """
         for part in (self.vision_model, self.language_model):
             restore_dropout(part)
         super().train(mode)
@@ -45,15 +49,15 @@ class FreezingMixin:
                     for name, child in layer.named_children():
                         if name != "base_layer":
                             child.train()
-                # A layer recomputes its activations in train mode only. Its children stay in eval mode, and dropout
-                # that the layer applies by itself (OPT) is switched off by value.
+                # A layer checkpoints its activations in train mode only. Its children stay in eval mode, and dropout
+                # that the layer applies itself (OPT) is set to zero.
                 if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
                     layer.training = True
                     suspend_dropout(layer)
         return self
 
     def checkpointing_changed(self) -> None:
-        """Called when gradient checkpointing was switched on or off."""
+        """Update the training modes; called after gradient checkpointing was enabled or disabled."""
         self.train(self.training)
 
 
@@ -66,7 +70,7 @@ def suspend_dropout(layer: nn.Module) -> None:
 
 
 def restore_dropout(part: nn.Module | None) -> None:
-    """Give the layers of a part the dropout probabilities back that `suspend_dropout` took."""
+    """Restore the dropout probabilities of a part's layers that `suspend_dropout` has set to 0.0."""
     for layer in part.modules() if part is not None else ():
         for name, value in vars(layer).pop("_suspended_dropout", {}).items():
             setattr(layer, name, value)

@@ -1,7 +1,7 @@
-"""`generate()` of every family: images are encoded once, before the samples become beams.
+"""`generate()` of every family: images are encoded once, before the samples are expanded to beams.
 
-What is made of the images travels through generation as one argument of `forward`, `visual_states`. It is neither copied
-per beam nor carried back from the outputs: tokens that are written see the last image of their sample, whatever they are.
+The encoded images go through generation as `visual_states`, one argument of `forward`. They are neither copied per beam
+nor read from the outputs: every generated token sees the last image of its sample.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from ..compat import accepts_cache, cache_argument, logits_of_width, masks_for_g
 
 
 def pad_logits(num_logits: int | None, logits: torch.Tensor) -> torch.Tensor:
-    """Logits `(..., vocabulary)` with at least so many columns; tokens that can't be said have minus infinity."""
+    """Pad logits `(..., vocabulary)` with minus infinity to at least `num_logits` columns, if it is not `None`."""
     missing = 0 if num_logits is None else num_logits - logits.shape[-1]
     return nn.functional.pad(logits, (0, missing), value=-torch.inf) if missing > 0 else logits
 
 
 @dataclass
 class VisualTokens:
-    """Visual tokens of the samples' images, for placeholders in their prompts.
+    """Visual tokens of the samples' images, for the placeholders in their prompts.
 
     Args:
-        features: What `get_image_features` gave as `pooler_output`.
-        counts: How many visual tokens each sample has.
+        features: The `pooler_output` of `get_image_features`.
+        counts: Number of visual tokens of each sample.
     """
 
     features: torch.Tensor | list[torch.Tensor]
     counts: list[int]
 
     def for_rows(self, rows: int) -> torch.Tensor | list[torch.Tensor]:
-        """Visual tokens for so many rows: the beams of one sample, one after the other, have the same images.
+        """Repeat the visual tokens for beams; the beams of one sample are neighbouring rows with the same images.
 
         Args:
-            rows: A multiple of the samples.
+            rows: Number of rows, a multiple of the number of samples.
 
         Raises:
-            ValueError: It is none.
+            ValueError: `rows` is not a multiple of the number of samples.
         """
         times, rest = divmod(rows, len(self.counts))
         if rest:
@@ -55,11 +55,11 @@ class VisualTokens:
 
 @dataclass
 class GenerationStates:
-    """What `generate` hands to `forward` as `visual_states`.
+    """Values of `visual_states` that `generate` passes to `forward`.
 
     Args:
-        prompt: While the prompt is read; in every step where there is no cache.
-        decoding: Afterwards.
+        prompt: Value for the prompt; without a cache, for every step.
+        decoding: Value for the later steps.
     """
 
     prompt: VisualTokens | ModelOutput | None
@@ -73,12 +73,12 @@ class BridgeGenerationMixin:
 
     @property
     def num_logits(self) -> int:
-        """Columns of the logits."""
+        """Number of columns of the logits."""
         raise NotImplementedError
 
     @property
     def num_logits_to_generate(self) -> int:
-        """Columns that logits need so that processors (repetition penalty) can look up all tokens of a prompt."""
+        """Number of columns that logits processors (repetition penalty) need to look up all tokens of a prompt."""
         return self.num_logits
 
     @accepts_cache
@@ -90,22 +90,24 @@ class BridgeGenerationMixin:
         *args,
         cache: Cache | None = None,
         **kwargs,
-    ):
+    ) -> torch.LongTensor | ModelOutput:
         """Generate text for a batch of prompts with images.
 
         Args:
-            inputs: `(batch, tokens)`, the prompts; or as `input_ids`.
-            generation_config: As for every `generate`, like everything else.
-            args: As for every `generate`.
-            cache: Of a prefix that was run before; `past_key_values` is another name for it.
-            kwargs: As for every `generate`; the family's `image_arguments`; or `mm_encoder_outputs`, what `get_image_features` gave under
-                the key `"image"`; and the prefix's `visual_states`, together with its cache.
+            inputs: `(batch, tokens)`, the prompts; `input_ids` is another name for them.
+            generation_config: Generation settings, as for `GenerationMixin.generate`.
+            args: Further arguments of `GenerationMixin.generate`.
+            cache: Cache of a prefix that was run before; `past_key_values` is another name for it.
+            kwargs: Arguments of `GenerationMixin.generate`, and the family's `image_arguments` or `mm_encoder_outputs`
+                (the result of `get_image_features` under the key `"image"`). A `cache` needs the prefix's
+                `visual_states` too.
 
         Returns:
-            As every `generate`: ids, the prompt's first (an encoder-decoder's answer alone), or an output with more.
+            Ids, those of the prompt first (an encoder-decoder gives the answer alone), or an output with more fields,
+            as for `GenerationMixin.generate`.
 
         Raises:
-            ValueError: Images and placeholders do not match, or arguments that nobody reads.
+            ValueError: Images and placeholders do not match, or an argument is unknown.
         """
         images = {name: kwargs.pop(name) for name in self.image_arguments if name in kwargs}
         encoded = (kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
@@ -145,7 +147,7 @@ class BridgeGenerationMixin:
         )
 
     def _generation_setting(self, name: str, generation_config: GenerationConfig | None, kwargs: dict):
-        """A setting of `generate`, from where it comes first: arguments, configuration, the model's configuration."""
+        """Read a setting from the arguments, the given configuration or the model's configuration, in this order."""
         places = (kwargs.get(name), getattr(generation_config, name, None), getattr(self.generation_config, name, None))
         return next((value for value in places if value is not None), None)
 
@@ -156,26 +158,29 @@ class BridgeGenerationMixin:
         if input_ids is None and encoded is not None:
             raise ValueError("Images need input_ids: placeholders can't be found in inputs_embeds.")
         if input_ids is not None:
-            # a prefix that was run before has its own images
+            # The images of a prefix that was run before are in its visual_states.
             known = 0 if cache is None else int(cache.get_seq_length())
             mask = kwargs.get("attention_mask")
-            if mask is None or mask.shape[-1] == input_ids.shape[1]:  # else the new tokens alone were given
+            if mask is None or mask.shape[-1] == input_ids.shape[1]:  # otherwise only the new tokens were given
                 input_ids = input_ids[:, known:]
         features = None if encoded is None else encoded.pooler_output
         return self.visual_states_for_generation(input_ids, features, kwargs.get("visual_states"))
 
     def visual_states_for_generation(
-        self, input_ids: torch.LongTensor | None, image_features, before: ModelOutput | None
+        self,
+        input_ids: torch.LongTensor | None,
+        image_features: torch.Tensor | list[torch.Tensor] | None,
+        before: ModelOutput | None,
     ) -> GenerationStates:
-        """Sort visual tokens into their samples. Families whose visual tokens are not in the prompt override this.
+        """Assign visual tokens to their samples. Families whose visual tokens are not in the prompt override this.
 
         Args:
-            input_ids: `(batch, tokens)`, what is not in the cache yet.
-            image_features: The images of all samples, or `None`.
+            input_ids: `(batch, tokens)`, the tokens that are not in the cache yet.
+            image_features: Visual tokens of all samples' images, or `None`.
             before: `visual_states` of a prefix.
 
         Raises:
-            ValueError: There are not as many placeholders as visual tokens.
+            ValueError: The numbers of placeholders and visual tokens differ.
         """
         if image_features is None:
             return GenerationStates(None)
@@ -191,7 +196,7 @@ class BridgeGenerationMixin:
         visual_states: GenerationStates | None = None,
         **kwargs,
     ) -> dict:
-        """The arguments of `forward` for one step, as transformers' `generate` asks for them."""
+        """See `GenerationMixin.prepare_inputs_for_generation`; adds `visual_states` and `num_logits`."""
         arguments = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
@@ -206,7 +211,7 @@ class BridgeGenerationMixin:
         return arguments
 
     def create_masks_for_generate(self, *args, **kwargs):
-        """Masks are the language model's own affair (sliding windows, several kinds of layers)."""
+        """See `GenerationMixin`; the language model creates its masks (sliding windows, several kinds of layers)."""
         if "config" in kwargs:
             kwargs["config"] = self.language_model.config
         return masks_for_generate(self.language_model, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Hooks on a language model that several bridged models may share: they neither keep a model alive nor outlive it."""
+"""Hooks on a language model that several bridged models may share; they do not keep the bridged model alive."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from torch import nn
 
 
 class ModelHook:
-    """Calls a method of a model while the model exists, and does nothing afterwards.
+    """A hook that calls a method of a model as long as the model exists, and does nothing afterwards.
 
-    The hook looks the method up at every call and holds the model by a weak reference. A deep copy or a pickle of the
-    whole model has hooks that call the copy.
+    The hook looks the method up at every call and holds a weak reference to the model. In a deep copy or a pickle of
+    the whole model, the hooks call the copy.
 
     Args:
         model: The model.
-        method: Name of its method.
-        first: Arguments that come before the hook's own.
+        method: Name of the model's method.
+        first: Arguments that are passed before the hook's own.
     """
 
     def __init__(self, model: nn.Module, method: str, *first):
         self._model, self._method, self._first = weakref.ref(model), method, first
 
     def __call__(self, *args):
+        """Call the method, if the model still exists."""
         model = self._model()
         return None if model is None else getattr(model, self._method)(*self._first, *args)
 
@@ -40,14 +41,14 @@ class ModelHook:
 
 
 def attach(register: Callable, model: nn.Module, method: str, *first, **options) -> None:
-    """Register a hook that calls a model's method, and is removed when the model is.
+    """Register a hook that calls a model's method; the hook is removed when the model is deleted.
 
     Args:
         register: A module's `register_forward_hook`, `register_forward_pre_hook`, ...
         model: The model whose method is called.
         method: The method's name.
-        first: Arguments that come before the hook's own.
-        options: For `register`.
+        first: Arguments that are passed before the hook's own.
+        options: Keyword arguments of `register`.
     """
     handle = register(ModelHook(model, method, *first), **options)
     weakref.finalize(model, handle.remove).atexit = False

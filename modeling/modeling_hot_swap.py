@@ -1,10 +1,10 @@
-"""Several bridges on one vision encoder and one language model that stay in memory."""
+"""Hot-swapping of several bridges between one vision encoder and one language model."""
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -32,19 +32,19 @@ from .modeling_pins import FROZEN_PARTS, FrozenPartError, accepted_hashes, froze
 
 logger = logging.get_logger(__name__)
 
-# What the configuration says of the model in memory, whichever bridge is active
-OF_THE_MODEL = {"vision_config", "text_config", "freeze_vision_model", "freeze_language_model", "bridge_only"}
+# Configuration fields that belong to the model in memory, whichever bridge is active
+_MODEL_FIELDS = {"vision_config", "text_config", "freeze_vision_model", "freeze_language_model", "bridge_only"}
 
 
 @dataclass
 class ResidentBridge:
-    """A bridge in waiting.
+    """A bridge that is in memory but not active.
 
     Args:
         bridge: The module.
-        settings: Fields of the configuration that belong to it.
-        generation_config: What it generates with.
-        name_or_path: Where it came from.
+        settings: Configuration fields that belong to the bridge.
+        generation_config: Generation defaults of the bridge.
+        name_or_path: Hub id or folder of the bridge.
     """
 
     bridge: nn.Module
@@ -54,14 +54,14 @@ class ResidentBridge:
 
 
 def bridge_settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """Fields of a configuration that belong to the bridge."""
+    """Configuration fields that belong to the bridge."""
     common = {field.name for field in fields(PreTrainedConfig)}
     names = [field.name for field in fields(config)]
-    return {name: getattr(config, name) for name in names if name not in common | OF_THE_MODEL}
+    return {name: getattr(config, name) for name in names if name not in common | _MODEL_FIELDS}
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules hold the same tensors, bit by bit; not, where they can't be seen (offloaded)."""
+    """Whether two modules hold bitwise equal tensors; false if some are offloaded and can't be compared."""
     ours, theirs = one.state_dict(), other.state_dict()
     if any(tensor.is_meta for tensor in (*ours.values(), *theirs.values())):
         return False
@@ -74,22 +74,22 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
 class HotSwapMixin:
     """Bridges that take turns between one vision encoder and one language model.
 
-    The model has its three children at all times: `bridge` is the active one. The others wait beside it, outside of
-    `state_dict`: saving saves the active bridge, and each costs its own memory alone. The configuration, as far as it
-    is the bridge's, and the generation defaults change with it. What was made with one bridge (image features,
-    `visual_states`, a cache, an optimiser's list of parameters) is of no use to another. A forward pass keeps the bridge
-    that it began with to the end of its backward pass, gradient checkpointing included.
+    The model always has three children: `bridge` is the active bridge. The others are kept outside of `state_dict`, so
+    only the active bridge is saved, and each additional bridge costs its own memory only. The bridge's configuration
+    fields and generation defaults change with it. Results of one bridge (image features, `visual_states`, a cache, an
+    optimizer's list of parameters) can't be used with another. A forward pass keeps its bridge until the end of the
+    backward pass, even with gradient checkpointing.
 
-    Which bridge is active is a state of the model: threads that want different bridges at the same time need a model
-    each. Models may share the frozen parts: `from_pretrained(..., vision_model=..., language_model=...)`.
+    The active bridge is part of the model's state: threads that need different bridges at the same time need one model
+    each. Models can share the frozen parts: `from_pretrained(..., vision_model=..., language_model=...)`.
     """
 
-    _active_bridge = "default"  # what the bridge is called that the model was made with
-    _residents: dict[str, ResidentBridge | None]  # by name, in the order of coming; `None` for the active one
+    _active_bridge = "default"  # name of the bridge that the model was created with
+    _residents: dict[str, ResidentBridge | None]  # by name, in the order they were added; `None` for the active bridge
 
     @property
     def active_bridge(self) -> str:
-        """Name of the bridge in use; `"default"` for the one that the model was made with."""
+        """Name of the active bridge; `"default"` for the one that the model was created with."""
         return self._active_bridge
 
     @property
@@ -108,21 +108,21 @@ class HotSwapMixin:
         dtype: torch.dtype | None = None,
         **hub_kwargs,
     ) -> None:
-        """Bring another bridge into memory, beside the active one.
+        """Load another bridge into memory. The active bridge stays active.
 
-        It must be of this model's family and have been trained with these very frozen parts; it may differ in all that
-        is the bridge's own: projector, number of query tokens or latents, layers with cross-attention, special tokens.
+        The new bridge must belong to this model's family and have been trained with the same frozen parts. Its own
+        settings may differ: projector, number of query tokens or latents, layers with cross-attention, special tokens.
 
         Args:
-            name: What to call it.
+            name: Name of the new bridge.
             bridge: Hub id or folder of a bridge checkpoint; or a loaded model, whose bridge is shared, not copied.
-            allow_mismatch: Only warn where the bridge was trained with other frozen parts, or where that can't be told.
-            dtype: Of the bridge; `None` keeps that of its checkpoint.
-            hub_kwargs: `revision`, `token`, `cache_dir` and the like.
+            allow_mismatch: Only warn if the bridge was trained with other frozen parts, or if that is unknown.
+            dtype: Data type of the bridge; `None` keeps that of its checkpoint.
+            hub_kwargs: `revision`, `token`, `cache_dir` and other arguments of `from_pretrained`.
 
         Raises:
-            FrozenPartError: The bridge was trained with another frozen part, or that can't be told.
-            ValueError: The name is taken, or the bridge is of another family or shape.
+            FrozenPartError: The bridge was trained with another frozen part, or that is unknown.
+            ValueError: The name is taken, or the bridge has another family or shape.
         """
         if name in self._residents:
             raise ValueError(
@@ -135,14 +135,17 @@ class HotSwapMixin:
         if dtype is not None:
             resident.bridge.to(dtype)
         self._place(resident.bridge)
-        self._watch_output_layer(config)
+        self._hook_output_layer(config)
         self._residents[name] = resident
 
     def delete_bridge(self, name: str) -> None:
-        """Forget a bridge; its memory is free again.
+        """Delete a bridge and free its memory.
+
+        Args:
+            name: One of `bridges`, but not the active one.
 
         Raises:
-            ValueError: There is none of this name, or it is active.
+            ValueError: There is no bridge of this name, or it is active.
         """
         if self._resident(name) is None:
             raise ValueError(f"The bridge {name!r} is active; set_bridge() another one first.")
@@ -186,16 +189,16 @@ class HotSwapMixin:
         self._check_family(config_dict.get("model_type"), path)
         if not config_dict.get("bridge_only"):
             raise ValueError(
-                f"{path} holds a whole model; expected a bridge checkpoint. Load it and pass the model, or save it with "
-                "bridge_only=True."
+                f"{path} holds a whole model; expected a bridge checkpoint. Load it and pass the model, or save it "
+                "with bridge_only=True."
             )
         config = self.config_class.from_dict(config_dict)
-        problems = [problem for part in frozen_parts_of(self.config) for problem in self._other_part(part, config)]
+        problems = [problem for part in frozen_parts_of(self.config) for problem in self._part_mismatches(part, config)]
         self._refuse_mismatch(problems, path, allow_mismatch)
         if problems:
             self._check_geometry(config, path)
             config.frozen_parts = self.config.frozen_parts
-        # its own would be equal, or another part's
+        # The bridge runs with the parts in memory, whatever its checkpoint says.
         config.vision_config, config.text_config = self.config.vision_config, self.config.text_config
         bridge = self._empty_bridge(config)
         load_bridge_weights(
@@ -214,7 +217,7 @@ class HotSwapMixin:
         return ResidentBridge(bridge, bridge_settings(config), generation_config, path), config
 
     def _empty_bridge(self, config: PreTrainedConfig) -> nn.Module:
-        """A bridge between the parts in memory, on the meta device: it costs nothing and draws no random numbers."""
+        """Create a bridge for the parts in memory on the meta device, which needs no memory and no random numbers."""
         config = copy.copy(config)
         config.vision_config, config.text_config = self.config.vision_config, self.config.text_config
         with torch.device("meta"):
@@ -225,13 +228,13 @@ class HotSwapMixin:
     def _check_family(self, model_type: str | None, where: str) -> None:
         if model_type != self.config.model_type:
             raise ValueError(
-                f"{where} is a {model_type}, this model a {self.config.model_type}: only bridges of one family can take turns. "
-                "Load it as a model of its own that shares the frozen parts: from_pretrained(..., vision_model=..., "
-                "language_model=...)."
+                f"{where} is a {model_type}, this model a {self.config.model_type}: only bridges of one family can "
+                "take turns. Load it as a separate model that shares the frozen parts: from_pretrained(..., "
+                "vision_model=..., language_model=...)."
             )
 
     def _check_geometry(self, config: PreTrainedConfig, where: str) -> None:
-        """Refuse a bridge that was made for patch features of another kind, where the encoder is another one."""
+        """Check that a bridge trained with another encoder fits the patch features of this model's encoder."""
         found = copy.copy(config)
         found.vision_config = self.config.vision_config
         names = ("vision_layout", "vision_hidden_size", "patch_size", "num_prefix_tokens")
@@ -244,10 +247,10 @@ class HotSwapMixin:
             if getattr(config, name) != getattr(found, name)
         ]
         if problems:
-            raise ValueError(f"The bridge in {where} does not fit behind this vision encoder: {'; '.join(problems)}.")
+            raise ValueError(f"The bridge in {where} does not fit this vision encoder: {'; '.join(problems)}.")
 
-    def _other_part(self, part: str, config: PreTrainedConfig) -> list[str]:
-        """What is wrong with a frozen part in memory, from the point of view of a bridge; nothing if all is well."""
+    def _part_mismatches(self, part: str, config: PreTrainedConfig) -> list[str]:
+        """Reasons why a frozen part in memory may not be the one that a bridge was trained with; none if it is."""
         if not getattr(self.config, f"freeze_{part}"):
             return [f"the {part} in memory is being trained"]
         pin = (self.config.frozen_parts or {}).get(part) or {}
@@ -273,8 +276,8 @@ class HotSwapMixin:
             return []
         theirs = (config.frozen_parts or {})[part].get("source")
         return [
-            f"it was trained with the {part} {theirs!r}, whose weights hash to {' or '.join(sorted(wanted))}; those of the one "
-            f"in memory, {pin.get('source')!r}, to {' or '.join(sorted(found))}"
+            f"it was trained with the {part} {theirs!r}, whose weights hash to {' or '.join(sorted(wanted))}; those of "
+            f"the one in memory, {pin.get('source')!r}, to {' or '.join(sorted(found))}"
         ]
 
     def _refuse_mismatch(self, problems: list[str], where: str, allow_mismatch: bool) -> None:
@@ -282,22 +285,22 @@ class HotSwapMixin:
             return
         message = f"The bridge in {where} does not belong to this model's frozen parts: {'; '.join(problems)}."
         if not allow_mismatch:
-            raise FrozenPartError(f"{message} Pass allow_mismatch=True if you mean to use it all the same.")
+            raise FrozenPartError(f"{message} Pass allow_mismatch=True to use it anyway.")
         logger.warning(message)
 
     # ------------------------------------------------------------------ taking turns
 
     def set_bridge(self, name: str, adapter: str | list[str] | None = None) -> None:
-        """Put another bridge to work.
+        """Activate another bridge.
 
-        A processor that counts visual tokens or writes special tokens belongs to its bridge: take the one that was saved
-        with it, `AutoProcessor.from_pretrained(...)`, or make one with `from_config(model.config, image_processor,
-        tokenizer)`. `processor.check(model.config)` tells whether one fits.
+        A processor that counts visual tokens or writes special tokens belongs to one bridge: load the one that was
+        saved with it, `AutoProcessor.from_pretrained(...)`, or build one with `from_config(model.config,
+        image_processor, tokenizer)`. `processor.check(model.config)` tells whether a processor fits.
 
         Args:
             name: One of `bridges`.
-            adapter: Adapters to put to work too, of those that `add_adapter` or `load_adapter` gave this model or its
-                language model; `None` leaves them as they are.
+            adapter: Adapters to activate too, out of those that `add_adapter` or `load_adapter` added to this model or
+                its language model; `None` does not change the active adapters.
 
         Raises:
             ValueError: There is no such bridge or adapter, or the active bridge carries adapters itself.
@@ -317,7 +320,7 @@ class HotSwapMixin:
         for field, value in resident.settings.items():
             before = getattr(self.config, field)
             if before is not value:
-                if isinstance(before, PreTrainedConfig):  # the choice of attention is the model's
+                if isinstance(before, PreTrainedConfig):  # the attention implementation belongs to the model
                     if attention_of(value) != attention_of(before):
                         set_attention(value, attention_of(before))
                 setattr(self.config, field, value)
@@ -331,14 +334,14 @@ class HotSwapMixin:
 
     @contextmanager
     def using_bridge(self, name: str, adapter: str | list[str] | None = None) -> Iterator[HotSwapMixin]:
-        """Use another bridge for a while: `with model.using_bridge("medical"): model.generate(...)`.
+        """Activate another bridge temporarily: `with model.using_bridge("medical"): model.generate(...)`.
 
         Args:
-            name: As for `set_bridge`.
-            adapter: Likewise. Those that were active before are so again afterwards.
+            name: One of `bridges`.
+            adapter: Adapters to activate too, as for `set_bridge`. The previous ones are restored afterwards.
 
         Raises:
-            ValueError: As for `set_bridge`.
+            ValueError: There is no such bridge or adapter, or the active bridge carries adapters itself.
         """
         before = self._active_bridge
         adapters = None if adapter is None else self._adapter_owner().active_adapters()
@@ -349,28 +352,40 @@ class HotSwapMixin:
             self.set_bridge(before, adapters)
 
     def add_adapter(self, *args, **kwargs) -> None:
-        """As for every transformers model.
+        """See `PreTrainedModel.add_adapter`.
+
+        Args:
+            args: Passed on.
+            kwargs: Passed on.
 
         Raises:
-            ValueError: transformers needs a later PEFT.
+            ValueError: transformers needs a later release of PEFT.
         """
         if lacking := lacking_peft():
             raise ValueError(lacking)
         super().add_adapter(*args, **kwargs)
 
     def load_adapter(self, *args, **kwargs):
-        """As for every transformers model; but an adapter that is there in part only is an error.
+        """See `PreTrainedModel.load_adapter`; missing weights of the adapter are an error.
+
+        Args:
+            args: Passed on.
+            kwargs: Passed on.
+
+        Returns:
+            The loading information.
 
         Raises:
-            ValueError: transformers needs a later PEFT, or did not find all of the adapter's weights.
+            ValueError: transformers needs a later release of PEFT, or did not find all of the adapter's weights.
         """
         if lacking := lacking_peft():
             raise ValueError(lacking)
         info = super().load_adapter(*args, **kwargs)
         if missing := sorted(info.missing_keys):
             raise ValueError(
-                f"The adapter lacks {len(missing)} weights, {missing[0]} first, or transformers can't read it (DoRA; modules_to_save before 5.18): the "
-                "model is of no use now. Load it again, and the adapter with peft.PeftModel.from_pretrained(model, ...)."
+                f"The adapter lacks {len(missing)} weights, {missing[0]} first, or transformers can't read it (DoRA; "
+                "modules_to_save before 5.18): the model is unusable now. Load it again, and the adapter with "
+                "peft.PeftModel.from_pretrained(model, ...)."
             )
         return info
 
@@ -379,12 +394,12 @@ class HotSwapMixin:
             if carries_adapters(model):
                 return model
         raise ValueError(
-            "This model has no adapters: load_adapter() or add_adapter() them to the model or its language_model first. The "
-            "adapters of a PeftModel are set on the PeftModel."
+            "This model has no adapters: load_adapter() or add_adapter() them to the model or its language_model "
+            "first. The adapters of a PeftModel are set on the PeftModel."
         )
 
     def _place(self, bridge: nn.Module) -> None:
-        """Bring a bridge to where the active one is."""
+        """Move a bridge to the devices of the active one."""
         device_map = getattr(self, "hf_device_map", None) or {}
         if len(set(device_map.values())) > 1:
             if not is_dispatched(bridge):
@@ -394,12 +409,13 @@ class HotSwapMixin:
                 own = {name.removeprefix("bridge").removeprefix("."): place for name, place in own.items()}
                 dispatch_model(bridge, own, skip_keys=arguments_that_stay(self), force_hooks=True)
             return
-        parameter = next(self.bridge.parameters(), None)  # a bridge may have none
+        parameter = next(self.bridge.parameters(), None)  # `None` for a bridge without parameters
         device = next(self.vision_model.parameters()).device if parameter is None else parameter.device
         if any(parameter.device != device for parameter in bridge.parameters()):
             bridge.to(device)
 
-    def apply_elsewhere(self, fn) -> None:
+    def apply_elsewhere(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Apply a function, such as a move to another device, to the tensors of the bridges that are not active."""
         for resident in self.__dict__.get("_residents", {}).values():
             if resident is not None:
                 apply_to(resident.bridge, fn)

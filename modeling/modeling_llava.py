@@ -19,17 +19,18 @@ from .modeling_bridged import BridgedModel
 
 
 def pool_patches(patch_features: torch.Tensor, rows: int, columns: int, pooling: str, factor: int) -> torch.Tensor:
-    """Make one feature of `factor` x `factor` neighbouring ones.
+    """Reduce `factor` x `factor` neighbouring features to one.
 
     Args:
         patch_features: `(num_images, rows * columns, channels)`.
         rows: Rows of patches.
         columns: Columns of patches.
-        pooling: `"average"`, or `"pixel_shuffle"`: their channels side by side, row by row.
-        factor: Patches per side that become one; at the lower and right border there may be fewer.
+        pooling: `"average"`, or `"pixel_shuffle"`, which concatenates their channels row by row.
+        factor: Side of the neighbourhood, in patches; it may be incomplete at the lower and right border.
 
     Returns:
-        `(num_images, ceil(rows / factor) * ceil(columns / factor), channels)`; with pixel shuffle `channels * factor**2`.
+        `(num_images, ceil(rows / factor) * ceil(columns / factor), channels)`; with pixel shuffle the channels are
+        `channels * factor**2`.
     """
     grid = patch_features.unflatten(1, (rows, columns)).movedim(-1, 1)  # (num_images, channels, rows, columns)
     if pooling == "average":
@@ -41,8 +42,7 @@ def pool_patches(patch_features: torch.Tensor, rows: int, columns: int, pooling:
 
 
 class MLPBridge(Bridge):
-    """`linear_1`, GELU, `linear_2`, ...: as many linear layers as `projector_type` says; and `image_newline`, where lines
-    of tiles end with one."""
+    """`linear_1`, GELU, `linear_2`, ... as deep as `projector_type` says, and `image_newline` if lines end with one."""
 
     def __init__(self, config: MLPLlavaConfig, language_model: PreTrainedModel):
         super().__init__(config, language_model)
@@ -50,8 +50,8 @@ class MLPBridge(Bridge):
         self.depth = config.projector_depth
         if self.depth == 0 and config.vision_feature_size != self.text_dim:
             raise ValueError(
-                f"projector_type='identity' needs features of the language model's width, {self.text_dim}, but the vision "
-                f"encoder's have {config.vision_feature_size}. Use 'linear'."
+                f"projector_type='identity' needs features of the language model's width, {self.text_dim}, but the "
+                f"vision encoder's have {config.vision_feature_size}. Use 'linear'."
             )
         widths = [config.projector_hidden_size or self.text_dim] * (self.depth - 1)
         widths = [config.vision_feature_size, *widths, self.text_dim]
@@ -60,8 +60,9 @@ class MLPBridge(Bridge):
         self.image_newline = nn.Parameter(torch.empty(self.text_dim)) if config.has_image_newline else None
 
     def init_parameters(self, config: MLPLlavaConfig) -> None:
+        """Initialise `image_newline`, if there is one."""
         if self.image_newline is not None:
-            init.normal_(self.image_newline, mean=0.0, std=self.text_dim**-0.5)  # as the official code has it
+            init.normal_(self.image_newline, mean=0.0, std=self.text_dim**-0.5)  # as in the official code
 
     def project(self, patch_features: torch.Tensor) -> torch.Tensor:
         """Map `(..., vision_dim)` to `(..., text_dim)`."""
@@ -76,16 +77,17 @@ class MLPBridge(Bridge):
         """Turn patch features into visual tokens.
 
         Args:
-            patch_features: `(num_images, num_patches, vision_dim)`; at any resolution `(num_tiles, num_patches,
-                vision_dim)`, for every image its base image and then its tiles, row by row.
-            image_sizes: `(num_images, 2)`, height and width of the original images in pixels: at any resolution only.
+            patch_features: `(num_images, num_patches, vision_dim)`; if images are cut into tiles, `(num_tiles,
+                num_patches, vision_dim)`, with the base image and then the tiles, row by row, of every image.
+            image_sizes: `(num_images, 2)`, height and width of the original images in pixels; only if images are cut
+                into tiles.
 
         Returns:
-            `(num_images, num_patches, text_dim)`; at any resolution a list with `(num_image_tokens, text_dim)` for every
-            image.
+            `(num_images, num_patches, text_dim)`; if images are cut into tiles, a list with `(num_image_tokens,
+            text_dim)` for every image.
 
         Raises:
-            ValueError: `image_sizes` is missing, or asks for another number of tiles.
+            ValueError: `image_sizes` is missing, or does not match the number of tiles.
         """
         image_features = self.project(patch_features)
         if self.config.image_grid_pinpoints is None:
@@ -96,13 +98,13 @@ class MLPBridge(Bridge):
         counts = [layout.num_tiles for layout in layouts]
         if sum(counts) != len(image_features):
             raise ValueError(
-                f"image_sizes asks for {counts} tiles, {sum(counts)} together, but there are {len(image_features)}. Use the "
-                "processor that belongs to this model."
+                f"image_sizes asks for {counts} tiles, {sum(counts)} together, but there are {len(image_features)}. "
+                "Use the processor that belongs to this model."
             )
         return [self._merge(tiles, layout) for tiles, layout in zip(image_features.split(counts), layouts)]
 
     def _merge(self, tiles: torch.Tensor, layout: AnyresLayout) -> torch.Tensor:
-        """Base image and tiles `(num_tiles, num_patches, text_dim)` to `(num_image_tokens, text_dim)`."""
+        """Merge base image and tiles, `(num_tiles, num_patches, text_dim)`, to `(num_image_tokens, text_dim)`."""
         if self.config.patch_merge_type == "flat":
             return tiles.flatten(0, 1)
         picture = tiles[1:].unflatten(1, layout.grid).unflatten(0, layout.tiles)
@@ -115,7 +117,7 @@ class MLPBridge(Bridge):
 
 
 class PooledPatchesMixin:
-    """Neighbouring patch features become one, where the configuration says so."""
+    """Pools neighbouring patch features if the configuration's `pooling` is set."""
 
     def _patch_features_of(self, vision_outputs: ModelOutput, pixel_values: torch.Tensor) -> torch.Tensor:
         patch_features = super()._patch_features_of(vision_outputs, pixel_values)
@@ -126,6 +128,8 @@ class PooledPatchesMixin:
 
 
 class MLPLlavaForConditionalGeneration(PooledPatchesMixin, BridgedModel):
+    """MLP-LLaVA: visual tokens replace the placeholders in the prompt. For the arguments see `BridgedModel`."""
+
     config_class = MLPLlavaConfig
     config: MLPLlavaConfig
     bridge_class = MLPBridge

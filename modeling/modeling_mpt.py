@@ -1,8 +1,8 @@
-"""MPT-7B and MPT-1B (`mosaic_gpt`) with ALiBi, whose keyword arguments reach every decoder layer.
+"""MPT-7B and MPT-1B (`mosaic_gpt`) with ALiBi, which pass keyword arguments on to every decoder layer.
 
-One implementation under two sets of parameter names: transformers' and mosaicml's of MPT, and mosaicml's of MPT-1B.
-transformers' own MPT keeps keyword arguments to itself, so that no bridge can condition its layers, and can't be
-compiled with a static cache; MPT-1B it does not have.
+One implementation serves two sets of parameter names: those of MPT (transformers and mosaicml) and those of MPT-1B
+(mosaicml). transformers' own MPT does not pass keyword arguments on, so a bridge can't condition its layers, and it
+can't be compiled with a static cache. transformers has no MPT-1B.
 
 Source: mosaicml/llm-foundry / examples mosaic_gpt.py; ALiBi arXiv 2108.12409.
 """
@@ -46,21 +46,21 @@ from ..configuration.configuration_mpt import MosaicGPTConfig, MptSettings
 # ---------------------------------------------------------------------- ALiBi
 
 
-def alibi_slopes(num_heads: int, alibi_bias_max: float = 8, device=None) -> torch.Tensor:
-    """How fast each head's attention fades with distance.
+def alibi_slopes(num_heads: int, alibi_bias_max: float = 8, device: torch.device | str | None = None) -> torch.Tensor:
+    """Slopes of ALiBi: how fast each head's attention decreases with distance.
 
-    The slopes fall geometrically to `2 ** -alibi_bias_max`. Where the number of heads is no power of two, they are
-    taken from the next power's: every second one first, then those between.
+    The slopes fall geometrically to `2 ** -alibi_bias_max`. If the number of heads is not a power of two, they are
+    taken from the slopes of the next power: every second one first, then the ones between.
 
     Args:
         num_heads: Attention heads.
         alibi_bias_max: The flattest slope is `2 ** -alibi_bias_max`.
-        device: Where to make them.
+        device: Device of the result.
 
     Returns:
         `(num_heads,)` in float32.
 
-    Source: ALiBi, section 3; llm-foundry's order for other numbers of heads.
+    Source: ALiBi, section 3; llm-foundry for numbers of heads that are not a power of two.
     """
     power = 1 << (num_heads - 1).bit_length()
     number = torch.arange(1, power + 1, dtype=torch.float32, device=device)
@@ -76,21 +76,21 @@ def alibi_mask(
     slopes: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """One additive mask that holds ALiBi and what may not be attended to.
+    """Combine ALiBi and an attention mask into one additive mask.
 
-    Only differences between keys matter to softmax. Counted from the query they are small where they matter, so half
-    precision keeps them however long the context is.
+    Softmax depends only on differences between keys. Distances from the query are small for the keys that matter, so
+    half precision is sufficient for any length of context.
 
     Args:
-        allowed: True where attention is allowed, or a mask to add, broadcastable to `(batch, heads, queries, keys)`;
-            `None` for every key up to the query.
+        allowed: True where attention is allowed, or an additive mask, broadcastable to `(batch, heads, queries, keys)`;
+            `None` allows every key up to the query.
         query_positions: `(queries,)` or `(batch, queries)`.
         key_positions: `(keys,)` or `(batch, keys)`.
         slopes: `(heads,)`.
-        dtype: Of the result.
+        dtype: Data type of the result.
 
     Returns:
-        `(batch or 1, heads, queries, keys)`, finite everywhere: a row without any allowed key gives no NaN.
+        `(batch or 1, heads, queries, keys)`, finite everywhere, so that a row without any allowed key gives no NaN.
 
     Raises:
         ValueError: `allowed` has another number of keys, or holds integers.
@@ -118,7 +118,7 @@ def alibi_mask(
 
 
 class MptAttention(nn.Module):
-    """Multi-head self-attention with one fused projection, and layer norms of queries and keys where configured."""
+    """Multi-head self-attention with one fused projection, and optional layer norms of queries and keys."""
 
     def __init__(self, config: PreTrainedConfig, settings: MptSettings, layer_idx: int):
         super().__init__()
@@ -142,13 +142,14 @@ class MptAttention(nn.Module):
         output_attentions: bool | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend.
+        """Run self-attention.
 
         Args:
             hidden_states: `(batch, queries, hidden_size)`.
             attention_mask: `(batch or 1, heads, queries, keys)`, added to the scores.
-            cache: Cache; this layer's keys and values are put in.
-            output_attentions: Give the weights too, as attention implementation `"eager"` always does.
+            cache: Cache, to which this layer's keys and values are added.
+            output_attentions: Return the weights too; the attention implementation `"eager"` always does.
+            kwargs: Ignored.
 
         Returns:
             `(batch, queries, hidden_size)`, and the weights `(batch, heads, queries, keys)` or `None`.
@@ -169,7 +170,7 @@ class MptAttention(nn.Module):
             output_attentions = self.config.output_attentions
         weights = None
         if output_attentions or attention_of(self.config) == "eager":
-            # scaled first and added up in float32: float16 would overflow
+            # Scaled before the product and added in float32: float16 would overflow.
             scores = torch.matmul(query * self.scale, key.transpose(-1, -2)).float() + attention_mask.float()
             weights = nn.functional.dropout(scores.softmax(dim=-1).to(value.dtype), dropout)
             attended = torch.matmul(weights, value)
@@ -181,7 +182,7 @@ class MptAttention(nn.Module):
 
 
 class DecoderBlock(GradientCheckpointingLayer):
-    """Attention and feed-forward, each behind a layer norm and added to the hidden states."""
+    """Attention and feed-forward, each after a layer norm and with a residual connection."""
 
     def __init__(self, config: PreTrainedConfig, settings: MptSettings, layer_idx: int):
         super().__init__()
@@ -189,7 +190,7 @@ class DecoderBlock(GradientCheckpointingLayer):
         self.resid_dropout = nn.Dropout(settings.residual_dropout)
 
     def sublayers(self) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """The layer norm in front of attention, that in front of the feed-forward layers, and these."""
+        """The layer norm before attention, the one before the feed-forward layers, and the feed-forward layers."""
         raise NotImplementedError
 
     @accepts_cache
@@ -200,7 +201,14 @@ class DecoderBlock(GradientCheckpointingLayer):
         cache: Cache | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """`(batch, tokens, hidden_size)` to the same; arguments as `MptAttention` takes them, others are ignored."""
+        """Map `(batch, tokens, hidden_size)` to the same shape.
+
+        Args:
+            hidden_states: `(batch, tokens, hidden_size)`.
+            attention_mask: `(batch or 1, heads, tokens, keys)`, added to the scores.
+            cache: Cache, to which this layer's keys and values are added.
+            kwargs: `output_attentions`; other arguments are ignored.
+        """
         norm_1, norm_2, feed_forward = self.sublayers()
         attended, _ = self.attn(norm_1(hidden_states), attention_mask, cache, **kwargs)
         hidden_states = hidden_states + self.resid_dropout(attended)
@@ -208,22 +216,28 @@ class DecoderBlock(GradientCheckpointingLayer):
 
 
 class MptMLP(nn.Module):
+    """Feed-forward layers of MPT: linear, GELU, linear."""
+
     def __init__(self, settings: MptSettings):
         super().__init__()
         self.up_proj = nn.Linear(settings.hidden_size, settings.feed_forward_size, bias=False)
         self.down_proj = nn.Linear(settings.feed_forward_size, settings.hidden_size, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map `(..., hidden_size)` to `(..., hidden_size)`."""
         return self.down_proj(nn.functional.gelu(self.up_proj(hidden_states)))
 
 
 class MosaicGPTMLP(nn.Module):
+    """Feed-forward layers of MPT-1B: linear, GELU, linear."""
+
     def __init__(self, settings: MptSettings):
         super().__init__()
         self.mlp_up = nn.Linear(settings.hidden_size, settings.feed_forward_size, bias=False)
         self.mlp_down = nn.Linear(settings.feed_forward_size, settings.hidden_size, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map `(..., hidden_size)` to `(..., hidden_size)`."""
         return self.mlp_down(nn.functional.gelu(self.mlp_up(hidden_states)))
 
 
@@ -232,7 +246,7 @@ def _layer_norm(settings: MptSettings) -> nn.LayerNorm:
 
 
 class MptBlock(DecoderBlock):
-    """A layer of MPT, under transformers' and llm-foundry's names."""
+    """A decoder layer of MPT, with the parameter names of transformers and llm-foundry."""
 
     def __init__(self, config: MptConfig, settings: MptSettings, layer_idx: int):
         super().__init__(config, settings, layer_idx)
@@ -241,11 +255,12 @@ class MptBlock(DecoderBlock):
         self.ffn = MptMLP(settings)
 
     def sublayers(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """See `DecoderBlock.sublayers`."""
         return self.norm_1, self.norm_2, self.ffn
 
 
 class MosaicGPTBlock(DecoderBlock):
-    """A layer of MPT-1B, under its official names."""
+    """A decoder layer of MPT-1B, with the official parameter names."""
 
     def __init__(self, config: MosaicGPTConfig, settings: MptSettings, layer_idx: int):
         super().__init__(config, settings, layer_idx)
@@ -254,6 +269,7 @@ class MosaicGPTBlock(DecoderBlock):
         self.mlp = MosaicGPTMLP(settings)
 
     def sublayers(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """See `DecoderBlock.sublayers`."""
         return self.ln_1, self.ln_2, self.mlp
 
 
@@ -261,12 +277,20 @@ class MosaicGPTBlock(DecoderBlock):
 
 
 def kept_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """The positions of `(batch, tokens, ...)` that logits are wanted for: the last ones (0: all), or those of an index."""
+    """Select the positions to compute logits for.
+
+    Args:
+        hidden_states: `(batch, tokens, ...)`.
+        logits_to_keep: Number of last positions (0 for all), or the indices of positions.
+
+    Returns:
+        `(batch, positions, ...)`.
+    """
     return hidden_states[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
 
 
 class AlibiPreTrainedModel(ModelHooks, PreTrainedModel):
-    """What the two generations share, and the class attributes in which they differ."""
+    """Base of MPT and MPT-1B. They differ in `block_class`, `final_norm` and `read_settings`."""
 
     block_class: ClassVar[type[DecoderBlock]]
     final_norm: ClassVar[str]
@@ -288,7 +312,7 @@ class AlibiModel(AlibiPreTrainedModel):
         config: The configuration.
 
     Raises:
-        ValueError: A setting that changes the computation and is not implemented.
+        ValueError: A setting changes the computation in a way that is not implemented.
     """
 
     def __init__(self, config: PreTrainedConfig):
@@ -310,16 +334,25 @@ class AlibiModel(AlibiPreTrainedModel):
         position_ids: torch.Tensor | None,
         cache: Cache | None,
     ) -> torch.Tensor:
-        """ALiBi, causality and padding in one additive mask, `(batch or 1, heads, queries, keys)`, for all layers.
+        """Combine ALiBi, causality and padding into one additive mask for all layers.
 
-        A token's position is its slot among the keys. Only where a 4-d mask comes with `position_ids` and without a
-        cache, as packed sequences do, do these say how far apart two tokens are.
+        A token's position is its index among the keys. For packed sequences, given by a 4-d mask and `position_ids`
+        without a cache, positions are taken from `position_ids` instead.
+
+        Args:
+            inputs_embeds: `(batch, queries, hidden_size)`.
+            attention_mask: `(batch, keys)` or 4-d, see `forward`.
+            position_ids: `(batch, queries)`.
+            cache: Cache of any kind.
+
+        Returns:
+            `(batch or 1, heads, queries, keys)`.
         """
         queries, device = inputs_embeds.shape[1], inputs_embeds.device
         keys, first_key, first_query = queries, 0, 0
         if cache is not None:
             keys, first_key = cache.get_mask_sizes(queries, 0)
-            first_query = cache.get_query_offset(0)  # of a static cache: a tensor
+            first_query = cache.get_query_offset(0)  # a static cache returns a tensor
             first_query = first_query.to(device) if isinstance(first_query, torch.Tensor) else first_query
         allowed = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
         packed = attention_mask is not None and attention_mask.ndim == 4 and cache is None
@@ -330,7 +363,7 @@ class AlibiModel(AlibiPreTrainedModel):
             key_positions = torch.arange(keys, device=device) + first_key
         dtype = inputs_embeds.dtype
         if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)  # float32's lowest number would be -inf in float16
+            dtype = torch.get_autocast_dtype(device.type)  # the lowest float32 number would be -inf in float16
         slopes = alibi_slopes(self.settings.num_heads, self.settings.alibi_bias_max, device)
         return alibi_mask(allowed, query_positions, key_positions, slopes, dtype)
 
@@ -351,16 +384,16 @@ class AlibiModel(AlibiPreTrainedModel):
 
         Args:
             input_ids: `(batch, tokens)`.
-            attention_mask: `(batch, keys)`, 1 for tokens and 0 for padding; or 4-d, true where attention is allowed,
-                or float and added.
-            position_ids: `(batch, tokens)`, read for packed sequences only: see `make_attention_mask`.
+            attention_mask: `(batch, keys)`, 1 for tokens and 0 for padding; or a 4-d mask, either boolean, true where
+                attention is allowed, or additive.
+            position_ids: `(batch, tokens)`, read for packed sequences only, see `make_attention_mask`.
             cache: Cache of any kind; `past_key_values` is another name for it.
             inputs_embeds: `(batch, tokens, hidden_size)` instead of `input_ids`.
-            use_cache: Make a cache where none is given, and return it.
-            kwargs: Handed to every layer. `output_attentions` and `output_hidden_states` have their usual meaning.
+            use_cache: Create a cache if none is given, and return it.
+            kwargs: Passed on to every layer. `output_attentions` and `output_hidden_states` have their usual meaning.
 
         Raises:
-            ValueError: Not exactly one of `input_ids` and `inputs_embeds`, or a mask that does not fit.
+            ValueError: Not exactly one of `input_ids` and `inputs_embeds` is given, or the mask does not fit.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -377,13 +410,13 @@ class AlibiModel(AlibiPreTrainedModel):
 
 
 class AlibiForCausalLM(AlibiPreTrainedModel, GenerationMixin):
-    """A decoder with a head that shares the table of the embeddings.
+    """A decoder with an output layer that is tied to the input embeddings.
 
     Args:
         config: The configuration.
 
     Raises:
-        ValueError: A setting that changes the computation and is not implemented.
+        ValueError: A setting changes the computation in a way that is not implemented.
     """
 
     model_class: ClassVar[type[AlibiModel]]
@@ -409,17 +442,21 @@ class AlibiForCausalLM(AlibiPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Run the decoder and its head.
+        """Run the decoder and its output layer.
 
         Args:
-            labels: `(batch, tokens)` as `input_ids`, -100 where no loss is wanted.
-            logits_to_keep: How many last positions (0: all), or which, to compute logits for.
-            kwargs: Handed to every decoder layer, and to the loss.
-
-        For the rest see `AlibiModel.forward`.
+            input_ids: `(batch, tokens)`.
+            attention_mask: Mask, see `AlibiModel.forward`.
+            position_ids: `(batch, tokens)`, read for packed sequences only.
+            cache: Cache of any kind; `past_key_values` is another name for it.
+            inputs_embeds: `(batch, tokens, hidden_size)` instead of `input_ids`.
+            labels: `(batch, tokens)`, aligned with `input_ids`; -100 is ignored.
+            use_cache: Create a cache if none is given, and return it.
+            logits_to_keep: Number of last positions to compute logits for (0 for all), or the indices of positions.
+            kwargs: Passed on to every decoder layer, and to the loss.
 
         Returns:
-            Logits `(batch, tokens, vocab_size)`, the loss where labels were given, and the cache.
+            Logits `(batch, tokens, vocab_size)`, the loss if labels are given, and the cache.
         """
         outputs = self.transformer(
             input_ids=input_ids,
@@ -460,12 +497,14 @@ class _MosaicGPTNames:
 
 
 class MptModel(_MptNames, AlibiModel):
+    """MPT without its output layer."""
+
     config_class = MptConfig
     config: MptConfig
 
 
 class MptForCausalLM(_MptNames, AlibiForCausalLM):
-    """MPT. It loads and saves the checkpoints of transformers' class of this name, and mosaicml's."""
+    """MPT. It loads and saves the checkpoints of transformers' class of the same name, and mosaicml's."""
 
     config_class = MptConfig
     config: MptConfig
@@ -473,6 +512,8 @@ class MptForCausalLM(_MptNames, AlibiForCausalLM):
 
 
 class MosaicGPTModel(_MosaicGPTNames, AlibiModel):
+    """MPT-1B without its output layer."""
+
     config_class = MosaicGPTConfig
     config: MosaicGPTConfig
 
@@ -489,30 +530,32 @@ class MosaicGPTForCausalLM(_MosaicGPTNames, AlibiForCausalLM):
 
 
 def as_conditionable(language_model: PreTrainedModel) -> PreTrainedModel:
-    """Our MPT in place of transformers' own, on the very same parameters; any other model comes back as it is.
+    """Replace transformers' MPT by this module's MPT, sharing its parameters; other models are returned unchanged.
 
-    Attention runs through SDPA: transformers' MPT knows `"eager"` only, so that this was nobody's choice.
+    Attention uses SDPA, since transformers' MPT only has `"eager"`, which is therefore never a user's choice.
 
     Args:
         language_model: Any language model.
 
     Returns:
-        The same model, or a `MptForCausalLM` of this module that shares its parameters, `generation_config` and name.
+        The same model, or an `MptForCausalLM` of this module that shares its parameters, `generation_config` and name.
 
     Raises:
-        ValueError: The MPT is quantised, spread over several devices, altered (adapters), or configured for something
-            that transformers' class leaves out.
+        ValueError: The MPT is quantised, distributed over several devices or carries adapters, or its configuration has
+            a setting that transformers' class does not implement.
     """
     if not isinstance(language_model, transformers.MptForCausalLM):
         return language_model
     here = f"{MptForCausalLM.__module__}.{MptForCausalLM.__name__}"
     if getattr(language_model, "hf_quantizer", None) is not None:
-        raise ValueError(f"transformers' MPT can't be taken over once quantised; load it with {here}.from_pretrained.")
+        raise ValueError(
+            f"transformers' MPT can't be replaced when it is quantised; load it with {here}.from_pretrained."
+        )
     device_map = getattr(language_model, "hf_device_map", None)
     if device_map is not None and len(set(map(str, device_map.values()))) > 1:
         raise ValueError(
-            f"transformers' MPT can't be taken over once it is spread over devices (hf_device_map={device_map}); load "
-            f"it with {here}.from_pretrained, or on one device, and spread it afterwards."
+            f"transformers' MPT can't be replaced when it is distributed over devices (hf_device_map={device_map}); "
+            f"load it with {here}.from_pretrained, or on one device, and distribute it afterwards."
         )
     config = copy.deepcopy(language_model.config)
     set_attention(config, "sdpa")
@@ -520,7 +563,7 @@ def as_conditionable(language_model: PreTrainedModel) -> PreTrainedModel:
         model = MptForCausalLM(config)
     theirs = language_model.state_dict(keep_vars=True)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in theirs:  # loading would carry our flag over to their parameter
+        if name in theirs:  # load_state_dict would copy this flag to the shared parameter
             parameter.requires_grad_(theirs[name].requires_grad)
     try:
         model.load_state_dict(theirs, assign=True)

@@ -1,4 +1,4 @@
-"""Frozen parts: built from a configuration, loaded from where they lie, or taken as they are passed in."""
+"""Frozen parts: built from a configuration, loaded from the Hub or a folder, or passed in as loaded models."""
 
 from __future__ import annotations
 
@@ -28,21 +28,34 @@ from .modeling_pins import HUB_KEYWORDS, FrozenPartError, commit_of, find_frozen
 
 logger = logging.get_logger(__name__)
 
-# transformers has BLIP-2's ViT, but no Auto class lists it; of MPT it has another, and MPT-1B not at all
-OF_THEIR_OWN = {"vision_model": (Blip2VisionModel,), "language_model": (MptForCausalLM, MosaicGPTForCausalLM)}
-# of these, what holds for the frozen parts' repositories too
+# Classes that no Auto class returns: BLIP-2's ViT is not registered, and MPT and MPT-1B are implemented here
+_CLASSES_WITHOUT_AUTO = {
+    "vision_model": (Blip2VisionModel,),
+    "language_model": (MptForCausalLM, MosaicGPTForCausalLM),
+}
+# Arguments of `from_pretrained` that apply to the frozen parts' repositories too
 PART_KEYWORDS = ("cache_dir", "local_files_only", "token", "proxies")
-# fields of configurations that must be the same for a part to have the same shape
-SHAPE_FIELDS = ("architecture", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-                "intermediate_size", "image_size", "patch_size", "num_channels")  # fmt: skip
+# Configuration fields that determine the shape of a part
+SHAPE_FIELDS = (
+    "architecture",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "image_size",
+    "patch_size",
+    "num_channels",
+)
 
 Part = str | os.PathLike | PreTrainedConfig | PreTrainedModel
 
 
-def auto_class_for(part: str, config: PreTrainedConfig):
-    """The Auto class that loads a frozen part, or the class itself where Auto classes don't give the right one."""
-    # by name: code that travels with a model may be loaded in several copies, each with classes of its own
-    known = {cls.config_class.model_type: cls for cls in OF_THEIR_OWN[part]}
+def auto_class_for(part: str, config: PreTrainedConfig) -> type:
+    """The Auto class that loads a frozen part, or the model's class if no Auto class returns it."""
+    # Compared by name: code saved along with models may be loaded in several copies with different classes.
+    known = {cls.config_class.model_type: cls for cls in _CLASSES_WITHOUT_AUTO[part]}
     if config.model_type in known:
         return known[config.model_type]
     if part == "vision_model":
@@ -51,7 +64,7 @@ def auto_class_for(part: str, config: PreTrainedConfig):
 
 
 def build_part(part: str, config: PreTrainedConfig) -> PreTrainedModel:
-    """A frozen part with random weights."""
+    """Build a frozen part with random weights."""
     built_by = auto_class_for(part, config)
     return (
         build_from_config(built_by, config) if issubclass(built_by, PreTrainedModel) else built_by.from_config(config)
@@ -59,41 +72,44 @@ def build_part(part: str, config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def refuse_zero3() -> None:
-    """Refuse to load parts where transformers would spread each one while it is loaded: a bridge begins as what its parts
-    hold, and would find empty tensors.
+    """Refuse to load parts while DeepSpeed's ZeRO-3 is enabled.
+
+    transformers would shard each part while loading it, and the bridge, which reads its parts, would find empty
+    tensors.
 
     Raises:
-        RuntimeError: There are `TrainingArguments` with DeepSpeed's ZeRO-3.
+        RuntimeError: `TrainingArguments` with DeepSpeed's ZeRO-3 have been created.
     """
     if is_deepspeed_zero3_enabled():
         raise RuntimeError(
-            "There are TrainingArguments with DeepSpeed's ZeRO-3 already, so that parts would be loaded empty, spread over "
-            "the processes. Compose or load the model before they are made; the Trainer spreads it."
+            "TrainingArguments with DeepSpeed's ZeRO-3 exist already, so parts would be loaded empty, sharded over the "
+            "processes. Compose or load the model before the arguments are created; the Trainer shards it."
         )
 
 
 def load_frozen_part(
     part: str, pin: dict, config: PreTrainedConfig, trained: Iterable[str] = (), allow_mismatch: bool = False, **kwargs
 ) -> PreTrainedModel:
-    """Load a frozen part from where its pin says, and make sure that it is the right one.
+    """Load a frozen part from its pinned source, and verify it.
 
     Args:
-        part: As for `find_frozen_part`.
-        pin: Likewise.
+        part: `"vision_model"` or `"language_model"`.
+        pin: The part's pin, see `find_frozen_part`.
         config: The part's configuration.
-        trained: Names of the part's tensors that are replaced afterwards: they may be missing, or have another shape.
-        allow_mismatch: As for `find_frozen_part`. Tensors that are missing or have another shape are still refused.
-        kwargs: For the part's `from_pretrained` (`dtype`, `quantization_config`, `token`, ...).
+        trained: Names of the part's tensors that are replaced afterwards, so they may be missing or have another shape.
+        allow_mismatch: Only warn if the weights differ from the pinned ones. Tensors that are missing or have another
+            shape are still an error.
+        kwargs: Arguments of the part's `from_pretrained` (`dtype`, `quantization_config`, `token`, ...).
 
     Raises:
-        FrozenPartError: The part can't be had, or its weights are not those that were pinned.
-        RuntimeError: See `refuse_zero3`.
+        FrozenPartError: The part is not available, or its weights differ from the pinned ones.
+        RuntimeError: DeepSpeed's ZeRO-3 is enabled, see `refuse_zero3`.
     """
     refuse_zero3()
     place, hub_kwargs = find_frozen_part(
         part, pin, allow_mismatch, **{name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
     )
-    if kwargs.get("local_files_only"):  # or transformers before 5.18 asks the Hub whether the part is an adapter
+    if kwargs.get("local_files_only"):  # transformers before 5.18 asks the Hub whether the part is an adapter
         kwargs["adapter_kwargs"] = {"local_files_only": True}
     model, info = retried(
         auto_class_for(part, config).from_pretrained,
@@ -104,8 +120,8 @@ def load_frozen_part(
         for name, found, expected in sorted(info["mismatched_keys"])
         if name not in trained
     ]
-    if allow_mismatch:  # else the weights are those that were pinned, and lack what they lacked then
-        # patch features don't go through poolers
+    if allow_mismatch:  # pinned weights may lack the tensors that they lacked when they were pinned
+        # Patch features do not depend on poolers.
         problems += [f"missing {name}" for name in sorted(info["missing_keys"]) if "pooler" not in name]
     if problems:
         raise FrozenPartError(f"The {part} in {place!r} does not have the shape that is pinned: {summary(problems)}.")
@@ -113,15 +129,15 @@ def load_frozen_part(
 
 
 def check_part(part: str, model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Refuse a loaded part that does not have the architecture and shape that a bridge was trained with.
+    """Check that a loaded part has the architecture and shape that a bridge was trained with.
 
     Args:
         part: `"vision_model"` or `"language_model"`.
         model: The loaded part.
-        config: What the bridge's configuration says about it.
+        config: The part's configuration in the bridge's checkpoint.
 
     Raises:
-        FrozenPartError: It has another.
+        FrozenPartError: The architecture or the shape differs.
     """
     if model.config.model_type != config.model_type:
         raise FrozenPartError(
@@ -130,7 +146,7 @@ def check_part(part: str, model: PreTrainedModel, config: PreTrainedConfig) -> N
     wrong = []
     for name in SHAPE_FIELDS:
         found, wanted = (getattr(each, name, None) for each in (model.config, config))
-        if None not in (found, wanted) and json.dumps(found) != json.dumps(wanted):  # a tuple is a list, once saved
+        if None not in (found, wanted) and json.dumps(found) != json.dumps(wanted):  # saving turns tuples into lists
             wrong.append(f"{name} is {found}, expected {wanted}")
     if wrong:
         raise FrozenPartError(
@@ -144,15 +160,27 @@ def check_part(part: str, model: PreTrainedModel, config: PreTrainedConfig) -> N
 
 
 def vision_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The vision tower's configuration, where a model with two towers (CLIP, SigLIP) was named."""
+    """The vision tower's configuration of a model with two towers (CLIP, SigLIP); otherwise `config` itself."""
     return getattr(config, "vision_config", None) or config
 
 
-def resolve_part(part: str, given: Part, dtype, **hub_kwargs) -> tuple[PreTrainedModel, str | None, dict]:
+def resolve_part(
+    part: str, given: Part, dtype: torch.dtype | str | None, **hub_kwargs
+) -> tuple[PreTrainedModel, str | None, dict]:
     """Load or build one part.
 
+    Args:
+        part: `"vision_model"` or `"language_model"`.
+        given: Hub id, folder, configuration (random weights) or loaded model.
+        dtype: Data type of the part; `None` keeps that of its checkpoint.
+        hub_kwargs: `revision`, `token` and other arguments of `from_pretrained`.
+
     Returns:
-        The model, where its tokenizer or image processor may be found, and where it came from.
+        The model, the Hub id or folder with its tokenizer or image processor, and its pin.
+
+    Raises:
+        TypeError: `given` has another type.
+        RuntimeError: DeepSpeed's ZeRO-3 is enabled, see `refuse_zero3`.
     """
     refuse_zero3()
     if isinstance(given, PreTrainedModel):
@@ -161,7 +189,7 @@ def resolve_part(part: str, given: Part, dtype, **hub_kwargs) -> tuple[PreTraine
         if part == "language_model":
             given = as_conditionable(given)
         name = given.name_or_path or None
-        # its weights may have changed since: they are compared with the source's before a bridge is saved alone
+        # The weights may differ from the source's: the two are compared before a bridge is saved alone.
         return given, name, {"source": name, "revision": commit_of(name) if name else None, "unverified": True}
     if isinstance(given, PreTrainedConfig):
         config = vision_config_of(given) if part == "vision_model" else given
@@ -169,8 +197,8 @@ def resolve_part(part: str, given: Part, dtype, **hub_kwargs) -> tuple[PreTraine
         return model.to(dtype) if isinstance(dtype, torch.dtype) else model, None, {"source": None, "revision": None}
     if not isinstance(given, (str, os.PathLike)):
         raise TypeError(
-            f"{part.removesuffix('_model')} is a {type(given).__name__}; expected a Hub id, a folder, a configuration or a "
-            "loaded model."
+            f"{part.removesuffix('_model')} is a {type(given).__name__}; expected a Hub id, a folder, a configuration "
+            "or a loaded model."
         )
     source = os.fspath(given)
     place = source if hub_kwargs.get("revision") else where_to_load(source)
@@ -179,8 +207,8 @@ def resolve_part(part: str, given: Part, dtype, **hub_kwargs) -> tuple[PreTraine
         config = vision_config_of(config)
     if place != source:
         logger.warning_once(
-            f"{source} is not in the Hub's cache: {place} stands in for it, whose weights can differ from the Hub's. A bridge "
-            "that is saved alone is pinned to the copy that was used."
+            f"{source} is not in the Hub's cache: {place} stands in for it, whose weights can differ from the Hub's. A "
+            "bridge that is saved alone is pinned to the copy that was used."
         )
     model = auto_class_for(part, config).from_pretrained(place, config=config, dtype=dtype, **hub_kwargs)
     revision = commit_of(place, **hub_kwargs) if place == source else None

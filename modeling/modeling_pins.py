@@ -1,4 +1,4 @@
-"""Pins: which frozen parts a bridge was trained with, by source, revision and hash of their weights."""
+"""Pins: the frozen parts that a bridge was trained with, by source, revision and hash of their weights."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ logger = logging.get_logger(__name__)
 
 FROZEN_PARTS = ("vision_model", "language_model")
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
-# one checkpoint's files: those of an earlier one must not stay beside them
+# Files of a checkpoint's weights; those of an earlier checkpoint are deleted
 WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
 
 class FrozenPartError(OSError, ValueError):
-    """A frozen part that a bridge was trained with is missing, or is not the one it was trained with."""
+    """A frozen part is missing, or is not the one that the bridge was trained with."""
 
 
 def frozen_parts_of(config: PreTrainedConfig) -> list[str]:
-    """Names of the frozen parts that a model has: stage 1 of BLIP-2 has no language model."""
+    """Names of the frozen parts that a model has (stage 1 of BLIP-2 has no language model)."""
     return [part for part in FROZEN_PARTS if part == "vision_model" or config.text_config is not None]
 
 
 def summary(problems: list[str]) -> str:
-    """The first five of several problems, for one line of an error message."""
+    """Join the first five of several problems to one line of an error message."""
     return "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
 
 
@@ -47,11 +47,15 @@ def summary(problems: list[str]) -> str:
 
 
 def checkpoint_files(source: str, **hub_kwargs) -> list[Path]:
-    """Local paths of the weight files of a Hub repository or folder; they are downloaded where necessary.
+    """Local paths of the weight files of a Hub repository or folder; they are downloaded if necessary.
+
+    Args:
+        source: Hub id or folder.
+        hub_kwargs: `revision`, `cache_dir` and other arguments of `from_pretrained`.
 
     Raises:
-        FrozenPartError: There are none.
-        OSError: The Hub can't be asked, or has no such repository.
+        FrozenPartError: There are no weights.
+        OSError: The Hub can't be reached, or has no such repository.
     """
     unsure = None
     for name in ("model.safetensors", "pytorch_model.bin"):
@@ -59,12 +63,11 @@ def checkpoint_files(source: str, **hub_kwargs) -> list[Path]:
             try:
                 path = Path(retried(cached_file, source, found, **hub_kwargs))
             except OSError as error:
-                if isinstance(
-                    error.__cause__, LocalEntryNotFoundError
-                ):  # not in the cache, and the Hub does not answer
+                # Not in the cache, and the Hub does not answer: the file may exist.
+                if isinstance(error.__cause__, LocalEntryNotFoundError):
                     unsure = unsure or error
                     if not is_offline_mode() and not hub_kwargs.get("local_files_only"):
-                        raise  # it has not answered for half a minute
+                        raise  # all retries have failed
                 elif error.__cause__ is not None:
                     raise
                 continue
@@ -77,10 +80,10 @@ def checkpoint_files(source: str, **hub_kwargs) -> list[Path]:
 
 
 def _shard_names(index: Path) -> list[str]:
-    """The files that an index names.
+    """Names of the files that an index lists.
 
     Raises:
-        FrozenPartError: It is no index, or names files outside its folder.
+        FrozenPartError: The file is not an index, or lists files outside its folder.
     """
     try:
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -102,19 +105,19 @@ def tensor_digest(name: str, tensor: torch.Tensor) -> bytes:
 
 
 def weights_sha256(source: str, **hub_kwargs) -> str:
-    """Hash of the tensors in a checkpoint, the same whatever the sharding and the order in the files.
+    """Hash of the tensors in a checkpoint, independent of sharding and of the order in the files.
 
-    Files that were hashed before and have neither changed size nor time are not read again.
+    Hashes are cached: files whose size and modification time have not changed are not read again.
 
     Args:
         source: Hub id or folder.
-        hub_kwargs: `revision`, `cache_dir` and the like.
+        hub_kwargs: `revision`, `cache_dir` and other arguments of `from_pretrained`.
 
     Returns:
         Hexadecimal SHA-256.
     """
     files = checkpoint_files(source, **hub_kwargs)
-    # the cache's own files, which its links point at: those have no suffix
+    # Links of the Hub's cache are resolved to the files that they point to.
     stamp = json.dumps([[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files])
     known_path = cache_dir() / "hashes.json"
     known = read_json(known_path, {})
@@ -123,7 +126,7 @@ def weights_sha256(source: str, **hub_kwargs) -> str:
     digests = {name: tensor_digest(name, tensor) for name, tensor in tensors_of(files)}
     total = hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()
     known[stamp] = total
-    try:  # a cache: never in the way
+    try:  # the cache is optional
         known_path.parent.mkdir(parents=True, exist_ok=True)
         write_json(known_path, known, indent=0)
     except OSError:
@@ -132,7 +135,7 @@ def weights_sha256(source: str, **hub_kwargs) -> str:
 
 
 def tensors_of(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors of weight files, one after the other."""
+    """Iterate over the names and tensors of weight files."""
     for path in files:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as tensors:
@@ -155,26 +158,26 @@ def commit_of(source: str, **hub_kwargs) -> str | None:
 
 
 def accepted_hashes(pin: dict | None) -> set[str]:
-    """Hashes of weights that a pin allows."""
+    """Hashes of the weights that a pin accepts."""
     pin = pin or {}
     return {pin.get("sha256"), *(other["sha256"] for other in pin.get("alternatives") or [])} - {None}
 
 
 def find_frozen_part(part: str, pin: dict, allow_mismatch: bool = False, **hub_kwargs) -> tuple[str, dict]:
-    """Where a frozen part lies, once it is sure that it is the right one.
+    """Find a frozen part, and verify its weights.
 
     Args:
         part: `"vision_model"` or `"language_model"`.
-        pin: `{"source", "revision", "sha256"}`, and perhaps `"alternatives"`: a list of `{"source", "sha256"}` of other
-            copies that are as good.
-        allow_mismatch: Warn where the weights are not those that were pinned, instead of refusing them.
-        hub_kwargs: `token`, `cache_dir` and the like.
+        pin: `{"source", "revision", "sha256"}`, and optionally `"alternatives"`: a list of `{"source", "sha256"}` of
+            other accepted copies.
+        allow_mismatch: Only warn if the weights differ from the pinned ones.
+        hub_kwargs: `token`, `cache_dir` and other arguments of `from_pretrained`.
 
     Returns:
-        Folder or Hub id, and `hub_kwargs` with the revision where there is one.
+        Folder or Hub id, and `hub_kwargs`, with the revision if the pin has one.
 
     Raises:
-        FrozenPartError: The part can't be had, or its weights are not those that were pinned.
+        FrozenPartError: The part is not available, or its weights differ from the pinned ones.
     """
     if not pin.get("source"):
         raise FrozenPartError(f"This bridge does not say where its {part} comes from.")
@@ -188,7 +191,8 @@ def find_frozen_part(part: str, pin: dict, allow_mismatch: bool = False, **hub_k
         raise FrozenPartError(
             f"This bridge needs the {part} {source!r}"
             + (f" at revision {pin['revision']}" if pin.get("revision") else "")
-            + f", which can't be loaded: {str(error).splitlines()[0]} Make it available, or pass {part}=<a loaded model>."
+            + f", which can't be loaded: {str(error).splitlines()[0]} Make it available, or pass "
+            f"{part}=<a loaded model>."
         ) from error
     accepted = {pin.get("sha256"), *(other["sha256"] for other in pin.get("alternatives", []))} - {None}
     if found in accepted:
@@ -197,15 +201,15 @@ def find_frozen_part(part: str, pin: dict, allow_mismatch: bool = False, **hub_k
         logger.warning_once(f"The {part} {source!r} is pinned by name only: its weights were not verified.")
         return place, hub_kwargs
     wrong = (
-        f"The {part} in {place!r} is not the one that this bridge was trained with: its weights hash to {found}, expected "
-        f"{' or '.join(sorted(accepted))}."
+        f"The {part} in {place!r} is not the one that this bridge was trained with: its weights hash to {found}, "
+        f"expected {' or '.join(sorted(accepted))}."
     )
     if not allow_mismatch:
         raise FrozenPartError(
-            f"{wrong} Restore the original; or, if you mean to use this one, pass allow_mismatch=True or {part}=<a loaded "
-            "model>."
+            f"{wrong} Restore the original; or, if you mean to use this one, pass allow_mismatch=True or "
+            f"{part}=<a loaded model>."
         )
-    logger.warning(f"{wrong} It is used all the same: allow_mismatch=True.")
+    logger.warning(f"{wrong} It is used anyway, because allow_mismatch=True was passed.")
     return place, hub_kwargs
 
 

@@ -11,13 +11,22 @@ import re
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    BaseImageProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..configuration.configuration_qformer import QFormerBlip2Config
 from ..processing.processing_qformer import QFormerBlip2Processor
 from .modeling_assembly import assemble
 from .modeling_bridge import Bridge
 from .modeling_bridged import BridgedModel
+from .modeling_parts import Part
 from .modeling_pins import summary
 from .modeling_qformer_layers import QFormer, joint_attention_mask
 from .modeling_qformer_pretraining import QFormerBlip2Stage1Model
@@ -44,28 +53,30 @@ class QFormerBridge(Bridge):
 
         Args:
             patch_features: `(num_images, num_patches, vision_dim)`.
-            qformer_input_ids: `(num_images, text_tokens)`: the instruction that goes with each image, for the Q-Former.
+            qformer_input_ids: `(num_images, text_tokens)`: the instruction that the Q-Former reads with each image.
             qformer_attention_mask: `(num_images, text_tokens)`, 0 for padding.
 
         Returns:
             `(num_images, num_query_tokens, text_dim)`.
 
         Raises:
-            ValueError: There are not as many instructions as images.
+            ValueError: The numbers of instructions and images differ.
         """
         if qformer_input_ids is not None and qformer_input_ids.shape[0] != patch_features.shape[0]:
             raise ValueError(
-                f"{qformer_input_ids.shape[0]} instructions in qformer_input_ids, but {patch_features.shape[0]} images: "
-                "each image needs its own copy of the instruction. The processor makes them."
+                f"{qformer_input_ids.shape[0]} instructions in qformer_input_ids, but {patch_features.shape[0]} "
+                "images: each image needs its own copy of the instruction. The processor makes them."
             )
         hidden_states = self.qformer(
             self.vision_layer_norm(patch_features), qformer_input_ids, qformer_attention_mask, "itm"
         )
-        queries = hidden_states[:, : self.qformer.query_tokens.shape[1]]  # the instruction itself is not handed on
+        queries = hidden_states[:, : self.qformer.query_tokens.shape[1]]  # drop the instruction's tokens
         return self.language_projection(queries)
 
 
 class QFormerBlip2ForConditionalGeneration(BridgedModel):
+    """Q-Former BLIP-2: visual tokens replace the placeholders in the prompt. For the arguments see `BridgedModel`."""
+
     config_class = QFormerBlip2Config
     config: QFormerBlip2Config
     bridge_class = QFormerBridge
@@ -74,15 +85,15 @@ class QFormerBlip2ForConditionalGeneration(BridgedModel):
     _no_split_modules = ["QFormerLayer"]
 
     def init_bridge(self, qformer_init_from: str | os.PathLike | PreTrainedModel, **hub_kwargs) -> None:
-        """Begin with a Q-Former that exists; the projection to the language model stays fresh.
+        """Initialise the Q-Former with other weights; the projection to the language model is not changed.
 
         Args:
-            qformer_init_from: BERT, as for `QFormer.load_bert`; or a stage-1 model, its folder or Hub id. To take over
-                stage 1's vision encoder and settings too: `from_stage1`.
-            hub_kwargs: `token` and the like.
+            qformer_init_from: BERT, as for `QFormer.load_bert`; or a stage-1 model, its folder or Hub id. To use stage
+                1's vision encoder and settings too, call `from_stage1`.
+            hub_kwargs: `token` and other arguments of `from_pretrained`.
 
         Raises:
-            ValueError: It does not fit this model.
+            ValueError: The weights do not fit this model.
         """
         source = qformer_init_from
         if not isinstance(source, PreTrainedModel):
@@ -97,29 +108,31 @@ class QFormerBlip2ForConditionalGeneration(BridgedModel):
     @classmethod
     def from_stage1(
         cls,
-        stage1,
-        language,
+        stage1: QFormerBlip2Stage1Model | str | os.PathLike,
+        language: Part,
         *,
         instruction_aware: bool = False,
-        image_processor=None,
-        qformer_tokenizer=None,
+        image_processor: BaseImageProcessor | str | os.PathLike | None = None,
+        qformer_tokenizer: PreTrainedTokenizerBase | None = None,
         **options,
-    ):
-        """Stage 2 (or 3) from a stage-1 checkpoint: its vision encoder and Q-Former, a language model, a fresh projection.
+    ) -> tuple[QFormerBlip2ForConditionalGeneration, QFormerBlip2Processor]:
+        """Build a model for stage 2 (or 3) from a stage-1 model's vision encoder and Q-Former, and a language model.
 
         Args:
-            stage1: A `QFormerBlip2ForPreTraining`, or the folder or Hub id of one.
-            language: As for `compose`.
-            instruction_aware: Keep the Q-Former's text side, to read instructions with.
-            image_processor: As for `compose`; by default stage 1's, where that is a folder or a Hub id.
-            qformer_tokenizer: The Q-Former's tokenizer, for `instruction_aware`; by default stage 1's, likewise.
-            options: For `compose`: `tokenizer`, `dtype`, `device_map` and the like.
+            stage1: A `QFormerBlip2ForPreTraining`, or its folder or Hub id.
+            language: Language model: Hub id, folder, configuration (random weights) or loaded model.
+            instruction_aware: Keep the Q-Former's text side, so that it can read instructions.
+            image_processor: The encoder's image processor: object, Hub id or folder; by default stage 1's, if `stage1`
+                is a folder or a Hub id.
+            qformer_tokenizer: The Q-Former's tokenizer, for `instruction_aware`; by default stage 1's, if `stage1` is a
+                folder or a Hub id.
+            options: Other arguments of `compose`, such as `tokenizer`, `dtype` and `device_map`.
 
         Returns:
-            Model and processor, as of `compose`.
+            Model (in eval mode) and processor.
 
         Raises:
-            ValueError: The Q-Formers differ, or something is missing.
+            ValueError: `stage1` is not a stage-1 model, or does not fit the model.
 
         Source: BLIP-2, section 3.3; `lavis/models/blip2_models/blip2_opt.py`.
         """
@@ -155,13 +168,13 @@ class QFormerBlip2ForConditionalGeneration(BridgedModel):
         return model, processor
 
     def load_stage1(self, stage1: PreTrainedModel) -> None:
-        """Take over stage 1's Q-Former and layer norm. Its text side goes where there is one, else it is left out.
+        """Copy stage 1's Q-Former and layer norm. Its text side is left out if this Q-Former has none.
 
         Args:
             stage1: A `QFormerBlip2ForPreTraining`.
 
         Raises:
-            ValueError: Something here has no counterpart of its shape there, or something but text the other way round.
+            ValueError: The names or shapes of the weights differ, apart from the text side, or settings differ.
         """
         parts = ("vision_layer_norm.", "qformer.")
         ours, theirs = (

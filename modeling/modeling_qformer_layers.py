@@ -1,4 +1,4 @@
-"""The Q-Former: learned queries that read an image through cross-attention, and text beside them.
+"""The Q-Former: learned queries that read an image through cross-attention, optionally together with text.
 
 Source: BLIP-2 (arXiv 2301.12597, section 3.1), InstructBLIP (arXiv 2305.06500, section 2.3);
 `lavis/models/blip2_models/{Qformer,blip2}.py` of the official code.
@@ -21,20 +21,24 @@ from .modeling_pins import summary
 
 
 Objective = Literal["itc", "itm", "itg"]
-KeyValues = list[tuple[torch.Tensor, torch.Tensor]]  # of every layer
+KeyValues = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of every layer
 
 
 def joint_attention_mask(objective: Objective, num_queries: int, text_mask: torch.Tensor) -> torch.Tensor:
-    """Who sees whom in the self-attention over queries and text.
+    """Mask of the self-attention over queries and text.
 
     Args:
-        objective: `"itc"`: queries see queries, text sees text (the paper's unimodal mask). `"itm"`: all see all
-            (bidirectional). `"itg"`: queries see queries, text sees queries and the text so far (multimodal causal).
-        num_queries: Query tokens in front of the text.
-        text_mask: `(batch, text_tokens)`, 0 for padding, which nobody sees.
+        objective: With `"itc"`, queries attend to queries and text to text (the paper's unimodal mask). With `"itm"`,
+            all attend to all (bidirectional). With `"itg"`, queries attend to queries, text to queries and the text so
+            far (multimodal causal).
+        num_queries: Number of query tokens before the text.
+        text_mask: `(batch, text_tokens)`, 0 for padding, which is never attended to.
 
     Returns:
-        Bool, `(batch, 1, num_queries + text_tokens, num_queries + text_tokens)`, true where attention is allowed.
+        Boolean, `(batch, 1, num_queries + text_tokens, num_queries + text_tokens)`, true where attention is allowed.
+
+    Raises:
+        ValueError: `objective` is unknown.
 
     Source: BLIP-2, figure 2.
     """
@@ -49,12 +53,21 @@ def joint_attention_mask(objective: Objective, num_queries: int, text_mask: torc
         raise ValueError(f"objective is {objective!r}; expected 'itc', 'itm' or 'itg'.")
     attended = nn.functional.pad(text_mask.bool(), (num_queries, 0), value=True)  # (batch, length)
     allowed = allowed & attended[:, None, None]
-    # a row that may see nothing (text that is all padding) would come out as NaN: let it see everything
+    # A fully masked row (text that is all padding) would give NaN: let it attend to everything.
     return allowed | ~allowed.any(dim=-1, keepdim=True)
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention written out, as an interface of `ALL_ATTENTION_FUNCTIONS`."""
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention without a fused kernel, with the interface of `ALL_ATTENTION_FUNCTIONS`."""
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -64,11 +77,11 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
 
 
 class QFormerAttention(nn.Module):
-    """BERT's attention and the residual layer norm behind it, by the configuration's `attn_implementation`.
+    """BERT's attention, which is followed by a residual connection and a layer norm.
 
     Args:
-        config: The Q-Former's configuration.
-        key_value_size: Width of what is attended to; `None` for self-attention.
+        config: The Q-Former's configuration, whose `attn_implementation` is used.
+        key_value_size: Width of the states to attend to; `None` for self-attention.
     """
 
     def __init__(self, config: QFormerConfig, key_value_size: int | None = None):
@@ -94,18 +107,18 @@ class QFormerAttention(nn.Module):
         past_value: torch.Tensor | None = None,
         is_causal: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Attend.
+        """Run attention, the residual connection and the layer norm.
 
         Args:
             hidden_states: `(batch, queries, hidden_size)`.
             key_value_states: `(batch, keys, key_value_size)`; `None` for self-attention.
-            attention_mask: As the implementation takes it, see `QFormer.self_attention_mask`.
-            past_key: `(batch, heads, past_keys, head_dim)`: keys of tokens in front of these, computed earlier.
-            past_value: Their values, likewise.
-            is_causal: For flash attention: the last token sees all, the one before it all but the last, and so on.
+            attention_mask: Mask in the form of the attention implementation, see `QFormer.self_attention_mask`.
+            past_key: `(batch, heads, past_keys, head_dim)`: keys of earlier tokens.
+            past_value: `(batch, heads, past_keys, head_dim)`: values of earlier tokens.
+            is_causal: For flash attention: every token attends to itself and the tokens before it.
 
         Returns:
-            Hidden states, `(batch, queries, hidden_size)`, and the keys and values of these tokens alone.
+            Hidden states, `(batch, queries, hidden_size)`, and the keys and values of the new tokens.
         """
         key_value_states = hidden_states if key_value_states is None else key_value_states
         query, key, value = (
@@ -128,7 +141,7 @@ class QFormerAttention(nn.Module):
 
 
 class QFormerFeedForward(nn.Module):
-    """BERT's feed-forward and the residual layer norm behind it."""
+    """BERT's feed-forward layers, which are followed by a residual connection and a layer norm."""
 
     def __init__(self, config: QFormerConfig):
         super().__init__()
@@ -139,18 +152,20 @@ class QFormerFeedForward(nn.Module):
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map `(..., hidden_size)` to `(..., hidden_size)`."""
         hidden = self.dense(self.activation(self.intermediate(hidden_states)))
         return self.layer_norm(hidden_states + self.dropout(hidden))
 
 
 class QFormerLayer(GradientCheckpointingLayer):
-    """Self-attention, in every `cross_attention_frequency`-th block cross-attention to the image, feed-forward.
+    """A block of the Q-Former: self-attention, cross-attention to the image, feed-forward.
 
-    Queries and text share the self-attention. Only queries read the image, and each kind has its own feed-forward.
+    Only every `cross_attention_frequency`-th block has cross-attention. Queries and text share the self-attention; only
+    queries read the image, and each kind has its own feed-forward.
 
     Args:
         config: The Q-Former's configuration.
-        index: Which block this is.
+        index: Index of the block.
         vision_dim: Channels of the patch features.
     """
 
@@ -178,12 +193,12 @@ class QFormerLayer(GradientCheckpointingLayer):
         Args:
             hidden_states: `(batch, num_queries + text_tokens, hidden_size)`.
             patch_features: `(batch, num_patches, vision_dim)`; not needed without queries.
-            num_queries: How many tokens in front are queries; 0 for text alone.
-            attention_mask: See `QFormerAttention`, as the next two.
-            past_key: Of the self-attention.
-            past_value: Of the self-attention.
+            num_queries: Number of query tokens at the beginning; 0 for text alone.
+            attention_mask: Mask of the self-attention, see `QFormerAttention`.
+            past_key: Keys of earlier tokens in the self-attention, `(batch, heads, past_keys, head_dim)`.
+            past_value: Values of earlier tokens in the self-attention, `(batch, heads, past_keys, head_dim)`.
             return_key_values: Return the self-attention's keys and values of these tokens too.
-            is_causal: Of the self-attention.
+            is_causal: Whether the self-attention is causal, for flash attention.
         """
         hidden_states, key, value = self.attention(hidden_states, None, attention_mask, past_key, past_value, is_causal)
         queries, text = hidden_states[:, :num_queries], hidden_states[:, num_queries:]
@@ -202,11 +217,11 @@ class QFormer(nn.Module):
     """The Querying Transformer.
 
     Args:
-        config: Its configuration.
+        config: The Q-Former's configuration.
         vision_dim: Channels of the patch features.
     """
 
-    # name in BERT's checkpoint -> names here; `{}` is a layer's number, a trailing dot stands for weight and bias
+    # Name in BERT's checkpoint -> names here; `{}` is the index of a layer, a trailing dot stands for weight and bias
     bert_names: ClassVar[dict[str, tuple[str, ...]]] = {
         "bert.embeddings.word_embeddings.weight": ("word_embeddings.weight",),
         "bert.embeddings.position_embeddings.weight": ("position_embeddings.weight",),
@@ -245,14 +260,22 @@ class QFormer(nn.Module):
         )
 
     def init_parameters(self, config: QFormerBlip2Config) -> None:
-        # Zero in transformers' port; LAVIS draws them, which breaks the symmetry between queries.
+        """Initialise the query tokens."""
+        # transformers' port uses zeros; LAVIS draws random numbers, which breaks the symmetry between queries.
         init.normal_(self.query_tokens, mean=0.0, std=config.initializer_range)
 
     def embed_text(self, input_ids: torch.LongTensor, first_position: int = 0) -> torch.Tensor:
-        """Word and position embeddings, before the layer norm: `(batch, text_tokens, hidden_size)`.
+        """Sum of word and position embeddings, before the layer norm.
+
+        Args:
+            input_ids: `(batch, text_tokens)`.
+            first_position: Position of the first token.
+
+        Returns:
+            `(batch, text_tokens, hidden_size)`.
 
         Raises:
-            ValueError: The Q-Former has no text side, or the text is too long for it.
+            ValueError: The Q-Former has no text side, or the text is too long.
         """
         if self.word_embeddings is None:
             raise ValueError(
@@ -265,48 +288,48 @@ class QFormer(nn.Module):
         return self.word_embeddings(input_ids) + self.position_embeddings(positions)
 
     def check_precision(self) -> None:
-        """Refuse flash attention in float32, which it has not.
+        """Check that flash attention, which does not support float32, runs in half precision or under autocast.
 
         Raises:
-            ValueError: Neither is the Q-Former in half precision, nor is there autocast.
+            ValueError: The Q-Former is not in half precision, and autocast is not enabled.
         """
         dtype, device = self.query_tokens.dtype, self.query_tokens.device.type
         if is_flash_attention_requested(self.config) and dtype not in (torch.float16, torch.bfloat16):
             if not torch.is_autocast_enabled(device):
                 raise ValueError(
-                    f"The Q-Former is in {dtype}; {attention_of(self.config)} needs float16 or bfloat16. Give dtype= to "
-                    "compose or from_pretrained, train under autocast (bf16=True), or leave the Q-Former at SDPA: "
+                    f"The Q-Former is in {dtype}; {attention_of(self.config)} needs float16 or bfloat16. Give dtype= "
+                    "to compose or from_pretrained, train under autocast (bf16=True), or leave the Q-Former at SDPA: "
                     "attn_implementation={'qformer_config': 'sdpa', ...}."
                 )
 
     def self_attention_mask(
         self, objective: Objective, num_queries: int, past: int, text_mask: torch.Tensor
     ) -> tuple[torch.Tensor | None, bool]:
-        """The mask over queries and text, as the attention implementation takes it.
+        """Build the mask over queries and text in the form of the attention implementation.
 
         Args:
-            objective: See `joint_attention_mask`.
-            num_queries: Query tokens in front of the text in this call.
-            past: Keys of queries and text that were computed earlier.
+            objective: Training objective, see `joint_attention_mask`.
+            num_queries: Number of query tokens before the text in this call.
+            past: Number of keys of queries and text that were computed earlier.
             text_mask: `(batch, text_tokens)`, earlier text included, 0 for padding.
 
         Returns:
-            The mask and whether it is causal. Of SDPA bool, `(batch, 1, tokens of this call, all tokens)`, true where
-            attention is allowed; of flash attention `(batch, all tokens)`, 0 for padding, or `None`; of others additive,
-            shaped as SDPA's.
+            The mask and whether it is causal. For SDPA the mask is boolean, `(batch, 1, tokens of this call, all
+            tokens)`, true where attention is allowed; for flash attention `(batch, all tokens)`, 0 for padding, or
+            `None`; for others additive, in the shape of SDPA's.
 
         Raises:
-            ValueError: Flash attention has no such mask.
+            ValueError: Flash attention does not support such a mask.
         """
         implementation = attention_of(self.config) or "sdpa"
         if is_flash_attention_requested(requested_attention_implementation=implementation):
             if past and objective == "itg":
-                return None, True  # behind the text there is padding only, which no word looks at
+                return None, True  # padding follows the text, so the causal mask hides it
             if not past and (not num_queries or objective == "itm"):
                 return nn.functional.pad(text_mask, (num_queries, 0), value=1), objective == "itg"
             raise ValueError(
-                f"{implementation} has no mask for {objective!r} over queries and text in one pass. Run the queries first "
-                "(return_key_values=True) and the text behind them, or use attn_implementation='sdpa'."
+                f"{implementation} has no mask for {objective!r} over queries and text in one pass. Run the queries "
+                "first (return_key_values=True) and the text after them, or use attn_implementation='sdpa'."
             )
         first = self.query_tokens.shape[1] if past else num_queries
         mask = joint_attention_mask(objective, first, text_mask)[:, :, past:]
@@ -329,19 +352,21 @@ class QFormer(nn.Module):
         """Read images, text, or both together.
 
         Args:
-            patch_features: `(batch, num_patches, vision_dim)`, behind the layer norm; `None` for text without queries.
+            patch_features: `(batch, num_patches, vision_dim)`, after the layer norm; `None` for text without queries.
             input_ids: `(batch, text_tokens)`; `None` for queries alone.
-            attention_mask: `(batch, text_tokens)`, 0 for padding. With `past_key_values` it covers the earlier text too.
-            objective: Which mask, where there are queries and text; see `joint_attention_mask`.
-            past_key_values: Keys and values per layer of the queries and the text before `input_ids` (`"itg"` only:
-                elsewhere queries look at text, and have to run with it).
-            return_key_values: Return those of this call's tokens too.
+            attention_mask: `(batch, text_tokens)`, 0 for padding. With `past_key_values` it covers the earlier text
+                too.
+            objective: Selects the mask over queries and text, see `joint_attention_mask`.
+            past_key_values: Keys and values per layer of the queries and the text before `input_ids` (for `"itg"` only:
+                with the other objectives queries attend to text, so both run together).
+            return_key_values: Return the keys and values of this call's tokens too.
 
         Returns:
-            `(batch, tokens, hidden_size)`, queries in front; then, if asked for, keys and values per layer.
+            `(batch, tokens, hidden_size)`, queries first; with `return_key_values` also keys and values per layer.
 
         Raises:
-            ValueError: Nothing to read, text for a Q-Former without a text side, or what flash attention can't do.
+            ValueError: There is nothing to read, the Q-Former has no text side, or flash attention does not support
+                the mask.
 
         Source: `lavis/models/blip2_models/Qformer.py`, `BertModel.forward`.
         """
@@ -366,7 +391,7 @@ class QFormer(nn.Module):
         hidden_states = self.dropout(self.layer_norm(torch.cat(embedded, dim=1)))
         key_values = []
         for layer, (past_key, past_value) in zip(self.layers, past_key_values or [(None, None)] * len(self.layers)):
-            # by position: reentrant checkpointing sees gradients of positional arguments only
+            # Reentrant checkpointing gives gradients to positional arguments only.
             outputs = layer(
                 hidden_states, patch_features, num_queries, mask, past_key, past_value, return_key_values, is_causal
             )
@@ -376,25 +401,26 @@ class QFormer(nn.Module):
 
     @torch.no_grad()
     def load_bert(self, source: str | os.PathLike | PreTrainedModel, **hub_kwargs) -> dict[str, torch.Tensor]:
-        """Take over everything that BERT has. Query tokens and cross-attention stay as they are.
+        """Copy BERT's weights. Query tokens and cross-attention, which BERT does not have, are not changed.
 
-        Both feed-forwards begin as BERT's one. Rows of the word embeddings beyond BERT's vocabulary (`[DEC]`) stay fresh.
+        Both feed-forwards of a block are initialised with BERT's one. Rows of the word embeddings beyond BERT's
+        vocabulary (`[DEC]`) are not changed.
 
         Args:
             source: Hub id, folder, or a loaded `BertForMaskedLM`.
-            hub_kwargs: `revision`, `token` and the like.
+            hub_kwargs: `revision`, `token` and other arguments of `from_pretrained`.
 
         Returns:
-            BERT's language modelling head, by its names there: the Q-Former itself has none.
+            The weights of BERT's language modelling head, by BERT's names: the Q-Former has no such head.
 
         Raises:
-            ValueError: It is not a BERT of this size, or its checkpoint lacks something.
+            ValueError: `source` is not a BERT of this size, or its checkpoint is incomplete.
 
         Source: `lavis/models/blip2_models/blip2.py`, `init_Qformer`; `blip2_qformer.py`, `__init__`.
         """
         bert, missing = source, []
         if isinstance(source, PreTrainedModel) and not isinstance(source, BertForMaskedLM):
-            raise ValueError(f"The Q-Former begins as a BertForMaskedLM, not as a {type(source).__name__}.")
+            raise ValueError(f"The Q-Former is initialised from a BertForMaskedLM, not from a {type(source).__name__}.")
         if not isinstance(source, PreTrainedModel):
             bert, info = BertForMaskedLM.from_pretrained(os.fspath(source), output_loading_info=True, **hub_kwargs)
             missing = sorted(info["missing_keys"])
@@ -404,7 +430,7 @@ class QFormer(nn.Module):
             number = "".join(re.findall(r"\.layer\.(\d+)\.", name))
             stem = name.replace(f".layer.{number}.", ".layer.{}.")
             kind = "" if stem in self.bert_names else stem.rpartition(".")[2]
-            # not there: token types and the head
+            # Token type embeddings and the head have no target.
             for target in self.bert_names.get(stem.removesuffix(kind), ()):
                 target = target.replace("{}", number) + kind
                 if target not in own:
@@ -421,7 +447,7 @@ class QFormer(nn.Module):
         problems += [f"nothing for {name}" for name in sorted(own.keys() - copies.keys() - fresh)]
         if problems:
             name = type(source).__name__ if isinstance(source, PreTrainedModel) else source
-            raise ValueError(f"The Q-Former can't begin as the BERT in {name}: {summary(problems)}.")
+            raise ValueError(f"The Q-Former can't be initialised from the BERT in {name}: {summary(problems)}.")
         for target, tensor in copies.items():
             self.get_parameter(target)[: len(tensor)].copy_(tensor)
         return {name.removeprefix("cls.predictions."): t for name, t in weights.items() if name.startswith("cls.")}

@@ -1,4 +1,4 @@
-"""Stage 1 of Q-Former BLIP-2: the Q-Former learns to read images by three objectives; and retrieval with what it learned.
+"""Stage 1 of Q-Former BLIP-2: the Q-Former learns to read images with three objectives.
 
 Source: BLIP-2 (arXiv 2301.12597, section 3.2); `lavis/models/blip2_models/blip2_qformer.py` and
 `lavis/models/blip2_models/blip2.py` (`compute_sim_matrix`) of the official code.
@@ -33,7 +33,7 @@ from .modeling_qformer_layers import QFormer
 
 
 class QFormerLMHead(nn.Module):
-    """BERT's head for predicting tokens; its table is the Q-Former's word embeddings.
+    """BERT's head for predicting tokens, tied to the Q-Former's word embeddings.
 
     Args:
         config: The Q-Former's configuration.
@@ -48,6 +48,7 @@ class QFormerLMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def init_parameters(self, config: QFormerBlip2PreTrainingConfig) -> None:
+        """Set the bias to zero."""
         init.zeros_(self.bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -57,7 +58,10 @@ class QFormerLMHead(nn.Module):
 
 
 class QFormerPreTrainingBridge(Bridge):
-    """Layer norm on the patch features, Q-Former, and what the three objectives need."""
+    """Layer norm on the patch features, Q-Former, and the heads of the three objectives.
+
+    Its methods take patch features after the layer norm, `(batch, num_patches, vision_dim)`.
+    """
 
     def __init__(self, config: QFormerBlip2PreTrainingConfig, language_model: PreTrainedModel | None = None):
         super().__init__(config, None)
@@ -67,29 +71,30 @@ class QFormerPreTrainingBridge(Bridge):
         self.vision_projection = nn.Linear(width, config.embed_dim)
         self.text_projection = nn.Linear(width, config.embed_dim)
         self.itm_head = nn.Linear(width, 2)  # no match, match
-        self.temperature = nn.Parameter(torch.tensor([config.itc_temperature]))  # FSDP shards no scalars
+        self.temperature = nn.Parameter(torch.tensor([config.itc_temperature]))  # FSDP can't shard scalars
         self.lm_head = QFormerLMHead(config.qformer_config)
 
     def init_parameters(self, config: QFormerBlip2PreTrainingConfig) -> None:
+        """Set the temperature to the configuration's `itc_temperature`."""
         init.constant_(self.temperature, config.itc_temperature)
 
-    # All of these read patch features behind the layer norm, `(batch, num_patches, vision_dim)`.
-
     def image_features(self, query_output: torch.Tensor) -> torch.Tensor:
-        """`(batch, num_query_tokens, hidden_size)` to unit vectors, `(batch, num_query_tokens, embed_dim)`."""
-        # in float32: in float16 the squares of large components overflow
+        """Map `(batch, num_query_tokens, hidden_size)` to unit vectors, `(batch, num_query_tokens, embed_dim)`."""
+        # In float32: squares of large components overflow in float16.
         return nn.functional.normalize(self.vision_projection(query_output).float(), dim=-1)
 
     def text_features(self, text_output: torch.Tensor) -> torch.Tensor:
-        """`(batch, text_tokens, hidden_size)` to the first token's unit vector, `(batch, embed_dim)`."""
+        """Map `(batch, text_tokens, hidden_size)` to the first token's unit vector, `(batch, embed_dim)`."""
         return nn.functional.normalize(self.text_projection(text_output[:, 0]).float(), dim=-1)
 
-    def multimodal_features(self, normed, input_ids, attention_mask) -> torch.Tensor:
+    def multimodal_features(
+        self, normed: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> torch.Tensor:
         """Queries that have read image and text: `(batch, num_query_tokens, hidden_size)`."""
         hidden_states = self.qformer(normed, input_ids, attention_mask, "itm")
         return hidden_states[:, : self.qformer.query_tokens.shape[1]]
 
-    def itm_logits(self, normed, input_ids, attention_mask) -> torch.Tensor:
+    def itm_logits(self, normed: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Scores of no match and match, `(batch, 2)`."""
         return self.itm_head(self.multimodal_features(normed, input_ids, attention_mask)).float().mean(dim=1)
 
@@ -98,19 +103,21 @@ class QFormerPreTrainingBridge(Bridge):
 class QFormerBlip2PreTrainingOutput(CausalLMOutputWithPast):
     """Output of stage 1.
 
-    From transformers' `CausalLMOutputWithPast` it has `loss`, the weighted sum of the three; `logits`, scores of the caption's
-    tokens, `(batch, text_tokens, vocab_size)`; and, when captioning, the cache of queries and text.
+    It inherits from transformers' `CausalLMOutputWithPast`: `loss`, the weighted sum of the three losses; `logits`,
+    scores of the caption's tokens, `(batch, text_tokens, vocab_size)`; and, when captioning, the cache of queries and
+    text.
 
     Args:
-        loss_itc: Image-text contrastive loss; `None` where it was left out, as the next two.
-        loss_itm: Image-text matching loss.
-        loss_itg: Image-grounded text generation loss.
-        similarities: Cosine similarities of this process' images and all processes' texts, `(batch, texts)`.
-        itm_logits: `(3 * batch, 2)`: of the pairs, of the texts with other images, of the images with other texts.
+        loss_itc: Image-text contrastive loss; `None` if it was not computed.
+        loss_itm: Image-text matching loss; `None` if it was not computed.
+        loss_itg: Image-grounded text generation loss; `None` if it was not computed.
+        similarities: Cosine similarities of this process's images and all processes' texts, `(batch, texts)`.
+        itm_logits: `(3 * batch, 2)`: scores of the pairs, of the texts with other images, and of the images with other
+            texts.
         image_features: Unit vectors, `(batch, num_query_tokens, embed_dim)`.
         text_features: Unit vectors, `(batch, embed_dim)`.
-        image_negatives: Which image, of all processes, was drawn for each text, `(batch,)`.
-        text_negatives: Which text was drawn for each image, `(batch,)`.
+        image_negatives: Index, among the images of all processes, of the image drawn for each text, `(batch,)`.
+        text_negatives: Index, among the texts of all processes, of the text drawn for each image, `(batch,)`.
     """
 
     loss_itc: torch.Tensor | None = None
@@ -126,16 +133,16 @@ class QFormerBlip2PreTrainingOutput(CausalLMOutputWithPast):
 
 @dataclass
 class Pairs:
-    """A batch of pairs, beside those of all processes.
+    """A batch of pairs, together with the texts of all processes.
 
     Args:
-        normed: Patch features behind the layer norm, `(batch, num_patches, vision_dim)`.
+        normed: Patch features after the layer norm, `(batch, num_patches, vision_dim)`.
         input_ids: This process's texts, `(batch, text_tokens)`.
         attention_mask: `(batch, text_tokens)`, 0 for padding.
         all_ids: Texts of all processes, `(processes * batch, text_tokens)`.
-        all_masks: Their mask.
-        first: Place of this process's first pair among all.
-        gather: Turns this process's tensor into that of all processes.
+        all_masks: Mask of the texts of all processes, `(processes * batch, text_tokens)`.
+        first: Index of this process's first pair among those of all processes.
+        gather: Concatenates a tensor of this process with those of all others.
     """
 
     normed: torch.Tensor
@@ -151,7 +158,7 @@ class Pairs:
 
 
 class QFormerBlip2Stage1Model(BridgedModel):
-    """What pre-training and retrieval share: features and scores. There is no language model."""
+    """Base of pre-training and retrieval: features and scores. There is no language model."""
 
     config_class = QFormerBlip2PreTrainingConfig
     auto_classes = ("AutoModel", "AutoModelForPreTraining")
@@ -162,19 +169,23 @@ class QFormerBlip2Stage1Model(BridgedModel):
     _tied_weights_keys = {"bridge.lm_head.decoder.weight": "bridge.qformer.word_embeddings.weight"}
 
     def get_input_embeddings(self) -> nn.Module:
+        """Word embeddings of the Q-Former."""
         return self.bridge.qformer.word_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Set the Q-Former's word embeddings."""
         self.bridge.qformer.word_embeddings = value
 
     def get_output_embeddings(self) -> nn.Module:
+        """Output layer of the head that predicts tokens."""
         return self.bridge.lm_head.decoder
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Set the output layer of the head that predicts tokens."""
         self.bridge.lm_head.decoder = new_embeddings
 
     def _inherit_generation_config(self) -> GenerationConfig:
-        """The official defaults for captions, BERT's special tokens around them."""
+        """The official generation defaults for captions, with the configuration's special tokens."""
         config = self.config
         return GenerationConfig(
             bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id,
@@ -193,14 +204,15 @@ class QFormerBlip2Stage1Model(BridgedModel):
         max_length: int = 32,
         **options,
     ):
-        """Put a fresh Q-Former behind a vision encoder, which is frozen: where stage 1 begins.
+        """Put a new Q-Former on top of a vision encoder, which is frozen, to begin stage 1.
 
         Args:
             vision: Vision encoder: Hub id, folder, configuration (random weights) or loaded model.
-            tokenizer: BERT's: object, Hub id or folder; `[DEC]` is added where it has no beginning of sequence.
-            init_from: BERT that the Q-Former begins as, as for `load_bert`; random weights where `None`.
-            image_processor: The encoder's image processor, where it is not found beside it: object, Hub id or folder.
-            dtype: Of the vision encoder; the Q-Former is in float32.
+            tokenizer: BERT's tokenizer: object, Hub id or folder; `[DEC]` is added if it has no beginning of sequence.
+            init_from: BERT to initialise the Q-Former with, see `load_bert`; `None` for random weights.
+            image_processor: The encoder's image processor: object, Hub id or folder; by default it is loaded from the
+                encoder's repository.
+            dtype: Data type of the vision encoder; the Q-Former is in float32.
             max_length: Longest text, in tokens.
             options: Fields of `QFormerBlip2PreTrainingConfig`; `qformer_config` as a dict.
 
@@ -208,7 +220,7 @@ class QFormerBlip2Stage1Model(BridgedModel):
             Model (in eval mode) and processor.
 
         Raises:
-            ValueError: Parts that do not fit together.
+            ValueError: The parts do not fit together.
         """
         vision_model, name, pin = resolve_part("vision_model", vision, dtype)
         tokenizer = bert_tokenizer(copy.deepcopy(tokenizer))
@@ -233,14 +245,14 @@ class QFormerBlip2Stage1Model(BridgedModel):
 
     @torch.no_grad()
     def load_bert(self, source: str | os.PathLike | PreTrainedModel, **hub_kwargs) -> None:
-        """Begin as BERT: what the Q-Former has in common with it, and the head that predicts tokens.
+        """Copy BERT's weights into the Q-Former and the head that predicts tokens, see `QFormer.load_bert`.
 
         Args:
             source: Hub id, folder, or a loaded `BertForMaskedLM`.
-            hub_kwargs: `revision`, `token` and the like.
+            hub_kwargs: `revision`, `token` and other arguments of `from_pretrained`.
 
         Raises:
-            ValueError: It is not a BERT of this size, or its checkpoint lacks something.
+            ValueError: `source` is not a BERT of this size, or its checkpoint is incomplete.
         """
         head, known = self.bridge.qformer.load_bert(source, **hub_kwargs), self.bridge.lm_head
         known.transform_dense.weight.copy_(head["transform.dense.weight"])
@@ -252,7 +264,7 @@ class QFormerBlip2Stage1Model(BridgedModel):
     # ------------------------------------------------------------------ features
 
     def _normed(self, pixel_values: torch.Tensor | None, patch_features: torch.Tensor | None) -> torch.Tensor:
-        """What the Q-Former reads: patch features behind the layer norm."""
+        """Patch features after the layer norm, which the Q-Former reads."""
         if (pixel_values is None) == (patch_features is None):
             raise ValueError("Give exactly one of pixel_values and patch_features.")
         if patch_features is None:
@@ -267,11 +279,11 @@ class QFormerBlip2Stage1Model(BridgedModel):
 
         Args:
             pixel_values: `(num_images, channels, height, width)`.
-            patch_features: `(num_images, num_patches, vision_dim)` instead, from `get_patch_features`.
+            patch_features: `(num_images, num_patches, vision_dim)` from `get_patch_features`, instead of pixels.
 
         Returns:
-            `last_hidden_state`: the queries, `(num_images, num_query_tokens, hidden_size)`; `pooler_output`: unit vectors
-            to compare with texts, `(num_images, num_query_tokens, embed_dim)`.
+            `last_hidden_state`: the queries, `(num_images, num_query_tokens, hidden_size)`; `pooler_output`: unit
+            vectors to compare with texts, `(num_images, num_query_tokens, embed_dim)`.
         """
         queries = self.bridge.qformer(self._normed(pixel_values, patch_features))
         return BaseModelOutputWithPooling(last_hidden_state=queries, pooler_output=self.bridge.image_features(queries))
@@ -308,7 +320,7 @@ class QFormerBlip2Stage1Model(BridgedModel):
             pixel_values: `(batch, channels, height, width)`.
             input_ids: `(batch, text_tokens)`.
             attention_mask: `(batch, text_tokens)`, 0 for padding.
-            patch_features: `(batch, num_patches, vision_dim)` instead of pixels.
+            patch_features: `(batch, num_patches, vision_dim)` instead of `pixel_values`.
         """
         normed = self._normed(pixel_values, patch_features)
         return self.bridge.multimodal_features(normed, input_ids, attention_mask)
@@ -320,10 +332,7 @@ class QFormerBlip2Stage1Model(BridgedModel):
         attention_mask: torch.Tensor | None = None,
         patch_features: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Does the text describe the image? Scores of no match and match, `(batch, 2)`.
-
-        Args: those of `get_multimodal_features`.
-        """
+        """Scores of no match and match, `(batch, 2)`; for the arguments see `get_multimodal_features`."""
         return self.bridge.itm_logits(self._normed(pixel_values, patch_features), input_ids, attention_mask)
 
 
@@ -331,8 +340,8 @@ class QFormerBlip2ForPreTraining(QFormerBlip2Stage1Model):
     """Stage 1: contrastive, matching and generation loss over image-text pairs, and captions.
 
     Args:
-        config: Configuration; it weights the losses.
-        vision_model: An encoder that exists already; it is used as it is.
+        config: The configuration, which holds the weights of the losses.
+        vision_model: A loaded encoder, which is used without a copy; by default it is built from the configuration.
     """
 
     @accepts_cache
@@ -354,25 +363,25 @@ class QFormerBlip2ForPreTraining(QFormerBlip2Stage1Model):
     ) -> QFormerBlip2PreTrainingOutput:
         """Compute the losses of a batch of pairs.
 
-        Where a process group is initialised, images are compared with the texts of all processes and the other way
-        round; the mean of the processes' losses is that of one process with all pairs, and so are the gradients.
+        If a process group is initialised, images are compared with the texts of all processes and vice versa; the mean
+        of the processes' losses and gradients equals that of one process with all pairs.
 
         Args:
             pixel_values: `(batch, channels, height, width)`.
             input_ids: `(batch, text_tokens)`, `[CLS]` text `[SEP]`, padded on the right.
             attention_mask: `(batch, text_tokens)`, 0 for padding.
-            patch_features: `(batch, num_patches, vision_dim)` instead of pixels, from `get_patch_features`.
-            itg_targets: `(batch, text_tokens)`: what the generation loss predicts, -100 where none is wanted; `input_ids`
-                where not given. As `input_ids`, not shifted. (Not `labels`: `Trainer` would look for them in
-                every batch, and give no loss in evaluation without them.)
-            image_ids: `(batch,)`: pairs of one image are no negatives of each other.
-            image_negatives: `(batch,)`: for each text, which image of all processes is its negative; drawn if `None`.
-            text_negatives: `(batch,)`: for each image, which text.
-            generator: Where the draw's randomness comes from.
-            cache: When captioning: cache of the queries, and of the text so far. No losses then. `past_key_values` is
-                another name for it.
-            use_cache: When captioning: extend the cache.
-            return_loss: Compute the losses; else similarities and features only.
+            patch_features: `(batch, num_patches, vision_dim)` from `get_patch_features`, instead of pixels.
+            itg_targets: `(batch, text_tokens)`: targets of the generation loss, aligned with `input_ids`, which is the
+                default; -100 is ignored. (With the name `labels`, `Trainer` would compute no evaluation loss for
+                batches without them.)
+            image_ids: `(batch,)`: pairs with the same id show the same image and are not negatives of each other.
+            image_negatives: `(batch,)`: index of each text's negative among all processes' images; drawn if `None`.
+            text_negatives: `(batch,)`: index of each image's negative among all processes' texts; drawn if `None`.
+            generator: Random number generator for drawing negatives.
+            cache: When captioning, the cache of the queries and of the text so far; no losses are computed then.
+                `past_key_values` is another name for it.
+            use_cache: When captioning, extend the cache.
+            return_loss: Compute the losses, instead of similarities and features only.
 
         Returns:
             A `QFormerBlip2PreTrainingOutput`.
@@ -412,9 +421,9 @@ class QFormerBlip2ForPreTraining(QFormerBlip2Stage1Model):
                 if text_negatives is None:
                     text_negatives = draw_negatives(image_to_text, positives, **options)
             output.image_negatives, output.text_negatives = image_negatives, text_negatives
-            self._match(pairs, output)
+            self._add_matching_loss(pairs, output)
         if itg:
-            self._write_captions(pairs, key_values, itg_targets, output)
+            self._add_generation_loss(pairs, key_values, itg_targets, output)
         terms = (
             (config.itc_weight, output.loss_itc),
             (config.itm_weight, output.loss_itm),
@@ -425,10 +434,10 @@ class QFormerBlip2ForPreTraining(QFormerBlip2Stage1Model):
         return QFormerBlip2PreTrainingOutput(**output)
 
     def _pairs(self, normed: torch.Tensor, input_ids, attention_mask, return_loss: bool) -> Pairs:
-        """Put this process's pairs beside those of all processes.
+        """Gather the texts of all processes.
 
         Raises:
-            ValueError: There are not as many texts as images.
+            ValueError: The numbers of texts and images differ.
         """
         batch = len(normed)
         if input_ids.shape[0] != batch:
@@ -443,7 +452,7 @@ class QFormerBlip2ForPreTraining(QFormerBlip2Stage1Model):
         return Pairs(normed, all_ids[own], all_masks[own], all_ids, all_masks, first, gather)
 
     def _compare(self, pairs: Pairs, queries: torch.Tensor, output) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compare images and texts: similarities over the temperature, image to text and text to image.
+        """Compare images and texts: similarities divided by the temperature, image to text and text to image.
 
         Returns:
             `(batch, texts of all processes)` and `(batch, images of all processes)`.
@@ -464,8 +473,8 @@ class QFormerBlip2ForPreTraining(QFormerBlip2Stage1Model):
         losses = [nn.functional.cross_entropy(each, targets, label_smoothing=smoothing) for each in scores]
         return sum(losses) / 2
 
-    def _match(self, pairs: Pairs, output) -> None:
-        """Matching loss of the pairs, the texts with other images, and the images with other texts."""
+    def _add_matching_loss(self, pairs: Pairs, output) -> None:
+        """Compute the matching loss of the pairs, the texts with other images, and the images with other texts."""
         normed, batch = pairs.normed, len(pairs.normed)
         images = torch.cat((normed, pairs.gather(normed)[output.image_negatives], normed))
         ids = torch.cat((pairs.input_ids, pairs.input_ids, pairs.all_ids[output.text_negatives]))
@@ -474,8 +483,8 @@ class QFormerBlip2ForPreTraining(QFormerBlip2Stage1Model):
         matches = (torch.arange(3 * batch, device=ids.device) < batch).long()
         output.loss_itm = nn.functional.cross_entropy(output.itm_logits, matches)
 
-    def _write_captions(self, pairs: Pairs, key_values, targets, output) -> None:
-        """Generation loss of the captions, behind the queries' keys and values."""
+    def _add_generation_loss(self, pairs: Pairs, key_values, targets, output) -> None:
+        """Compute the generation loss of the captions, which attend to the queries' keys and values."""
         decoder_ids = pairs.input_ids.clone()
         decoder_ids[:, 0] = self.config.bos_token_id
         hidden = self.bridge.qformer(None, decoder_ids, pairs.attention_mask, "itg", key_values)
@@ -484,14 +493,14 @@ class QFormerBlip2ForPreTraining(QFormerBlip2Stage1Model):
 
     @staticmethod
     def _positives(image_ids: torch.Tensor | None, pairs: Pairs) -> torch.Tensor:
-        """Bool, `(batch, pairs of all processes)`: which pairs show the same image."""
+        """Boolean, `(batch, pairs of all processes)`, true for pairs that show the same image."""
         if image_ids is None:
             batch = len(pairs.normed)
             image_ids = torch.arange(pairs.first, pairs.first + batch, device=pairs.normed.device)
         return image_ids[:, None] == pairs.gather(image_ids)[None]
 
     def _generation_loss(self, logits, decoder_ids, attention_mask, targets) -> torch.Tensor:
-        """Next-token loss over all processes' tokens: each counts as much as any other."""
+        """Next-token loss, averaged over the tokens of all processes."""
         if targets is None:
             targets = decoder_ids.masked_fill(attention_mask == 0, -100)
         labels = nn.functional.pad(targets[:, 1:], (0, logits.shape[1] - targets.shape[1]), value=-100)
@@ -511,7 +520,7 @@ class QFormerBlip2ForPreTraining(QFormerBlip2Stage1Model):
     def _caption_step(
         self, input_ids, attention_mask, cache: Cache, use_cache: bool | None
     ) -> QFormerBlip2PreTrainingOutput:
-        """One step of captioning: text behind what is in the cache, queries in front."""
+        """Run one step of captioning with the cache of the queries and the text so far."""
         past = [(layer.keys, layer.values) for layer in cache.layers]
         hidden, key_values = self.bridge.qformer(None, input_ids, attention_mask, "itg", past, return_key_values=True)
         if use_cache:
@@ -521,9 +530,10 @@ class QFormerBlip2ForPreTraining(QFormerBlip2Stage1Model):
 
     @property
     def num_logits(self) -> int:
+        """Number of columns of the logits."""
         return self.config.qformer_config.vocab_size
 
-    num_logits_to_generate = num_logits  # there is no placeholder in the text
+    num_logits_to_generate = num_logits  # texts have no placeholders
 
     @torch.no_grad()
     def generate(
@@ -533,17 +543,18 @@ class QFormerBlip2ForPreTraining(QFormerBlip2Stage1Model):
         input_ids: torch.LongTensor | None = None,
         **kwargs,
     ):
-        """Caption images: the queries read them once, the text is written behind.
+        """Caption images. The queries read the images once.
 
         Args:
             pixel_values: `(batch, channels, height, width)`.
-            patch_features: `(batch, num_patches, vision_dim)` instead of pixels.
-            input_ids: `(batch, text_tokens)`: how the captions begin, `[DEC]` first, without padding; `[DEC]` alone where
-                not given.
-            kwargs: As for every `generate`. The default is the official one: 3 beams, 10 to 30 tokens.
+            patch_features: `(batch, num_patches, vision_dim)` instead of `pixel_values`.
+            input_ids: `(batch, text_tokens)`: the beginning of the captions, `[DEC]` first, without padding; the
+                default is `[DEC]` alone.
+            kwargs: Arguments of `GenerationMixin.generate`. The defaults are the official ones: 3 beams, 10 to 30
+                tokens.
 
         Returns:
-            Ids with `[DEC]` in front, as `generate` gives them.
+            Ids, `[DEC]` first, as for `GenerationMixin.generate`.
 
         Raises:
             ValueError: `input_ids` are padded.
@@ -559,18 +570,19 @@ class QFormerBlip2ForPreTraining(QFormerBlip2Stage1Model):
         mask = kwargs.pop("attention_mask", None)
         mask = input_ids != self.config.pad_token_id if mask is None else mask
         if not bool(mask.all()):
-            raise ValueError("Captions that begin with texts of different lengths: caption those separately.")
+            raise ValueError("The beginnings of the captions have different lengths; caption those images separately.")
         settings = [
             self._generation_setting(name, kwargs.get("generation_config"), kwargs)
             for name in ("num_beams", "num_return_sequences")
         ]
         rows_per_image = max(setting or 1 for setting in settings)
-        if rows_per_image > 1:  # the queries' keys and values are there before the beams are
+        if rows_per_image > 1:  # `generate` does not expand a cache that was passed in
             cache.batch_repeat_interleave(rows_per_image)
         return super().generate(input_ids=input_ids, attention_mask=mask.long(), **cache_argument(cache), **kwargs)
 
     @accepts_cache
     def prepare_inputs_for_generation(self, input_ids, cache=None, attention_mask=None, use_cache=None, **kwargs):
+        """See `GenerationMixin.prepare_inputs_for_generation`; the cache holds the queries too."""
         seen = cache.get_seq_length() - self.config.qformer_config.num_query_tokens
         return {
             "input_ids": input_ids[:, seen:],

@@ -1,4 +1,4 @@
-"""Retrieval with what stage 1 of Q-Former BLIP-2 has learned.
+"""Image-text retrieval with a model from stage 1 of Q-Former BLIP-2.
 
 Source: `lavis/models/blip2_models/blip2.py`, `compute_sim_matrix`, of the official code.
 """
@@ -34,13 +34,14 @@ class QFormerBlip2RetrievalOutput(ModelOutput):
 
 @dataclass
 class RankingOutput(ModelOutput):
-    """Many images against many texts.
+    """Scores of many images and many texts.
 
     Args:
         itc_scores: Cosine similarities, `(num_images, num_texts)`.
-        image_to_text: Score of each text for an image, `(num_images, num_texts)`: similarity and matching score for the
-            `top_k` most similar ones, minus infinity for the rest.
-        text_to_image: Score of each image for a text, likewise, `(num_texts, num_images)`.
+        image_to_text: Score of each text for an image, `(num_images, num_texts)`: the sum of similarity and matching
+            score for the `top_k` most similar texts, minus infinity for the others.
+        text_to_image: Score of each image for a text, `(num_texts, num_images)`: the sum of similarity and matching
+            score for the `top_k` most similar images, minus infinity for the others.
     """
 
     itc_scores: torch.Tensor | None = None
@@ -49,11 +50,11 @@ class RankingOutput(ModelOutput):
 
 
 class QFormerBlip2ForImageTextRetrieval(QFormerBlip2Stage1Model):
-    """Scores of images and texts: by similarity of their features, and by reading them together.
+    """Scores of images and texts, by the similarity of their features or by reading them together.
 
     Args:
-        config: Configuration.
-        vision_model: An encoder that exists already; it is used as it is.
+        config: The configuration.
+        vision_model: A loaded encoder, which is used without a copy; by default it is built from the configuration.
     """
 
     @can_return_tuple
@@ -71,12 +72,12 @@ class QFormerBlip2ForImageTextRetrieval(QFormerBlip2Stage1Model):
             pixel_values: `(num_images, channels, height, width)`.
             input_ids: `(num_texts, text_tokens)`.
             attention_mask: `(num_texts, text_tokens)`, 0 for padding.
-            patch_features: `(num_images, num_patches, vision_dim)` instead of pixels.
-            use_image_text_matching_head: Read the first image with the first text and so on, as many of one as of the
-                other; else compare features, all with all.
+            patch_features: `(num_images, num_patches, vision_dim)` instead of `pixel_values`.
+            use_image_text_matching_head: Read each image together with the text at the same index, instead of comparing
+                the features of all images with those of all texts.
 
         Raises:
-            ValueError: Matching, and there are not as many images as texts.
+            ValueError: With the matching head, the numbers of images and texts differ.
         """
         normed = self._normed(pixel_values, patch_features)
         if attention_mask is None:
@@ -104,15 +105,15 @@ class QFormerBlip2ForImageTextRetrieval(QFormerBlip2Stage1Model):
         top_k: int = 128,
         batch_size: int = 32,
     ) -> RankingOutput:
-        """Rank many texts for many images and the other way round: all by similarity, the best again by matching.
+        """Rank many texts for many images and vice versa: all by similarity, then the best by matching.
 
         Args:
-            pixel_values: `(num_images, channels, height, width)`; on any device, as the rest.
+            pixel_values: `(num_images, channels, height, width)`; all inputs may be on any device.
             input_ids: `(num_texts, text_tokens)`.
             attention_mask: `(num_texts, text_tokens)`, 0 for padding.
-            patch_features: `(num_images, num_patches, vision_dim)` instead of pixels.
-            top_k: How many of the most similar ones to read together with what they are ranked for; 0 for none.
-            batch_size: Images, texts or pairs at a time.
+            patch_features: `(num_images, num_patches, vision_dim)` instead of `pixel_values`.
+            top_k: Number of the most similar candidates to rank again with the matching head; 0 for none.
+            batch_size: Number of images, texts or pairs per forward pass.
 
         Returns:
             A `RankingOutput`, on the CPU. With `top_k=0` its scores are the similarities.

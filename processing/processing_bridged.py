@@ -1,4 +1,4 @@
-"""What the three families' processors share: one `<image>` per image in, the right number of placeholders out."""
+"""Base of the three families' processors: one `<image>` per image in, the right number of placeholders out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import ClassVar
 
-from transformers import ProcessorMixin
+from huggingface_hub import CommitInfo
+from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..compat import MultiModalData, get_image_size
 from ..compat_hooks import ProcessorHooks
@@ -15,7 +16,7 @@ from ..configuration.configuration_bridged import BridgedConfig, num_patches
 from ..extensions import publisher, take_push_options
 
 
-# Puts lists of text and images together, so that a language model's own template, which expects strings, can be used.
+# Joins lists of text and images to strings, which is what a language model's own template expects.
 FLATTEN_CONTENT = """\
 {%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -41,10 +42,10 @@ TURN_KEYS = ("image", "caption", "question", "answer")
 
 
 def _checked_turn(turn: dict, name: str, answered: bool = True) -> dict:
-    """A demonstration or query in one form: `image`, `question` (captions have none) and `answer`.
+    """Check a demonstration or query, and bring it into one form: `image`, `question` (not for captions) and `answer`.
 
     Raises:
-        ValueError: It lacks something, or has something unknown.
+        ValueError: A key is missing, unknown or contradicts another one.
     """
     if not isinstance(turn, dict) or (unknown := sorted(set(turn) - set(TURN_KEYS))):
         found = f"has {', '.join(unknown)}" if isinstance(turn, dict) else f"is a {type(turn).__name__}"
@@ -72,26 +73,26 @@ class BridgedProcessor(ProcessorHooks, ProcessorMixin):
     Args:
         image_processor: The vision encoder's image processor.
         tokenizer: The language model's tokenizer; it must know `image_token`.
-        chat_template: Jinja template; `None` builds one from the tokenizer's own, or the family's plain one.
+        chat_template: Jinja template; `None` builds one from the tokenizer's template, or from the family's plain one.
         image_token: Placeholder that stands for one image in the text.
-        patch_size: Pixels per patch and side.
-        num_prefix_tokens: Tokens in front of the patches (CLS, registers).
+        patch_size: Side of one patch, in pixels.
+        num_prefix_tokens: Tokens before the patches (CLS, registers).
         vision_layout: `"sequence"` or `"grid"`, see `BridgedConfig`.
         vision_feature_select_strategy: `"patch"` or `"full"`, see `BridgedConfig`.
-        num_query_tokens: Visual tokens per image, for families where the image's size does not matter.
-        image_size: Side that the vision encoder was made for, in pixels.
-        caption_prompt: What to ask for a caption.
+        num_query_tokens: Visual tokens per image, for families in which the image's size does not matter.
+        image_size: Side of the images that the vision encoder was trained on, in pixels.
+        caption_prompt: Prompt that asks for a caption.
 
     Raises:
         ValueError: The tokenizer does not know `image_token` as one token.
     """
 
-    # What the family puts between an image and the text behind it
+    # Text that the family puts between an image and the text that follows it
     image_separator: ClassVar[str] = ""
     # Template for language models that have none
     plain_chat_template: ClassVar[str] = ""
     default_caption_prompt: ClassVar[str] = "Describe the image briefly."
-    # Arguments of the class that `compose` passes on
+    # Arguments of the class that `compose` accepts and passes on
     compose_options: ClassVar[tuple[str, ...]] = ("caption_prompt",)
     valid_processor_kwargs = ProcessorMixin.valid_processor_kwargs
 
@@ -114,11 +115,12 @@ class BridgedProcessor(ProcessorHooks, ProcessorMixin):
         ids = tokenizer.encode(image_token, add_special_tokens=False)
         if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
             raise ValueError(
-                f"The tokenizer splits {image_token!r} into {len(ids)} tokens; it must be one special token. Add it with "
-                f"tokenizer.add_special_tokens({{'extra_special_tokens': [{image_token!r}]}}), or use vlbridge.compose()."
+                f"The tokenizer splits {image_token!r} into {len(ids)} tokens; it must be one special token. Add it "
+                f"with tokenizer.add_special_tokens({{'extra_special_tokens': [{image_token!r}]}}), or use "
+                "vlbridge.compose()."
             )
         self.image_token_id = ids[0]
-        # LLaMA's class forgets at saving how it was told to split (transformers 5.23), and would split otherwise when loaded
+        # LLaMA's tokenizer does not save `legacy` (transformers 5.23), and would tokenize differently after reloading.
         if isinstance(getattr(tokenizer, "legacy", None), bool):
             tokenizer.init_kwargs["legacy"] = tokenizer.legacy
         self.patch_size = patch_size
@@ -131,13 +133,15 @@ class BridgedProcessor(ProcessorHooks, ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or self.build_chat_template(tokenizer))
 
     @classmethod
-    def from_config(cls, config: BridgedConfig, image_processor, tokenizer, **kwargs) -> BridgedProcessor:
-        """The processor that belongs to a model.
+    def from_config(
+        cls, config: BridgedConfig, image_processor: BaseImageProcessor, tokenizer: PreTrainedTokenizerBase, **kwargs
+    ) -> BridgedProcessor:
+        """Build the processor of a model.
 
         Args:
-            config: The model's configuration, its vision geometry filled in.
-            image_processor: See the class.
-            tokenizer: See the class.
+            config: The model's configuration, with its vision geometry filled in.
+            image_processor: The vision encoder's image processor.
+            tokenizer: The language model's tokenizer.
             kwargs: Further arguments of the class.
 
         Raises:
@@ -160,26 +164,34 @@ class BridgedProcessor(ProcessorHooks, ProcessorMixin):
 
     @classmethod
     def complete_config(cls, config: BridgedConfig, **options) -> None:
-        """Fill in fields of a fresh configuration that follow from options of the processor; `compose` asks.
+        """Fill in the fields of a new model's configuration that follow from options of the processor.
+
+        `compose` calls this method; families without such options do nothing.
 
         Args:
-            config: The model's configuration, its vision geometry filled in.
-            options: Those of `compose_options` that were given.
+            config: The model's configuration, with its vision geometry filled in.
+            options: The `compose_options` that were given.
         """
 
     @staticmethod
     def query_tokens(config: BridgedConfig) -> int | None:
-        """Visual tokens per image where the image's size does not matter, else `None`."""
+        """Visual tokens per image, or `None` if the number depends on the image's size."""
         return None
 
     @classmethod
-    def build_chat_template(cls, tokenizer, template: str | None = None, image: str = "<image>") -> str:
-        """A template, taught to take images.
+    def build_chat_template(
+        cls, tokenizer: PreTrainedTokenizerBase, template: str | None = None, image: str = "<image>"
+    ) -> str:
+        """Extend a chat template so that it accepts images.
 
         Args:
-            tokenizer: The language model's.
-            template: For messages whose content is a string; `None` takes the tokenizer's, else the family's plain one.
-            image: What stands for an image in the text.
+            tokenizer: The language model's tokenizer.
+            template: Template for messages whose content is a string; `None` takes the tokenizer's, or the family's
+                plain one if the tokenizer has none.
+            image: Text that stands for one image.
+
+        Returns:
+            A Jinja template.
         """
         own = getattr(tokenizer, "chat_template", None)
         if template is None:
@@ -190,18 +202,18 @@ class BridgedProcessor(ProcessorHooks, ProcessorMixin):
         """Visual tokens that one image becomes.
 
         Args:
-            height: Height as the vision encoder receives it, in pixels.
-            width: Width, in pixels.
+            height: Height of the image as the vision encoder receives it, in pixels.
+            width: Width of the same image, in pixels.
         """
         return num_patches(self, height, width) if self.num_query_tokens is None else self.num_query_tokens
 
     # ------------------------------------------------------------------ few-shot prompts
 
     def few_shot_text(self, turns: list[dict]) -> str:
-        """The prompt of demonstrations and a query: a conversation, in the language model's own format.
+        """Build the prompt of demonstrations and a query as a conversation in the language model's own format.
 
         Args:
-            turns: As for `few_shot`, the query last.
+            turns: Demonstrations and the query, which is last, as checked by `few_shot`.
         """
         messages = []
         for turn in turns:
@@ -218,22 +230,22 @@ class BridgedProcessor(ProcessorHooks, ProcessorMixin):
         query: dict | list[dict],
         tokenize: bool = True,
         **kwargs,
-    ):
-        """Show some examples, then ask.
+    ) -> BatchFeature | tuple:
+        """Build model inputs that show some examples before a query.
 
         Args:
             demonstrations: Examples in the order in which they are shown, each `{"image", "caption"}` or `{"image",
-                "question", "answer"}`; without `"image"` it is text only. For a batch, a list per query.
-            query: `{"image"}` or `{"image", "question"}`; or a list of them, a batch.
-            tokenize: Give model inputs; else the prompts and the images.
-            kwargs: For the processor's call.
+                "question", "answer"}`; without `"image"` an example is text only. For a batch, one list per query.
+            query: `{"image"}` or `{"image", "question"}`; a list of them is a batch.
+            tokenize: Whether to return model inputs, or the prompts and the images.
+            kwargs: Passed on to the processor's call.
 
         Returns:
-            What `generate` takes, padded and as tensors. With `tokenize=False` the prompt and the list of its images; of
-            a batch, lists of both.
+            Inputs of `generate`, padded and as tensors. With `tokenize=False` the prompt and the list of its images, or
+            lists of both for a batch.
 
         Raises:
-            ValueError: A demonstration or query lacks something or has something unknown.
+            ValueError: A key of a demonstration or query is missing, unknown or contradicts another one.
         """
         batched = not isinstance(query, dict)
         queries = list(query) if batched else [query]
@@ -251,17 +263,17 @@ class BridgedProcessor(ProcessorHooks, ProcessorMixin):
         flat = [image for sample in images for image in sample]
         options = {"return_tensors": "pt", "padding": True, **kwargs}
         begin = self.tokenizer.bos_token
-        if begin and all(text.startswith(begin) for text in texts):  # the conversation's format has put it there
+        if begin and all(text.startswith(begin) for text in texts):  # added by the chat template already
             options.setdefault("add_special_tokens", False)
         return self(text=texts, images=self.nest(images) if flat else None, **options)
 
     @staticmethod
     def nest(images: list[list]) -> list:
-        """The images of a batch of prompts, as the call takes them."""
+        """Arrange the images of a batch of prompts as the processor's call expects them."""
         return [image for sample in images for image in sample]
 
     def output_size(self) -> tuple[int, int] | None:
-        """Height and width in pixels of what the image processor makes; `None` where it depends on the image."""
+        """Height and width of the image processor's output in pixels, or `None` if they depend on the image."""
         for name in ("crop_size", "size"):
             wanted = getattr(self.image_processor, name, None)
             used = getattr(self.image_processor, f"do_{'center_crop' if name == 'crop_size' else 'resize'}", None)
@@ -274,11 +286,11 @@ class BridgedProcessor(ProcessorHooks, ProcessorMixin):
         return None
 
     def processed_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width in pixels of what the image processor makes of one picture.
+        """Height and width of the image processor's output for one picture, in pixels.
 
         Args:
             height: Height of the picture, in pixels.
-            width: Its width.
+            width: Width of the picture, in pixels.
         """
         if (fixed := self.output_size()) is not None:
             return fixed
@@ -290,7 +302,7 @@ class BridgedProcessor(ProcessorHooks, ProcessorMixin):
         return (edge, long) if height <= width else (long, edge)
 
     def check(self, config: BridgedConfig) -> None:
-        """Refuse a model that this processor does not belong to, before the first image.
+        """Check that this processor belongs to a model.
 
         Args:
             config: The model's configuration.
@@ -314,26 +326,30 @@ class BridgedProcessor(ProcessorHooks, ProcessorMixin):
         ours, theirs = self.num_image_tokens(*size), config.num_image_tokens(*size)
         if ours != theirs:
             raise ValueError(
-                f"For {size[0]}x{size[1]} pixels the processor writes {ours} image tokens, but the model makes {theirs} "
-                "features. Use the processor that was saved with the model, or Processor.from_config(model.config, ...)."
+                f"For {size[0]}x{size[1]} pixels the processor writes {ours} image tokens, but the model makes "
+                f"{theirs} features. Use the processor that was saved with the model, or "
+                "Processor.from_config(model.config, ...)."
             )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """See `ProcessorMixin.replace_image_token`."""
         height, width = get_image_size(image_inputs["pixel_values"][image_idx])
         return self.image_token * self.num_image_tokens(height, width)
 
     def get_text_with_replacements(self, text: list[str], images_replacements=(), *more, **kwargs):
+        """See `ProcessorMixin.get_text_with_replacements`; raises a `ValueError` if images and placeholders differ."""
         count = sum(sample.count(self.image_token) for sample in text)
         if count != len(images_replacements):
             given = f"{len(images_replacements)} images were passed" if images_replacements else "no images were passed"
             raise ValueError(f"The number of {self.image_token} tokens in the text is {count}, but {given}.")
         return super().get_text_with_replacements(text, images_replacements, *more, **kwargs)
 
-    def num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
-        """Placeholders per image, for servers that plan ahead.
+    def num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs) -> MultiModalData:
+        """Number of placeholders per image, for inference servers that allocate memory before processing.
 
         Args:
             image_sizes: List of `(height, width)`, in pixels.
+            kwargs: Ignored.
         """
         if image_sizes is None:
             return MultiModalData()
@@ -349,17 +365,17 @@ class BridgedProcessor(ProcessorHooks, ProcessorMixin):
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, with_code: bool = False, **kwargs
-    ):
+    ) -> list[str]:
         """Save the processor.
 
         Args:
-            save_directory: Folder to write to: the model's, or one of its own.
+            save_directory: Folder to write to; it may be the model's.
             push_to_hub: Upload the folder afterwards; `repo_id` defaults to its name.
-            with_code: Write the code too, so that transformers alone loads it with `trust_remote_code=True`.
-            kwargs: Those of `push_folder`, and as for every processor.
+            with_code: Save the code too, so that transformers alone can load it with `trust_remote_code=True`.
+            kwargs: Arguments of `push_folder` and of `ProcessorMixin.save_pretrained`.
 
         Returns:
-            Paths of the files with settings.
+            Paths of the configuration files that were written.
         """
         hub = take_push_options(kwargs)
         repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
@@ -372,17 +388,22 @@ class BridgedProcessor(ProcessorHooks, ProcessorMixin):
             )
         return files
 
-    def push_to_hub(self, repo_id: str, *, with_code: bool = False, **kwargs):
-        """Upload the processor in one commit; to upload it with its model: `model.push_to_hub(..., processor=processor)`.
+    def push_to_hub(self, repo_id: str, *, with_code: bool = False, **kwargs) -> CommitInfo:
+        """Upload the processor in one commit.
+
+        To upload it together with its model, call `model.push_to_hub(..., processor=processor)`.
 
         Args:
-            repo_id: `name` or `owner/name`; the repository is made if it is not there.
-            with_code: As for `save_pretrained`.
+            repo_id: `name` or `owner/name`; the repository is created if it does not exist.
+            with_code: Upload the code too, as for `save_pretrained`.
             kwargs: `private`, `token`, `revision`, `create_pr`, `commit_message` and `commit_description`, as for
                 `push_folder`.
 
         Returns:
             The commit.
+
+        Raises:
+            TypeError: An argument is unknown.
         """
         hub = take_push_options(kwargs)
         if kwargs:

@@ -6,6 +6,7 @@ import math
 import re
 
 from PIL import Image
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from ..compat import MultiModalData, make_flat_list_of_images, to_pil_image
 from ..configuration.configuration_llava import (
@@ -20,7 +21,7 @@ from .processing_bridged import BridgedProcessor
 
 # ---------------------------------------------------------------------- conversations
 
-# The system message, where the conversation begins with one, else the release's.
+# The conversation's system message if it begins with one, else the release's.
 _SYSTEM = """\
 {%- set system = SYSTEM -%}
 {%- if messages and messages[0].role == 'system' -%}
@@ -28,7 +29,7 @@ _SYSTEM = """\
 {%- set messages = messages[1:] -%}
 {%- endif -%}
 """
-# What the loss is on begins where the generation prompt ends, so that training and generation see the same tokens.
+# The loss begins where the generation prompt ends, so that training and generation see the same tokens.
 _TURNS = """\
 {%- for message in messages -%}
 {%- if message.role == 'user' -%}{{ USER_TURN }}
@@ -41,7 +42,7 @@ _TURNS = """\
 
 
 def _conversation(begin: str, user: str, prompt: str, answer: str, system: str = "") -> str:
-    """A template of Jinja expressions: what opens a conversation, and what each turn is."""
+    """Build a chat template from Jinja expressions: the conversation's beginning and the parts of its turns."""
     turns = _TURNS
     for name, expression in (("USER_TURN", user), ("PROMPT", prompt), ("ANSWER", answer)):
         turns = turns.replace(name, expression)
@@ -69,8 +70,11 @@ def _chatml(system: str) -> str:
 
 
 def _llama_2(system: str, begin_of_turn: str) -> str:
-    """Llama 2's: the system prompt stands in the first question; the tokenizer begins the first turn by itself."""
-    first = "(('<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' if system else '') if loop.first else '') + message.content + ' [/INST]'"
+    """Llama 2's template: the first question holds the system prompt; the tokenizer adds the first turn's beginning."""
+    first = (
+        "(('<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' if system else '') if loop.first else '') "
+        "+ message.content + ' [/INST]'"
+    )
     return _conversation(
         begin="raise_exception('The first message must be the user\\'s: the system prompt stands in it.') "
         "if messages and messages[0].role != 'user' else ''",
@@ -93,9 +97,9 @@ _V0 = _conversation(
 )
 _V1 = _vicuna(_USER)
 
-#: The official releases' conversations. Where a turn does not end with the end of sequence (v0: `###`, ChatML:
-#: `<|im_end|>`), generation has to be told, with `stop_strings` or `eos_token_id`.
-#: Source: `llava/conversation.py` (1.2.2); `vicuna_v0` is without its example turns, as LLaVA's own `llava_v0` is.
+#: The official releases' conversations. If a turn does not end with the end of sequence (v0: `###`, ChatML:
+#: `<|im_end|>`), pass `stop_strings` or `eos_token_id` to `generate`.
+#: Source: `llava/conversation.py` (1.2.2); `vicuna_v0` is without its example turns, like the official `llava_v0`.
 CONVERSATIONS = {
     "v0": _V0,
     "vicuna_v0": _V0,
@@ -113,7 +117,7 @@ CONVERSATIONS = {
     "mpt": _chatml(
         "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
     ),
-    # Stage 1, `preprocess_plain` in `llava/train/train.py`: the picture, then its caption; what the user says is left out.
+    # Stage 1, `preprocess_plain` in `llava/train/train.py`: the picture, then its caption; the user's text is left out.
     "plain": _conversation(
         begin="system",
         user="'<image>' * message.content.count('<image>')",
@@ -130,8 +134,8 @@ def expand_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.I
     """Put a picture in the middle of a square.
 
     Args:
-        image: RGB.
-        color: What the rest is filled with.
+        image: An RGB image.
+        color: Colour of the border, as RGB values from 0 to 255.
 
     Source: `expand2square` in `llava/mm_utils.py`.
     """
@@ -142,15 +146,15 @@ def expand_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.I
 
 
 def cut_into_tiles(image: Image.Image, side: int, image_grid_pinpoints: list[list[int]]) -> list[Image.Image]:
-    """The whole picture squeezed into a square, then the tiles of the picture as large as fits its best resolution.
+    """Cut a picture, scaled to its best resolution, into tiles, after the whole picture squeezed into a square.
 
     Args:
-        image: RGB.
-        side: Of every tile, in pixels.
+        image: An RGB image.
+        side: Side of every tile, in pixels.
         image_grid_pinpoints: Resolutions to choose from, `(height, width)` in pixels.
 
     Returns:
-        Base image and tiles, row by row, all `side` x `side`; what the picture does not fill is black.
+        The base image and the tiles, row by row, all `side` x `side`; the border around the picture is black.
 
     Source: `process_anyres_image` and `resize_and_pad_image` in `llava/mm_utils.py`.
     """
@@ -174,28 +178,29 @@ def cut_into_tiles(image: Image.Image, side: int, image_grid_pinpoints: list[lis
 
 
 class MLPLlavaProcessor(BridgedProcessor):
-    __doc__ = BridgedProcessor.__doc__.replace(
-        "\n    Raises:",
-        """        image_aspect_ratio: What becomes of pictures that are no squares: `"square"` leaves them to the image processor
-            (most cut the middle out), `"pad"` puts them on a square of the encoder's mean colour first (LLaVA-1.5),
+    """Processor of MLP-LLaVA. The other arguments are those of `BridgedProcessor`.
+
+    Args:
+        image_aspect_ratio: How to process pictures that are not square: `"square"` leaves them to the image processor
+            (most crop the centre), `"pad"` first pads them to a square with the encoder's mean colour (LLaVA-1.5),
             `"anyres"` cuts them into tiles (LLaVA-NeXT).
-        image_grid_pinpoints: For `"anyres"`, see `MLPLlavaConfig`.
-        patch_merge_type: Likewise.
-        pooling: See `MLPLlavaConfig`.
-        pooling_factor: Likewise.
+        image_grid_pinpoints: Resolutions to choose from for `"anyres"`, see `MLPLlavaConfig`.
+        patch_merge_type: How the tiles of `"anyres"` are put together, see `MLPLlavaConfig`.
+        pooling: How the number of tokens is reduced, see `MLPLlavaConfig`.
+        pooling_factor: Side of the neighbourhood that becomes one token, in patches.
         conversation: Name of an official release's conversation, one of `CONVERSATIONS`, instead of `chat_template`.
-        mm_use_im_start_end: The conversation puts `<im_start>` and `<im_end>` around images, as some of v1's releases do;
-            the tokenizer and the language model must know them.
-        space_after_image: Text behind an image is tokenised like the beginning of a text, as the official code does, which
-            tokenises every piece by itself: for sentencepiece tokenizers that put their space in front of a whole text only.
+        mm_use_im_start_end: The conversation puts `<im_start>` and `<im_end>` around images, as some releases of v1
+            do; the tokenizer and the language model must know these tokens.
+        space_after_image: Tokenise the text after an image like the beginning of a text, as the official code does. It
+            makes a difference for sentencepiece tokenizers, which add a space only before a whole text.
 
     Raises:
-        ValueError: `conversation` is unknown, or `image_aspect_ratio` and `image_grid_pinpoints` contradict each other.""",
-        1,
-    )
+        ValueError: `conversation` is unknown, or `image_aspect_ratio` and `image_grid_pinpoints` contradict each
+            other.
+    """
 
-    # Source: the official conversations put `<image>\n` in front of the first question (`llava/constants.py`, `llava/
-    # train/train.py`), and speak as Vicuna v1 does (`llava/conversation.py`).
+    # Source: the official conversations put `<image>\n` before the first question (`llava/constants.py`,
+    # `llava/train/train.py`) and use the format of Vicuna v1 (`llava/conversation.py`).
     image_separator = "\n"
     plain_chat_template = _vicuna("")
     compose_options = (*BridgedProcessor.compose_options, "image_aspect_ratio", "conversation")
@@ -229,8 +234,8 @@ class MLPLlavaProcessor(BridgedProcessor):
             raise ValueError(f"image_aspect_ratio is {image_aspect_ratio!r}; expected 'square', 'pad' or 'anyres'.")
         if (image_aspect_ratio == "anyres") != (image_grid_pinpoints is not None):
             raise ValueError(
-                f"image_aspect_ratio is {image_aspect_ratio!r} and image_grid_pinpoints is {image_grid_pinpoints}; expected "
-                "'anyres' with resolutions, or neither."
+                f"image_aspect_ratio is {image_aspect_ratio!r} and image_grid_pinpoints is {image_grid_pinpoints}; "
+                "expected 'anyres' with resolutions, or neither."
             )
         if conversation is not None:
             if chat_template is not None:
@@ -263,43 +268,51 @@ class MLPLlavaProcessor(BridgedProcessor):
 
     @classmethod
     def complete_config(cls, config: MLPLlavaConfig, image_aspect_ratio: str | None = None, **options) -> None:
+        """Fill in `image_grid_pinpoints` if `image_aspect_ratio` is `"anyres"`, see `BridgedProcessor`."""
         if image_aspect_ratio == "anyres" and config.image_grid_pinpoints is None:
             config.image_grid_pinpoints = default_grid_pinpoints(config.image_size)
 
     @classmethod
-    def from_config(cls, config: MLPLlavaConfig, image_processor, tokenizer, **kwargs) -> MLPLlavaProcessor:
+    def from_config(
+        cls, config: MLPLlavaConfig, image_processor: BaseImageProcessor, tokenizer: PreTrainedTokenizerBase, **kwargs
+    ) -> MLPLlavaProcessor:
+        """See `BridgedProcessor.from_config`."""
         kwargs = {**{name: getattr(config, name) for name in cls.shared_fields}, **kwargs}
         kwargs.setdefault("image_aspect_ratio", "square" if kwargs["image_grid_pinpoints"] is None else "anyres")
         return super().from_config(config, image_processor, tokenizer, **kwargs)
 
     def check(self, config: MLPLlavaConfig) -> None:
+        """See `BridgedProcessor.check`."""
         for name in (*self.shared_fields, *(("image_size",) if self.image_grid_pinpoints else ())):
             if getattr(self, name) != getattr(config, name):
                 raise ValueError(
-                    f"The processor's {name} is {getattr(self, name)}, the model's is {getattr(config, name)}. Use the processor "
-                    "that was saved with the model, or Processor.from_config(model.config, ...)."
+                    f"The processor's {name} is {getattr(self, name)}, the model's is {getattr(config, name)}. Use the "
+                    "processor that was saved with the model, or Processor.from_config(model.config, ...)."
                 )
         for pinpoint in self.image_grid_pinpoints or ():
-            anyres_layout(self, *pinpoint)  # refuses resolutions that can't be cut into tiles
+            anyres_layout(self, *pinpoint)  # raises if the resolution can't be cut into tiles
         super().check(config)
 
     @property
     def model_input_names(self) -> list[str]:
+        """Names of the model inputs; with tiles also `image_sizes`."""
         return super().model_input_names + ([] if self.image_grid_pinpoints is None else ["image_sizes"])
 
     def num_image_tokens(self, height: int, width: int) -> int:
         """Visual tokens that one image becomes.
 
         Args:
-            height: Height in pixels: of the original image at any resolution, else as the vision model receives it.
-            width: Width, likewise.
+            height: Height in pixels: of the original image if it is cut into tiles, else as the vision model
+                receives it.
+            width: Width of the same image, in pixels.
         """
         return num_llava_tokens(self, height, width)
 
     def get_text_with_replacements(self, text: list[str], images_replacements=(), *more, **kwargs):
+        """See `BridgedProcessor.get_text_with_replacements`."""
         images_replacements = list(images_replacements)
         if self.space_after_image:
-            # Here, not in the text before: transformers moves the assistant's words by what replacements add.
+            # Spaces belong to the replacements: transformers shifts the assistant's spans by their length only.
             rests = [
                 sample[found.end() :] for sample in text for found in re.finditer(re.escape(self.image_token), sample)
             ]
@@ -309,6 +322,7 @@ class MLPLlavaProcessor(BridgedProcessor):
         return super().get_text_with_replacements(text, images_replacements, *more, **kwargs)
 
     def process_images(self, default, images, **kwargs):
+        """See `ProcessorHooks.process_images`; pads pictures or cuts them into tiles."""
         if self.image_aspect_ratio == "square":
             return default(images, **kwargs)
         if not kwargs.get("do_rescale", True):
@@ -322,17 +336,19 @@ class MLPLlavaProcessor(BridgedProcessor):
             color = tuple(int(channel * 255) for channel in mean)
             return default([expand_to_square(image, color) for image in images], **kwargs)
         tiles = [tile for image in images for tile in cut_into_tiles(image, self.image_size, self.image_grid_pinpoints)]
-        # Tiles have the encoder's size: resizing or cropping them again could only lose their borders.
+        # Tiles have the encoder's size already: resizing or cropping them again would only lose their borders.
         inputs = self.image_processor(tiles, **{**kwargs, "do_resize": False, "do_center_crop": False})
         inputs["image_sizes"] = [[image.height, image.width] for image in images]
         return inputs, [self.image_token * self.num_image_tokens(*size) for size in inputs["image_sizes"]]
 
     def processed_size(self, height: int, width: int) -> tuple[int, int]:
+        """See `BridgedProcessor.processed_size`."""
         if self.image_aspect_ratio == "pad":
             height = width = max(height, width)
         return super().processed_size(height, width)
 
-    def num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+    def num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs) -> MultiModalData:
+        """See `BridgedProcessor.num_multimodal_tokens`."""
         if image_sizes is None or self.image_grid_pinpoints is None:
             return super().num_multimodal_tokens(image_sizes, **kwargs)
         layouts = [anyres_layout(self, *size) for size in image_sizes]

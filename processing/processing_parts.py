@@ -1,4 +1,4 @@
-"""What a processor is made of: a vision encoder's image processor and a language model's tokenizer."""
+"""The parts of a processor: a vision encoder's image processor and a language model's tokenizer."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from transformers import (
     AddedToken,
     AutoImageProcessor,
     AutoTokenizer,
+    BaseImageProcessor,
     CLIPImageProcessor,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
 
-def native_image_processor(vision_config: PreTrainedConfig):
-    """An image processor of transformers for encoders that have none of their own.
+def native_image_processor(vision_config: PreTrainedConfig) -> CLIPImageProcessor:
+    """Build an image processor of transformers for an encoder that comes without one.
 
     timm describes its preprocessing in `pretrained_cfg`; transformers' wrapper around it can be neither saved with a
-    model nor used without torchvision. What it describes is a resize, a crop and a normalisation: CLIP's processor.
+    model nor used without torchvision. The preprocessing is a resize, a crop and a normalisation, like CLIP's.
 
     Args:
         vision_config: The encoder's configuration.
 
     Returns:
-        A `CLIPImageProcessor`; CLIP's mean and std where nothing else is known.
+        A `CLIPImageProcessor`, with CLIP's mean and std if the configuration does not give them.
 
     Raises:
         ValueError: timm's crop mode is not "center" or "squash".
@@ -50,7 +51,23 @@ def native_image_processor(vision_config: PreTrainedConfig):
     )
 
 
-def load_image_processor(given, name: str | None, vision_config: PreTrainedConfig, **hub_kwargs):
+def load_image_processor(
+    given: BaseImageProcessor | str | os.PathLike | None,
+    name: str | None,
+    vision_config: PreTrainedConfig,
+    **hub_kwargs,
+) -> BaseImageProcessor:
+    """Load the image processor of a vision encoder.
+
+    Args:
+        given: An image processor, which is returned as it is, its Hub id or folder, or `None`.
+        name: Hub id or folder of the vision encoder, used if `given` is `None`.
+        vision_config: The vision encoder's configuration.
+        hub_kwargs: `revision`, `token` and other arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: The vision encoder comes without an image processor.
+    """
     if given is not None:
         return (
             AutoImageProcessor.from_pretrained(given, **hub_kwargs) if isinstance(given, (str, os.PathLike)) else given
@@ -61,30 +78,43 @@ def load_image_processor(given, name: str | None, vision_config: PreTrainedConfi
         return AutoImageProcessor.from_pretrained(name, **hub_kwargs)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"No image processor for the vision encoder in {name!r} ({str(error).splitlines()[0]}); pass image_processor="
-            "<an image processor, a Hub id or a folder>."
+            f"No image processor for the vision encoder in {name!r} ({str(error).splitlines()[0]}); pass "
+            "image_processor=<an image processor, a Hub id or a folder>."
         ) from error
 
 
-def load_tokenizer(given, name: str | None, **hub_kwargs) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    given: PreTrainedTokenizerBase | str | os.PathLike | None, name: str | None, **hub_kwargs
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a language model.
+
+    Args:
+        given: A tokenizer, which is copied, its Hub id or folder, or `None`.
+        name: Hub id or folder of the language model, used if `given` is `None`.
+        hub_kwargs: `revision`, `token` and other arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: There is no tokenizer, or both `given` and `name` are `None`.
+    """
     if isinstance(given, PreTrainedTokenizerBase):
-        return copy.deepcopy(given)  # tokens are added below: the caller's stays as it is
+        return copy.deepcopy(given)  # tokens are added to the copy
     source = given if given is not None else name
     if source is None:
         raise ValueError(
-            "The language model was given without a path, so its tokenizer is not known; pass tokenizer=<a tokenizer, a Hub "
-            "id or a folder>."
+            "The language model was given without a path, so its tokenizer is not known; pass tokenizer=<a tokenizer, "
+            "a Hub id or a folder>."
         )
     try:
         return AutoTokenizer.from_pretrained(source, **hub_kwargs)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"No tokenizer in {source!r} ({str(error).splitlines()[0]}); pass tokenizer=<a tokenizer, a Hub id or a folder>."
+            f"No tokenizer in {source!r} ({str(error).splitlines()[0]}); pass tokenizer=<a tokenizer, a Hub id or a "
+            "folder>."
         ) from error
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: tuple[str, ...]) -> list[int]:
-    """Make every token one special token; returns their ids."""
+    """Add every token as one special token, and return their ids."""
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
     return [tokenizer.convert_tokens_to_ids(token) for token in tokens]
 

@@ -6,7 +6,7 @@ import os
 from typing import ClassVar
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoTokenizer, BaseImageProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..compat import optional_file
 from ..compat_hooks import ProcessorHooks
@@ -15,26 +15,25 @@ from ..configuration.configuration_qformer import QFormerBlip2Config, QFormerBli
 from .processing_bridged import BridgedProcessor
 
 
-QFORMER_TOKENIZER = "qformer_tokenizer"  # folder beside the processor's files, as InstructBLIP's in transformers
+QFORMER_TOKENIZER = "qformer_tokenizer"  # subfolder of the processor, as for InstructBLIP in transformers
 
 
 class QFormerBlip2Processor(BridgedProcessor):
-    __doc__ = BridgedProcessor.__doc__.replace(
-        "\n    Raises:",
-        """        qformer_tokenizer: BERT's tokenizer, for Q-Formers that read the instruction (InstructBLIP).
-        qformer_max_length: Longest instruction for the Q-Former, in tokens; longer ones are cut off.
-        text_start: What stands behind an image's tokens: official models have the language model's beginning of sequence
-            there, not in front.
+    """Processor of Q-Former BLIP-2. The other arguments are those of `BridgedProcessor`.
 
-    Raises:""",
-        1,
-    )
+    Args:
+        qformer_tokenizer: BERT's tokenizer, for Q-Formers that read the instruction (InstructBLIP).
+        qformer_max_length: Longest instruction for the Q-Former, in tokens; longer ones are truncated.
+        text_start: Text that follows an image's tokens: in official models the language model's beginning of sequence
+            stands there, not at the beginning of the prompt.
+    """
 
     # Source: BLIP-2, section 4.2 ("Question: {} Answer:") and section 4.1 ("a photo of").
     default_caption_prompt = "a photo of"
     plain_chat_template = (
         "{%- for message in messages -%}"
-        "{%- if message.role == 'assistant' -%}{{ ' ' }}{% generation %}{{ message.content }}{% endgeneration %}{{ '\\n' }}"
+        "{%- if message.role == 'assistant' -%}"
+        "{{ ' ' }}{% generation %}{{ message.content }}{% endgeneration %}{{ '\\n' }}"
         "{%- else -%}{{ message.content }}{%- endif -%}"
         "{%- endfor -%}"
     )
@@ -77,27 +76,30 @@ class QFormerBlip2Processor(BridgedProcessor):
 
     @staticmethod
     def query_tokens(config: QFormerBlip2Config) -> int:
+        """Visual tokens per image."""
         return config.qformer_config.num_query_tokens
 
     @classmethod
     def get_attributes(cls) -> list[str]:
-        # The parts that every processor of this class has: the Q-Former's tokenizer is optional.
+        """See `ProcessorMixin.get_attributes`; the Q-Former's tokenizer is optional, so it is left out."""
         return [name for name in super().get_attributes() if name != QFORMER_TOKENIZER]
 
     @property
     def model_input_names(self) -> list[str]:
+        """Names of the model inputs; with a `qformer_tokenizer` also the instruction's."""
         more = [] if self.qformer_tokenizer is None else ["qformer_input_ids", "qformer_attention_mask"]
         return super().model_input_names + more
 
     def check(self, config: BridgedConfig) -> None:
+        """See `BridgedProcessor.check`."""
         super().check(config)
         if self.qformer_tokenizer is None:
             return
         qformer = config.qformer_config
         if not qformer.use_text:
             raise ValueError(
-                "The processor has a qformer_tokenizer, but the model's Q-Former reads images only. Compose the model with "
-                "qformer_config={'use_text': True}, or leave the tokenizer out."
+                "The processor has a qformer_tokenizer, but the model's Q-Former reads images only. Compose the model "
+                "with qformer_config={'use_text': True}, or leave the tokenizer out."
             )
         if len(self.qformer_tokenizer) > qformer.vocab_size:
             raise ValueError(
@@ -105,16 +107,17 @@ class QFormerBlip2Processor(BridgedProcessor):
             )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """See `BridgedProcessor.replace_image_token`; `text_start` follows the image tokens."""
         return super().replace_image_token(image_inputs, image_idx, **kwargs) + self.text_start
 
     def instructions(self, text: list[str]) -> list[str]:
-        """What the Q-Former reads with each image: the text that the image stands in, without image tokens.
+        """The instruction that the Q-Former reads with each image: the image's text without image tokens.
 
         Args:
             text: Texts with one image token per image.
 
         Returns:
-            As many as there are images, in their order.
+            One instruction per image, in the order of the images.
         """
         counts = [sample.count(self.image_token) for sample in text]
         plain = [" ".join(sample.replace(self.image_token, " ").split()) for sample in text]
@@ -124,22 +127,23 @@ class QFormerBlip2Processor(BridgedProcessor):
         """Images and text to model inputs.
 
         Args:
-            images: An image, or a list of all texts' images, one after the other.
-            text: A text or a list of them, with one image token per image.
-            qformer_text: What the Q-Former reads instead of `text`, where it reads text: one per text.
-            kwargs: As for every processor of transformers.
+            images: An image, or a flat list of the images of all texts.
+            text: A text or a list of texts, with one image token per image.
+            qformer_text: Instruction that the Q-Former reads instead of `text`: one per text.
+            kwargs: Passed on to `ProcessorMixin.__call__`.
 
         Returns:
             `input_ids`, `attention_mask` and `pixel_values`; with a `qformer_tokenizer` also `qformer_input_ids` and
-            `qformer_attention_mask`, `(num_images, instruction_tokens)`: each image has a copy of its text's.
+            `qformer_attention_mask`, both `(num_images, instruction_tokens)`; images of the same text share its
+            instruction.
 
         Raises:
-            ValueError: Not as many of `qformer_text` as texts, or no Q-Former's tokenizer for it.
+            ValueError: The numbers of `qformer_text` and texts differ, or there is no `qformer_tokenizer` for them.
         """
         inputs = super().__call__(images=images, text=text, **kwargs)
         if self.qformer_tokenizer is None:
             if qformer_text is not None:
-                raise ValueError("qformer_text needs a qformer_tokenizer, which this processor has not.")
+                raise ValueError("qformer_text needs a qformer_tokenizer, which this processor does not have.")
             return inputs
         if images is None or text is None:
             return inputs
@@ -166,8 +170,9 @@ class QFormerBlip2Processor(BridgedProcessor):
         return inputs
 
     def to_dict(self) -> dict:
+        """See `ProcessorMixin.to_dict`; the Q-Former's tokenizer is saved in its own folder."""
         tokenizer, self.qformer_tokenizer = self.qformer_tokenizer, None
-        try:  # the base class would write a tokenizer that it does not know of into its file
+        try:  # the base class would write the tokenizer into its JSON file
             fields = super().to_dict()
         finally:
             self.qformer_tokenizer = tokenizer
@@ -175,12 +180,14 @@ class QFormerBlip2Processor(BridgedProcessor):
         return fields
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        if self.qformer_tokenizer is not None:  # first, so that it is there when the folder is uploaded
+        """See `BridgedProcessor.save_pretrained`."""
+        if self.qformer_tokenizer is not None:  # saved first, because the base class may upload the folder
             self.qformer_tokenizer.save_pretrained(os.path.join(save_directory, QFORMER_TOKENIZER))
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """See `ProcessorMixin.from_pretrained`; also loads the Q-Former's tokenizer if there is one."""
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if processor.qformer_tokenizer is None:
             names = ("cache_dir", "force_download", "local_files_only", "token", "revision")
@@ -197,12 +204,12 @@ class QFormerBlip2Processor(BridgedProcessor):
 
 
 class QFormerBlip2PreTrainingProcessor(ProcessorHooks, ProcessorMixin):
-    """Image-text pairs for stage 1 and retrieval.
+    """Processor of image-text pairs, for stage 1 and retrieval.
 
     Args:
         image_processor: The vision encoder's image processor.
         tokenizer: BERT's tokenizer with `[DEC]` as its beginning of sequence.
-        max_length: Longest text, in tokens; longer ones are cut off.
+        max_length: Longest text, in tokens; longer ones are truncated.
     """
 
     text_defaults: ClassVar[dict] = {
@@ -217,13 +224,19 @@ class QFormerBlip2PreTrainingProcessor(ProcessorHooks, ProcessorMixin):
         super().__init__(image_processor, tokenizer)
 
     @classmethod
-    def from_config(cls, config: QFormerBlip2PreTrainingConfig, image_processor, tokenizer, **kwargs):
-        """The processor that belongs to a model.
+    def from_config(
+        cls,
+        config: QFormerBlip2PreTrainingConfig,
+        image_processor: BaseImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        **kwargs,
+    ) -> QFormerBlip2PreTrainingProcessor:
+        """Build the processor of a model.
 
         Args:
             config: The model's configuration.
-            image_processor: See the class.
-            tokenizer: See the class.
+            image_processor: The vision encoder's image processor.
+            tokenizer: BERT's tokenizer with `[DEC]` as its beginning of sequence.
             kwargs: Further arguments of the class.
 
         Raises:
@@ -234,7 +247,7 @@ class QFormerBlip2PreTrainingProcessor(ProcessorHooks, ProcessorMixin):
         return processor
 
     def check(self, config: QFormerBlip2PreTrainingConfig) -> None:
-        """Refuse a model that this processor does not belong to.
+        """Check that this processor belongs to a model.
 
         Args:
             config: The model's configuration.
@@ -259,9 +272,9 @@ class QFormerBlip2PreTrainingProcessor(ProcessorHooks, ProcessorMixin):
         """Images and texts to model inputs.
 
         Args:
-            images: An image or a list of them.
-            text: A text or a list of them.
-            kwargs: As for every processor of transformers.
+            images: An image or a list of images.
+            text: A text or a list of texts.
+            kwargs: Passed on to `ProcessorMixin.__call__`.
 
         Returns:
             `pixel_values` of the images; `input_ids` and `attention_mask` of the texts, padded on the right.
@@ -274,16 +287,16 @@ class QFormerBlip2PreTrainingProcessor(ProcessorHooks, ProcessorMixin):
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token behind every text: BERT's `[SEP]`."""
+    """Id of the token that ends every text: BERT's `[SEP]`."""
     return tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
 
 
-def bert_tokenizer(source, **hub_kwargs) -> PreTrainedTokenizerBase:
+def bert_tokenizer(source: PreTrainedTokenizerBase | str | os.PathLike, **hub_kwargs) -> PreTrainedTokenizerBase:
     """BERT's tokenizer with `[DEC]`, which begins captions.
 
     Args:
-        source: Hub id, folder, or a tokenizer, which is changed where it has no `[DEC]`.
-        hub_kwargs: `revision`, `token` and the like.
+        source: Hub id, folder, or a tokenizer, to which `[DEC]` is added in place if it is missing.
+        hub_kwargs: `revision`, `token` and other arguments of `from_pretrained`.
 
     Source: `lavis/models/blip2_models/blip2.py`, `init_tokenizer`.
     """

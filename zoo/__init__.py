@@ -4,7 +4,7 @@
 `AutoModelForMultimodalLM` and `AutoProcessor`, and their classifiers with `AutoModelForImageClassification`.
 """
 
-from . import demo, hub  # noqa: F401  (they register with vlbridge.extensions)
+from . import demo, hub  # noqa: F401  (both register with vlbridge.extensions)
 from .assets import default_model, example_picture
 from .compat import warn_of_untested
 from .compose import compose

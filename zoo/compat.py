@@ -1,12 +1,12 @@
-"""Everything of other libraries that they do not promise to keep: the only module that touches it.
+"""All uses of undocumented or private names of other libraries.
 
-Names that other modules import from here are listed in `NAMES`, each with what it is for and what takes its place in
-releases that lack it. Private methods that a subclass has to override are overridden here, once, and call a method with a
-public name. Private attributes are read and set by functions. `problem_with` says what is wrong with a name in the installed
-release; the tests ask it for every name, so that a release that moves one fails there, by name.
+`NAMES` lists them, each with its purpose and its substitute in releases that lack it. Private methods that a subclass
+has to override are overridden once, here or in `compat_hooks`, and call a method with a public name. Private attributes
+are read and set by functions. `problem_with` checks a name in the installed release. The tests check every name, so
+that they report the one that a new release has moved.
 
-Everything else uses what transformers, PEFT, accelerate, huggingface_hub, datasets and torch document; ruff's banned-API
-rule and `tests/zoo/test_compat.py` hold that line.
+All other modules use only what transformers, PEFT, accelerate, huggingface_hub, datasets and torch document. ruff's
+banned-API rule and `tests/zoo/test_compat.py` enforce this.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import importlib
 import inspect
 import logging
 import mmap
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 from torch import nn
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 
 class CompatibilityError(ImportError):
@@ -38,7 +39,7 @@ class CompatibilityError(ImportError):
 # ---------------------------------------------------------------------- releases
 
 
-# First releases that the tests have not passed on; setup.cfg admits transformers below its own
+# First untested release of each library; setup.cfg excludes untested releases of transformers
 UNTESTED = {
     "transformers": "5.25",
     "torch": "2.16",
@@ -50,7 +51,7 @@ UNTESTED = {
 
 
 def version_of(library: str) -> Version | None:
-    """The installed release of a library; `None` where it is not installed."""
+    """The installed release of a library; `None` if it is not installed."""
     try:
         return Version(metadata.version(library))
     except metadata.PackageNotFoundError:
@@ -58,7 +59,7 @@ def version_of(library: str) -> Version | None:
 
 
 def warn_of_untested() -> None:
-    """Log one line if a library is newer than the tests have seen."""
+    """Log a warning if a library is newer than the tested releases."""
     found = {library: version_of(library) for library in UNTESTED}
     newer = {
         library: version for library, version in found.items() if version and version >= Version(UNTESTED[library])
@@ -76,15 +77,15 @@ def warn_of_untested() -> None:
 
 @dataclass(frozen=True)
 class Name:
-    """A name that its library does not promise to keep.
+    """A name that its library may move or remove without notice.
 
     Args:
-        path: Where it is: module and attributes, joined by dots.
-        why: What it is used for here.
-        takes: Parameters that it must have, where it is called or overridden.
-        since: First release of its library that has it, where that is newer than the oldest supported.
-        instead: What takes its place before that.
-        set_by: For attributes of instances: the method of the class that sets it.
+        path: Module and attributes, joined by dots.
+        why: What the name is used for.
+        takes: Parameters that the function or method must accept.
+        since: First release of its library that has it, if that is newer than the oldest supported one.
+        instead: Substitute in earlier releases.
+        set_by: For attributes of instances, the method of the class that sets it.
     """
 
     path: str
@@ -96,15 +97,17 @@ class Name:
 
     @property
     def library(self) -> str:
+        """Name of the library."""
         return self.path.partition(".")[0]
 
     @property
     def short(self) -> str:
+        """The last component of `path`."""
         return self.path.rpartition(".")[2]
 
     @property
     def expected(self) -> bool:
-        """Whether the installed release should have it; not where its library is not installed."""
+        """Whether the installed release should have the name; false if its library is not installed."""
         version = version_of(self.library)
         return version is not None and (self.since is None or version >= Version(self.since))
 
@@ -113,20 +116,20 @@ CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # newest first
 
 # Names that other modules import from here
 IMPORTED = (
-    Name("transformers.activations.ACT2FN", "the Q-Former's activation function, by its name"),
+    Name("transformers.activations.ACT2FN", "the Q-Former's activation function by name"),
     Name("transformers.conversion_mapping.get_model_conversion_mapping", "names in older checkpoints", ("model",)),
-    Name("transformers.convert_slow_tokenizer.bytes_to_unicode", "vocabularies on bytes, for transplants"),
+    Name("transformers.convert_slow_tokenizer.bytes_to_unicode", "byte-level vocabularies, for transplants"),
     Name("transformers.core_model_loading.WeightRenaming", "names in older checkpoints"),
     Name("transformers.image_transforms.to_pil_image", "pictures before they are cut into tiles", ("image",)),
     Name("transformers.image_utils.get_image_size", "height and width of any kind of picture", ("image",)),
     Name("transformers.image_utils.make_flat_list_of_images", "pictures in nested lists", ("images",)),
-    Name("transformers.initialization", "weights that are drawn only where none were loaded"),
-    Name("transformers.integrations.is_deepspeed_zero3_enabled", "ZeRO-3 loads parts empty"),
-    Name("transformers.integrations.set_hf_deepspeed_config", "ZeRO-3: building the model whole"),
-    Name("transformers.integrations.unset_hf_deepspeed_config", "ZeRO-3: building the model whole"),
+    Name("transformers.initialization", "initialisation that skips loaded weights"),
+    Name("transformers.integrations.is_deepspeed_zero3_enabled", "ZeRO-3 shards parts while loading them"),
+    Name("transformers.integrations.set_hf_deepspeed_config", "ZeRO-3: building the model unsharded"),
+    Name("transformers.integrations.unset_hf_deepspeed_config", "ZeRO-3: building the model unsharded"),
     Name("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS", "the Q-Former's attention implementations"),
     Name("transformers.models.auto.processing_auto.PROCESSOR_MAPPING", "a configuration's processor"),
-    Name("transformers.processing_utils.MultiModalData", "the answer to servers that count visual tokens"),
+    Name("transformers.processing_utils.MultiModalData", "numbers of visual tokens, for inference servers"),
     Name("transformers.trainer.SCHEDULER_NAME", "the scheduler's file in a checkpoint"),
     Name("transformers.trainer_utils.get_last_checkpoint", "where a run goes on", ("folder",)),
     Name("transformers.trainer_utils.sort_checkpoints", "which checkpoints to delete",
@@ -134,15 +137,15 @@ IMPORTED = (
     Name("transformers.utils.SAFE_WEIGHTS_INDEX_NAME", "the index of a checkpoint's weights"),
     Name("transformers.utils.SAFE_WEIGHTS_NAME", "a checkpoint's weights"),
     Name("transformers.utils.cached_file", "one file of a Hub repository or folder", ("path_or_repo_id", "filename")),
-    Name("transformers.utils.torch_compilable_check", "checks of numbers that live on the device", ("cond", "msg")),
+    Name("transformers.utils.torch_compilable_check", "checks of values on the device", ("cond", "msg")),
     Name("transformers.utils.chat_template_utils.render_jinja_template", "conversations without a tokenizer",
          ("conversations", "chat_template")),
     Name("transformers.utils.generic.can_return_tuple", "return_dict=False", ("func",)),
     Name("transformers.utils.generic.is_flash_attention_requested", "the Q-Former's masks", ("config",)),
-    Name("transformers.utils.generic.merge_with_config_defaults", "MPT: use_cache and the like from the configuration",
+    Name("transformers.utils.generic.merge_with_config_defaults", "MPT: use_cache and others from the configuration",
          ("func",)),
     Name("transformers.utils.output_capturing.capture_outputs", "MPT: hidden states and attention weights", ("func",)),
-    Name("accelerate.data_loader.DataLoaderShard", "streams, which share themselves out among processes",
+    Name("accelerate.data_loader.DataLoaderShard", "streams, which shard themselves over processes",
          ("dataset", "device")),
     Name("accelerate.utils.get_balanced_memory", "device_map='balanced' for a model in memory",
          ("model", "max_memory", "no_split_module_classes", "low_zero")),
@@ -150,39 +153,39 @@ IMPORTED = (
          ("fsdp_plugin", "accelerator", "optimizer", "model", "output_dir")),
 )  # fmt: skip
 
-# Names that only this module uses: overridden below, or read and set by functions below
+# Names that only this module and `compat_hooks` use: overridden, or read and set by functions
 USED = (
-    Name("transformers.GenerationMixin.prepare_inputs_for_generation", "how the cache is called (`CACHE`)"),
+    Name("transformers.GenerationMixin.prepare_inputs_for_generation", "the name of the cache (`CACHE`)"),
     Name("transformers.masking_utils.create_causal_mask", "MPT's causal mask",
          ("config", "inputs_embeds", "attention_mask", "position_ids")),
     Name("transformers.masking_utils.create_masks_for_generate", "masks of a static cache", ("config",)),
-    Name("transformers.PreTrainedModel._can_set_attn_implementation", "attention is the parts' affair"),
+    Name("transformers.PreTrainedModel._can_set_attn_implementation", "attention is set on the parts"),
     Name("transformers.PreTrainedModel._set_gradient_checkpointing",
          "frozen layers recompute too; the public names changed in 5.23", ("self",)),
     Name("transformers.PreTrainedModel._from_config", "a model without weights", ("config",)),
-    Name("transformers.PreTrainedModel._init_weights", "fresh weights of bridges", ("module",)),
-    Name("transformers.PreTrainedModel._tied_weights_keys", "declared by models: tied tables"),
+    Name("transformers.PreTrainedModel._init_weights", "initial weights of bridges", ("module",)),
+    Name("transformers.PreTrainedModel._tied_weights_keys", "declared by models: tied weights"),
     Name("transformers.PreTrainedModel._no_split_modules", "declared by models: layers that stay on one device"),
-    Name("transformers.PreTrainedModel._skip_keys_device_placement", "declared by models: caches stay where they are"),
+    Name("transformers.PreTrainedModel._skip_keys_device_placement", "declared by models: caches are not moved"),
     Name("transformers.PreTrainedModel._can_compile_fullgraph", "declared by models: generate() may compile"),
     Name("transformers.PreTrainedModel._can_record_outputs", "declared by MPT: what capture_outputs records"),
-    Name("transformers.PreTrainedModel._input_embed_layer", "declared by MPT: its table of embeddings"),
+    Name("transformers.PreTrainedModel._input_embed_layer", "declared by MPT: its input embeddings"),
     Name("transformers.PreTrainedModel._supports_sdpa", "declared by models"),
     Name("transformers.PreTrainedModel._supports_flash_attn", "declared by models"),
     Name("transformers.PreTrainedModel._supports_flex_attn", "declared by models"),
     Name("transformers.PreTrainedModel._supports_attention_backend", "declared by models"),
-    Name("transformers.PreTrainedModel.all_tied_weights_keys", "tables that are in no file", set_by="post_init"),
+    Name("transformers.PreTrainedModel.all_tied_weights_keys", "weights that are not saved", set_by="post_init"),
     Name("transformers.PreTrainedConfig._attn_implementation", "a part's attention implementation"),
-    Name("transformers.PreTrainedConfig._name_or_path", "what is cut out of saved configurations", set_by="__post_init__"),
-    Name("transformers.ProcessorMixin._process_images", "tiles and squares", ("self", "images")),
+    Name("transformers.PreTrainedConfig._name_or_path", "local paths in saved configurations", set_by="__post_init__"),
+    Name("transformers.ProcessorMixin._process_images", "images that are padded or cut into tiles", ("self", "images")),
     Name("transformers.ProcessorMixin.get_text_with_replacements", "placeholders in the text",
          ("self", "text", "images_replacements")),
     Name("transformers.ProcessorMixin.replace_image_token", "placeholders of one image", ("self", "image_idx")),
-    Name("transformers.GgufConfig", "GGUF weights that are unpacked", ("dequantize",), since="5.17",
-         instead="nothing: before it all are"),
-    Name("transformers.integrations.peft.MIN_PEFT_VERSION", "an error in words where PEFT is too old for load_adapter"),
+    Name("transformers.GgufConfig", "dequantised GGUF weights", ("dequantize",), since="5.17",
+         instead="nothing: earlier releases always dequantise"),
+    Name("transformers.integrations.peft.MIN_PEFT_VERSION", "a clear error if PEFT is too old for load_adapter"),
     Name("transformers.PreTrainedModel._hf_peft_config_loaded", "whether a model carries adapters"),
-    Name("transformers.utils.hub.resolve_revision", "all files of one commit",
+    Name("transformers.utils.hub.resolve_revision", "all files from one commit",
          ("path_or_repo_id", "revision", "token", "local_files_only", "cache_dir"), since="5.18",
          instead="huggingface_hub's model_info"),
     Name("transformers.PreTrainedTokenizerFast._tokenizer", "tokenizers without some added tokens", set_by="__init__"),
@@ -206,8 +209,8 @@ USED = (
     Name("transformers.Trainer._train_batch_size", "streams", set_by="__init__"),
     Name("datasets.IterableDataset._resolve_features", "columns of a stream that does not declare them"),
     Name("torch._subclasses.fake_tensor.FakeTensorMode", "reading a checkpoint's layout without its weights"),
-    Name("torch.nn.Module._apply", "bridges in waiting move with the model", ("self", "fn", "recurse")),
-    Name("torch.utils.data._utils.worker._worker_info", "streams share themselves out among a loader's workers"),
+    Name("torch.nn.Module._apply", "inactive bridges move with the model", ("self", "fn", "recurse")),
+    Name("torch.utils.data._utils.worker._worker_info", "streams shard themselves over a loader's workers"),
 )  # fmt: skip
 
 NAMES = (*IMPORTED, *USED)
@@ -215,7 +218,7 @@ _MISSING = object()
 
 
 def find(path: str) -> Any:
-    """What is at a dotted path, such as `transformers.Trainer._save`; `_MISSING` where there is nothing."""
+    """Look up a dotted path, such as `transformers.Trainer._save`; `_MISSING` if it does not exist."""
     parts = path.split(".")
     for count in range(len(parts), 0, -1):
         try:
@@ -232,7 +235,7 @@ def find(path: str) -> Any:
 
 
 def problem_with(name: Name) -> str | None:
-    """What is wrong with a name in the installed release; `None` if all is well.
+    """Describe what is wrong with a name in the installed release; `None` if nothing is.
 
     Args:
         name: One of `NAMES`.
@@ -260,14 +263,14 @@ def problem_with(name: Name) -> str | None:
 
 
 def __getattr__(short: str) -> Any:
-    """Names of `IMPORTED`, looked up when they are asked for: most are needed for training or conversion only."""
+    """Look up a name of `IMPORTED` when it is first used: most are needed for training or conversion only."""
     for name in IMPORTED:
         if name.short == short:
             found = find(name.path)
             if found is _MISSING:
                 raise CompatibilityError(
-                    f"{problem_with(name) or name.path}. Install a release that this package was tested with: pip install "
-                    f'"{name.library}<{UNTESTED.get(name.library, version_of(name.library))}"'
+                    f"{problem_with(name) or name.path}. Install a release that this package was tested with: pip "
+                    f'install "{name.library}<{UNTESTED.get(name.library, version_of(name.library))}"'
                 )
             globals()[short] = found
             return found
@@ -278,31 +281,31 @@ def __getattr__(short: str) -> Any:
 
 
 def _cache_name(parameters: Iterable[str]) -> str | None:
-    for name in CACHE_NAMES:  # a loop, which every release of torch.compile can follow
+    for name in CACHE_NAMES:  # a loop, because every supported torch.compile can trace it
         if name in parameters:
             return name
     return None
 
 
-# How this release's generate() calls the cache, and its outputs
+# Name of the cache in this release's generate() and outputs
 CACHE = _cache_name(inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters) or CACHE_NAMES[0]
 
 
-def cache_argument(cache, parameters: Iterable[str] = (CACHE,)) -> dict[str, Any]:
-    """The cache as a keyword argument, or as a field of an output.
+def cache_argument(cache: Any, parameters: Iterable[str] = (CACHE,)) -> dict[str, Any]:
+    """The cache as a keyword argument of a function, or as a field of an output.
 
     Args:
         cache: The cache, or `None`.
-        parameters: What the function takes that it is for: code from elsewhere may know an older name only.
+        parameters: Names of the function's parameters: remote code may know only an older name of the cache.
     """
     return {_cache_name(parameters) or CACHE: cache}
 
 
-def cache_of(outputs) -> Any:
-    """The cache in a model's output; `None` where it was not asked for.
+def cache_of(outputs: Any) -> Any:
+    """The cache in a model's output; `None` if it was not requested.
 
     Raises:
-        CompatibilityError: The output has no field for one: decoding would go on without, and wrong or slow.
+        CompatibilityError: The output has no field for a cache; decoding without it would be slow or wrong.
     """
     for name in (CACHE, *CACHE_NAMES):
         if hasattr(outputs, name):
@@ -313,16 +316,16 @@ def cache_of(outputs) -> Any:
     )
 
 
-def field_of(outputs, name: str, wanted: bool = True) -> Any:
-    """A field of a model's output; `None` where it was not asked for.
+def field_of(outputs: Any, name: str, wanted: bool = True) -> Any:
+    """A field of a model's output; `None` if it was not requested.
 
     Args:
         outputs: The output.
-        name: Of the field.
-        wanted: Whether it was asked for: an output that has no such field is an error then.
+        name: Name of the field.
+        wanted: Whether the field was requested, so that it is an error if the output does not have it.
 
     Raises:
-        CompatibilityError: It was asked for, and the output has no such field.
+        CompatibilityError: The field was requested, and the output does not have it.
     """
     if hasattr(outputs, name):
         return getattr(outputs, name)
@@ -335,12 +338,12 @@ def field_of(outputs, name: str, wanted: bool = True) -> Any:
 
 
 def accepts_cache(function: Callable) -> Callable:
-    """Let a function with a parameter `cache` be called with `past_key_values=` as well, whatever the release.
+    """Let a function with a parameter `cache` accept `past_key_values` too, in every release of transformers.
 
-    Its signature shows the name that this release's `generate` uses, which looks it up there.
+    The function's signature has the name that this release's `generate` looks for.
 
-    Raises:
-        ValueError: When it is called with both.
+    Args:
+        function: The function. The result raises a `ValueError` if it is called with both names.
     """
 
     @functools.wraps(function)
@@ -365,14 +368,14 @@ def accepts_cache(function: Callable) -> Callable:
     return with_either_name
 
 
-# Before transformers 5.18 beam search reads the width of the logits off the language model's configuration
+# Before transformers 5.18, beam search reads the width of the logits from the language model's configuration
 BEAMS_READ_VOCAB_SIZE = version_of("transformers") < Version("5.18")
 _beams = threading.local()
 
 
 @contextmanager
 def logits_of_width(width: int) -> Iterator[None]:
-    """Tell beam search in this thread how many columns the logits have; see `as_wide_as_logits`."""
+    """Set the number of columns of the logits for beam search in this thread, see `as_wide_as_logits`."""
     before = getattr(_beams, "width", None)
     _beams.width = width if BEAMS_READ_VOCAB_SIZE else None
     try:
@@ -381,8 +384,8 @@ def logits_of_width(width: int) -> Iterator[None]:
         _beams.width = before
 
 
-def as_wide_as_logits(text_config):
-    """A language model's configuration; inside `logits_of_width` a copy that has the logits' width as `vocab_size`."""
+def as_wide_as_logits(text_config: PreTrainedConfig) -> PreTrainedConfig:
+    """A language model's configuration; inside `logits_of_width` a copy with the logits' width as `vocab_size`."""
     width = getattr(_beams, "width", None)
     if width is None or getattr(text_config, "vocab_size", None) == width:
         return text_config
@@ -391,15 +394,21 @@ def as_wide_as_logits(text_config):
     return text_config
 
 
-def create_causal_mask(config, inputs_embeds, attention_mask, cache, position_ids) -> torch.Tensor | None:
-    """transformers' causal mask, which knows caches, padding and packed rows."""
+def create_causal_mask(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: Any,
+    position_ids: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """The causal mask of transformers, which supports caches, padding and packed rows."""
     from transformers.masking_utils import create_causal_mask as create
 
     return create(config, inputs_embeds, attention_mask, position_ids=position_ids, **cache_argument(cache))
 
 
-def masks_for_generate(model, *args, **kwargs):
-    """The masks that a language model wants from `generate`, its own way or transformers' common one."""
+def masks_for_generate(model: PreTrainedModel, *args, **kwargs) -> Any:
+    """The masks that `generate` creates for a language model, by its own method or transformers' common function."""
     from transformers.masking_utils import create_masks_for_generate
 
     return getattr(model, "create_masks_for_generate", create_masks_for_generate)(*args, **kwargs)
@@ -408,45 +417,45 @@ def masks_for_generate(model, *args, **kwargs):
 # ---------------------------------------------------------------------- private attributes
 
 
-def attention_of(config) -> str | None:
-    """The attention implementation that a configuration has chosen."""
+def attention_of(config: PreTrainedConfig) -> str | None:
+    """The attention implementation of a configuration."""
     return config._attn_implementation
 
 
-def set_attention(config, implementation: str | dict | None) -> None:
-    """Choose a configuration's attention implementation; of one with parts, a dict by part."""
+def set_attention(config: PreTrainedConfig, implementation: str | dict | None) -> None:
+    """Set the attention implementation of a configuration; a dict sets those of its sub-configurations."""
     config._attn_implementation = implementation
 
 
 def mark_initialized(model: nn.Module) -> None:
-    """Keep a model's weights as they are when it becomes part of another, which would draw fresh ones."""
+    """Keep a larger model that a model becomes part of from initialising its weights again."""
     for module in model.modules():
         module._is_hf_initialized = True
 
 
-def layers_not_to_split(model) -> list[str]:
-    """Names of the classes of layers that have to stay on one device."""
+def layers_not_to_split(model: PreTrainedModel) -> list[str]:
+    """Names of the classes of layers that must stay on one device."""
     return sorted(model._no_split_modules or ())
 
 
-def arguments_that_stay(model) -> list[str]:
-    """Names of arguments that are not moved between devices with everything else: caches."""
+def arguments_that_stay(model: PreTrainedModel) -> list[str]:
+    """Names of the arguments that are not moved between devices: caches."""
     return sorted(model._skip_keys_device_placement or ())
 
 
-def build_from_config(model_class: type, config) -> nn.Module:
-    """A model of a class, with fresh weights, as `AutoModel.from_config` would build it."""
+def build_from_config(model_class: type, config: PreTrainedConfig) -> PreTrainedModel:
+    """Build a model of a class with random weights, as `AutoModel.from_config` would."""
     return model_class._from_config(config)
 
 
-def optional_file(source, name: str, gated_is_missing: bool = False, **hub_kwargs) -> str | None:
-    """Local path of a file of a Hub repository or folder; `None` where it has no such file.
+def optional_file(source: str | os.PathLike, name: str, gated_is_missing: bool = False, **hub_kwargs) -> str | None:
+    """Local path of a file of a Hub repository or folder; `None` if it has no such file.
 
     Args:
         source: Hub id or folder.
-        name: Of the file.
-        gated_is_missing: `None` also where the repository does not let this user in, instead of an error.
-        hub_kwargs: `revision`, `token`, `cache_dir` and the like.
+        name: Name of the file.
+        gated_is_missing: Return `None`, instead of raising an error, if the user has no access to a gated repository.
+        hub_kwargs: `revision`, `token`, `cache_dir` and other arguments of `cached_file`.
     """
     from transformers.utils import cached_file
 
@@ -454,8 +463,8 @@ def optional_file(source, name: str, gated_is_missing: bool = False, **hub_kwarg
     return cached_file(source, name, **hub_kwargs, **gated, _raise_exceptions_for_missing_entries=False)
 
 
-def resolve_revision(source, revision: str | None = None, **hub_kwargs) -> str | None:
-    """The commit that a revision means now, so that all files of a model are of one commit.
+def resolve_revision(source: str | os.PathLike | None, revision: str | None = None, **hub_kwargs) -> str | None:
+    """The commit that a revision points to, so that all files of a model come from one commit.
 
     Args:
         source: Hub id or folder.
@@ -463,49 +472,47 @@ def resolve_revision(source, revision: str | None = None, **hub_kwargs) -> str |
         hub_kwargs: `token`, `local_files_only`, `cache_dir`.
 
     Returns:
-        The commit; `revision` where it can't be found out.
+        The commit, or `revision` if it can't be resolved.
     """
     resolve = find("transformers.utils.hub.resolve_revision")
     if resolve is not _MISSING:
         return resolve(source, revision, **hub_kwargs)
-    import os
-
     from huggingface_hub import HfApi, is_offline_mode
 
     if source is None or os.path.exists(source) or hub_kwargs.get("local_files_only") or is_offline_mode():
         return revision
     try:
         return HfApi(token=hub_kwargs.get("token")).model_info(str(source), revision=revision).sha or revision
-    except Exception:  # what can't be asked now is asked again, and answered in words, by what loads the files
+    except Exception:  # loading the files raises the error with a better message
         return revision
 
 
 def replace_backend(tokenizer, backend):
-    """A fast tokenizer on another `tokenizers.Tokenizer`; the same object."""
+    """Replace the `tokenizers.Tokenizer` of a fast tokenizer, and return the tokenizer."""
     tokenizer._tokenizer = backend
     return tokenizer
 
 
 def unpack_gguf() -> dict[str, Any]:
-    """Arguments of `from_pretrained` that have a GGUF's weights unpacked, also where kernels for packed ones are installed."""
+    """Arguments of `from_pretrained` that dequantise a GGUF, even if kernels for quantised weights are installed."""
     config = find("transformers.GgufConfig")
     return {} if config is _MISSING else {"quantization_config": config(dequantize=True)}
 
 
-# From torch 2.7 on, a storage that is loaded without its bytes knows where they begin in the file
-_PLACES_ARE_KNOWN = version_of("torch") >= Version("2.7")
+# Since torch 2.7, a storage that is loaded without its bytes knows their offset in the file
+_OFFSETS_ARE_KNOWN = version_of("torch") >= Version("2.7")
 
 
-def load_without_weights(file) -> Any:
-    """What a file of `torch.save` (of the zip format) holds, its tensors without their bytes.
+def load_without_weights(file: str | os.PathLike) -> Any:
+    """Load a file of `torch.save` (in the zip format) without the bytes of its tensors.
 
     Args:
-        file: Its path.
+        file: Path of the file.
 
     Raises:
-        Exception: As `torch.load(weights_only=True)`.
+        Exception: Any error of `torch.load(weights_only=True)`.
     """
-    if _PLACES_ARE_KNOWN:
+    if _OFFSETS_ARE_KNOWN:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         with FakeTensorMode():
@@ -514,16 +521,16 @@ def load_without_weights(file) -> Any:
 
 
 def places_in_file(tensors: Iterable[torch.Tensor], sizes: dict[int, int]) -> list[int | None]:
-    """First byte, in their file, of tensors that `load_without_weights` gave; `None` where it can't be told.
+    """Offsets in their file, in bytes, of tensors from `load_without_weights`; `None` for those that are unknown.
 
     Args:
-        tensors: All of one file.
-        sizes: The file's records: bytes by first byte.
+        tensors: All tensors of one file.
+        sizes: Sizes of the file's records, in bytes, by their offsets.
     """
     storages = [tensor.untyped_storage() for tensor in tensors]
-    if _PLACES_ARE_KNOWN:
+    if _OFFSETS_ARE_KNOWN:
         return [getattr(storage, "_checkpoint_offset", None) for storage in storages]
-    # The file is mapped into memory from a page's beginning on: the one page from which every storage is where a record is.
+    # The file is mapped at the beginning of a page: the only one for which every storage is at the offset of a record.
     begins, bases = {}, None
     for start, size in sizes.items():
         begins.setdefault(size, []).append(start)
@@ -539,20 +546,20 @@ def places_in_file(tensors: Iterable[torch.Tensor], sizes: dict[int, int]) -> li
 
 
 def renamed(key: str, renamings: Iterable) -> str:
-    """A tensor's name after a model's renamings (`WeightRenaming`), one after the other."""
+    """Apply a model's renamings (`WeightRenaming`) to a tensor's name, in order."""
     for renaming in renamings:
         key, _ = renaming.rename_source_key(key)
     return key
 
 
 def resolve_features(dataset):
-    """A streamed data set that knows its columns."""
+    """Resolve the columns of a streamed data set, if they are not known."""
     return dataset._resolve_features() if dataset.features is None else dataset
 
 
 @functools.cache
 def load_to_numbered_cpus() -> None:
-    """Let `torch.load` put tensors on `cpu:0`, as a process of several on CPUs calls its device; torch 2.6 refuses to."""
+    """Let `torch.load` of torch 2.6 map tensors to `cpu:0`, the device of a process in distributed runs on CPUs."""
     if version_of("torch") < Version("2.7"):
         torch.serialization.register_package(
             99, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
@@ -560,11 +567,11 @@ def load_to_numbered_cpus() -> None:
 
 
 def take(dataset, count: int):
-    """The first records of a data set, all of them where there are fewer; `datasets` 4.3 refuses to take more than there are."""
+    """The first `count` records of a data set, or all if there are fewer, which is an error in `datasets` 4.3."""
     return dataset.take(min(count, len(dataset)) if hasattr(dataset, "__len__") else count)
 
 
-# Arguments of `TrainingArguments` that transformers 5.23 renamed: their name since, and before
+# Arguments of `TrainingArguments` that transformers 5.23 renamed: new and old name
 RENAMED_ARGUMENTS = (
     ("activation_checkpointing", "gradient_checkpointing"),
     ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
@@ -572,7 +579,7 @@ RENAMED_ARGUMENTS = (
 
 
 def training_argument(name: str) -> str:
-    """How this release of transformers calls an argument of `TrainingArguments`, given by its new or its old name."""
+    """The name of an argument of `TrainingArguments` in this release of transformers, from its new or its old name."""
     for names in RENAMED_ARGUMENTS:
         if name in names:
             return names[0] if version_of("transformers") >= Version("5.23") else names[1]
@@ -580,41 +587,41 @@ def training_argument(name: str) -> str:
 
 
 def forget_loader_workers() -> None:
-    """Have `datasets` believe that this worker of a loader is the only one: the stream shares itself out already."""
+    """Make `datasets` ignore that this is one of several workers of a loader: the stream shards itself already."""
     torch.utils.data._utils.worker._worker_info = None
 
 
 # ---------------------------------------------------------------------- adapters
 
 
-def carries_adapters(model) -> bool:
-    """Whether `add_adapter` or `load_adapter` gave a model adapters; those of a `PeftModel` are not meant."""
+def carries_adapters(model: PreTrainedModel) -> bool:
+    """Whether a model has adapters from `add_adapter` or `load_adapter`; those of a `PeftModel` do not count."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def is_dispatched(module: nn.Module) -> bool:
-    """Whether accelerate brings a module's inputs to its device."""
+    """Whether accelerate moves a module's inputs to its device."""
     return hasattr(module, "_hf_hook")
 
 
 def lacking_peft() -> str | None:
-    """What transformers' `add_adapter` and `load_adapter` lack, in words; `None` where they work."""
+    """Explain why transformers' `add_adapter` and `load_adapter` can't work; `None` if they can."""
     wanted, found = find("transformers.integrations.peft.MIN_PEFT_VERSION"), version_of("peft")
     if found is not None and (wanted is _MISSING or found >= Version(wanted)):
         return None
     return (
         f"add_adapter and load_adapter of transformers {version_of('transformers')} need PEFT {wanted} or later; "
         + (f"{found} is installed" if found else "it is not installed")
-        + ". Use PEFT's own peft.get_peft_model(model, ...) and peft.PeftModel.from_pretrained(model, ...) instead, a later "
-        "PEFT, or an earlier transformers."
+        + ". Use PEFT's own peft.get_peft_model(model, ...) and peft.PeftModel.from_pretrained(model, ...) instead, a "
+        "later PEFT, or an earlier transformers."
     )
 
 
-# ---------------------------------------------------------------------- private methods that have to be overridden
+# ---------------------------------------------------------------------- private methods
 
 
 def apply_to(module: nn.Module, fn: Callable) -> None:
-    """Do to all tensors of a module what `.to()`, `.half()` or `.cuda()` do to another's."""
+    """Apply a function to all tensors of a module, as `.to()`, `.half()` and `.cuda()` do."""
     module._apply(fn)
 
 

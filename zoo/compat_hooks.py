@@ -1,6 +1,6 @@
-"""Private methods of transformers' models and processors that have to be overridden: each calls one with a public name.
+"""Overrides of private methods of transformers' models and processors. Each calls a method with a public name.
 
-`vlbridge.compat` lists them in `USED`, each with its tripwire.
+`vlbridge.compat.USED` lists the private names, which the tests check.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from packaging.version import Version
 from .compat import version_of
 
 
-# Before transformers 5.23 hooks of checkpointed layers are recomputed with them
+# Before transformers 5.23, gradient checkpointing recomputes a layer's hooks together with the layer
 HOOKS_ARE_RECOMPUTED = version_of("transformers") < Version("5.23")
 
 
@@ -22,7 +22,7 @@ class ModelHooks:
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        return True  # it is the parts' to set, the Q-Former's too; other bridges' attention has one implementation
+        return True  # set on the parts and the Q-Former; the attention of other bridges has one implementation
 
     def _set_gradient_checkpointing(self, *args, **kwargs) -> None:
         function = kwargs.get("gradient_checkpointing_func", args[1] if len(args) > 1 else None)
@@ -31,39 +31,40 @@ class ModelHooks:
         self.checkpointing_changed()
 
     def check_checkpointing(self, reentrant: bool) -> None:
-        """Refuse a way of gradient checkpointing that does not work.
+        """Check that a kind of gradient checkpointing works with this model.
+
+        Args:
+            reentrant: Whether `use_reentrant=True` was requested.
 
         Raises:
-            ValueError: It does not.
+            ValueError: It does not work.
         """
 
     def checkpointing_changed(self) -> None:
-        """Called when gradient checkpointing was switched on or off, by whichever of its public names."""
+        """Called after gradient checkpointing was enabled or disabled, by any of its public methods."""
 
     def _apply(self, fn, recurse: bool = True):
         self.apply_elsewhere(fn)  # `.to()`, `.half()`, `.cuda()`
         return super()._apply(fn, recurse)
 
     def apply_elsewhere(self, fn: Callable) -> None:
-        """Do to modules that belong to this one, but are not in it, what is done to it: see `apply_to`."""
+        """Apply a function to modules that belong to this model without being its children, see `apply_to`."""
 
 
 def process_images(processor, images, **kwargs):
-    """What transformers' `ProcessorMixin` makes of images: inputs, and the placeholders of each."""
+    """Process images as `ProcessorMixin` does: returns inputs, and the placeholders of each image."""
     return processor._process_images(images, **kwargs)
 
 
-# Before transformers 5.18 masks on the assistant's words are counted in the text before images became placeholders
+# Before transformers 5.18, masks of the assistant's turns refer to the text before images are replaced by placeholders
 MASKS_COUNT_BEFORE_IMAGES = version_of("transformers") < Version("5.18")
 
-
-_conversation = (
-    threading.local()
-)  # `replaced`: where images stand in the conversations that this thread makes masks for
+# Its `replaced` holds the spans of the images in the conversations that this thread makes masks for
+_conversation = threading.local()
 
 
 def _before_images(position: int, replaced: list[dict]) -> int:
-    """Where a character of a text stood before images became placeholders."""
+    """Position of a character in the text before images are replaced by placeholders."""
     moved = 0
     for image in replaced:
         if position < image["new_span"][0]:
@@ -75,10 +76,10 @@ def _before_images(position: int, replaced: list[dict]) -> int:
 
 
 def _spans_before_images(spans: Iterable, replaced: list[dict]) -> list[tuple[int, int]]:
-    """Tokens' places in a text before images became placeholders, rising from left to right: padding is beyond its ends."""
+    """Spans of tokens in the text before images are replaced by placeholders, in ascending order, padding included."""
     found, end = [], -1
     for first, last in spans:
-        if int(first) == int(last):  # padding, tokens that begin or end every text
+        if int(first) == int(last):  # padding, and special tokens around the text
             found.append((end, end))
         else:
             first, end = (_before_images(int(position), replaced) for position in (first, last))
@@ -90,6 +91,7 @@ class ProcessorHooks:
     """Mixin before `ProcessorMixin`."""
 
     def apply_chat_template(self, *args, **kwargs):
+        """See `ProcessorMixin.apply_chat_template`."""
         _conversation.replaced = [] if MASKS_COUNT_BEFORE_IMAGES else None
         try:
             return super().apply_chat_template(*args, **kwargs)
@@ -97,12 +99,14 @@ class ProcessorHooks:
             _conversation.replaced = None
 
     def get_text_with_replacements(self, *args, **kwargs):
+        """See `ProcessorMixin.get_text_with_replacements`."""
         text, replaced = super().get_text_with_replacements(*args, **kwargs)
         if getattr(_conversation, "replaced", None) is not None:
             _conversation.replaced = replaced
         return text, replaced
 
     def __call__(self, images=None, text=None, **kwargs):
+        """See `ProcessorMixin.__call__`."""
         inputs = super().__call__(images=images, text=text, **kwargs)
         replaced = getattr(_conversation, "replaced", None)
         if replaced and "offset_mapping" in inputs:
@@ -114,10 +118,10 @@ class ProcessorHooks:
         return self.process_images(super()._process_images, images, **kwargs)
 
     def process_images(self, default: Callable, images, **kwargs):
-        """Inputs of images and the placeholders of each; `default` is transformers' own way."""
+        """Process images: returns inputs and the placeholders of each image; `default` is transformers' method."""
         return default(images, **kwargs)
 
-    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):  # servers ask for it
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):  # called by inference servers
         return self.num_multimodal_tokens(image_sizes, **kwargs)
 
 

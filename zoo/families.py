@@ -1,4 +1,4 @@
-"""The registry of families: whatever is registered here is known to the Auto classes, to `compose` and to the tests."""
+"""The registry of families, which the Auto classes, `compose` and the tests use."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ from .processing import (
 
 @dataclass(frozen=True)
 class Family:
-    """One way of bridging.
+    """A family of bridges.
 
     Args:
-        name: What `compose(bridge=...)` calls it.
-        config_class: Its configuration.
-        model_class: Its generating model.
-        processor_class: Its processor.
-        classifier_class: Its bridge with a classifier on top, for images.
+        name: Name of the family in `compose(bridge=...)`.
+        config_class: The family's configuration.
+        model_class: The family's generating model.
+        processor_class: The family's processor.
+        classifier_class: The family's image classifier.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Family:
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
-        """Tokens that are really read or written, whose rows are trained with the bridge."""
+        """Tokens that the language model reads or writes, whose rows are trained with the bridge."""
         return self.model_class.special_tokens
 
 
@@ -95,7 +95,7 @@ FAMILIES = {
 
 
 def register() -> None:
-    """Make every family known to transformers' Auto classes."""
+    """Register every family with transformers' Auto classes."""
     for family in FAMILIES.values():
         AutoConfig.register(family.config_class.model_type, family.config_class, exist_ok=True)
         for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
@@ -113,7 +113,7 @@ def register() -> None:
 
 
 def class_named(name: str) -> type[BridgedModel] | None:
-    """The model class of that name, as a saved configuration's `architectures` names it; `None` for an unknown one."""
+    """The model class of a name in a saved configuration's `architectures`; `None` if it is unknown."""
     classes = [QFormerBlip2ForPreTraining, QFormerBlip2ForImageTextRetrieval]
     for family in FAMILIES.values():
         classes += [family.model_class, family.classifier_class]

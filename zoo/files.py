@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, hashed, cached; and requests to the Hub that are repeated when they fail."""
+"""Atomic writing, hashing and caching of files; and retries of failed requests to the Hub."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 ATTEMPTS = 4
-TRANSIENT = (408, 429, 500, 502, 503, 504)  # HTTP status codes that may be gone at the next attempt
+TRANSIENT = (408, 429, 500, 502, 503, 504)  # HTTP status codes after which a retry may succeed
 BLOCK_BYTES = 1 << 20
 
 
@@ -43,7 +43,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Write a file under a temporary name, and rename it once it is complete.
 
     Args:
-        path: The file to write. An existing file is replaced at the end, or stays as it is if writing fails.
+        path: The file to write. An existing file is replaced at the end, or kept if writing fails.
 
     Yields:
         The temporary path, in the same folder, to write to.
@@ -61,7 +61,11 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all.
+    """Write a text file in UTF-8 atomically.
+
+    Args:
+        path: The file.
+        text: The text to write.
 
     Raises:
         OSError: The file can't be written.
@@ -71,16 +75,16 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_json(path: str | os.PathLike, content: Any, **options) -> None:
-    """Write a JSON file, whole or not at all.
+    """Write a JSON file atomically.
 
     Args:
         path: The file.
-        content: What to write.
-        options: For `json.dumps`; `indent` is 2 unless given.
+        content: The content to serialise.
+        options: Arguments of `json.dumps`; `indent` defaults to 2.
 
     Raises:
         OSError: The file can't be written.
-        TypeError: JSON can't hold the content.
+        TypeError: The content can't be serialised.
     """
     write_text(path, json.dumps(content, **{"indent": 2, **options}) + "\n")
 
@@ -95,10 +99,10 @@ def read_json(path: str | os.PathLike, default: Any = None) -> Any:
 
 @contextmanager
 def staging_folder(target: str | os.PathLike) -> Iterator[Path]:
-    """A hidden folder beside `target` to write in, on the same file system; it is gone at the end.
+    """Create a temporary hidden folder next to `target`, on the same file system, and delete it at the end.
 
     Args:
-        target: The folder that the files are meant for.
+        target: The folder that the files will be moved to.
 
     Raises:
         ValueError: `target` is a file.
@@ -115,12 +119,12 @@ def staging_folder(target: str | os.PathLike) -> Iterator[Path]:
 
 
 def move_into(source: Path, target: Path, last: str = "config.json") -> set[str]:
-    """Move everything in one folder into another on the same file system, replacing what has the same name.
+    """Move the contents of one folder into another on the same file system, replacing entries of the same name.
 
     Args:
         source: The folder to empty.
-        target: The folder to fill; it is made if it is missing.
-        last: The name to move last: a model's folder without its configuration is no model yet.
+        target: The folder to fill; it is created if it does not exist.
+        last: Name of the file to move last: a folder is not seen as a model before it has its configuration.
 
     Returns:
         The names that were moved.
@@ -135,7 +139,7 @@ def move_into(source: Path, target: Path, last: str = "config.json") -> set[str]
 
 
 def share_permissions(like: Path, paths: Iterable[Path]) -> None:
-    """Give files the permissions of another one: safetensors writes files that only their owner may read."""
+    """Copy the permissions of one file to others: only the owner may read files that safetensors writes."""
     for path in paths:
         shutil.copymode(like, path)
 
@@ -148,7 +152,7 @@ def sha256_of(path: str | os.PathLike, stop: threading.Event | None = None) -> s
 
     Args:
         path: The file.
-        stop: Setting it ends the reading early; the result is then of no use.
+        stop: Setting this event stops the reading early; the result is then meaningless.
     """
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -157,17 +161,17 @@ def sha256_of(path: str | os.PathLike, stop: threading.Event | None = None) -> s
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------- requests that are repeated
+# ---------------------------------------------------------------------- retries
 
 
-def _passing_error(error: BaseException) -> BaseException | None:
-    """The HTTP client's error behind `error`, if it may be gone at the next attempt."""
-    # LocalEntryNotFoundError: the client has tried several times already
+def _transient_error(error: BaseException) -> BaseException | None:
+    """The HTTP client's error that caused `error`, if a retry may succeed."""
+    # The client has retried several times before a LocalEntryNotFoundError.
     while error is not None and not isinstance(error, LocalEntryNotFoundError):
         response = getattr(error, "response", None)
         if response is not None and hasattr(response, "status_code"):
             return error if response.status_code in TRANSIENT else None
-        # httpx, or what has taken its place in later versions of huggingface_hub
+        # By name: huggingface_hub may replace httpx by another client
         if any(base.__name__ == "TransportError" for base in type(error).__mro__):
             return error
         error = error.__cause__ if isinstance(error, OSError) else None
@@ -175,33 +179,34 @@ def _passing_error(error: BaseException) -> BaseException | None:
 
 
 def retried(function: Callable, *args, **kwargs) -> Any:
-    """Call a function that asks the Hub, and call it again if the Hub or the network failed for the moment.
+    """Call a function that sends requests to the Hub, and retry it after temporary failures of the Hub or the network.
 
-    The Hub's client repeats uploads and most downloads of files by itself, but neither the creation of repositories
-    and commits nor downloads that are reset or answered with a server error.
+    The Hub's client itself retries uploads and most downloads of files, but neither the creation of repositories and
+    commits nor downloads that are reset or answered with a server error.
 
     Args:
-        function: The function; calling it twice must do no harm.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
+        function: The function; it must be safe to call it twice.
+        args: Positional arguments of the function.
+        kwargs: Keyword arguments of the function.
 
     Returns:
-        What the function returns.
+        The function's result.
 
     Raises:
-        Exception: What the function raised at the last of `ATTEMPTS` attempts, or at once if trying again is useless.
+        Exception: The function's error at the last of `ATTEMPTS` attempts, or at once if it is not temporary.
     """
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return function(*args, **kwargs)
         except Exception as error:
-            passing = _passing_error(error)
-            if passing is None or constants.HF_HUB_OFFLINE or attempt == ATTEMPTS:
+            transient = _transient_error(error)
+            if transient is None or constants.HF_HUB_OFFLINE or attempt == ATTEMPTS:
                 raise
             wait = 2.0 ** (attempt - 1)
-            asked = getattr(getattr(passing, "response", None), "headers", {}).get("Retry-After", "")
+            asked = getattr(getattr(transient, "response", None), "headers", {}).get("Retry-After", "")
             wait = max(wait, float(asked)) if asked.isdigit() else wait
-            logger.warning(f"{str(passing).splitlines()[0] or type(passing).__name__}: trying again in {wait:.0f} s.")
+            cause = str(transient).splitlines()[0] or type(transient).__name__
+            logger.warning(f"{cause}: trying again in {wait:.0f} s.")
             time.sleep(wait)
 
 

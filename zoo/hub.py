@@ -1,4 +1,4 @@
-"""Repositories on the Hub: uploads in one commit, with a model card and, where wanted, with the code."""
+"""Uploads to the Hub in one commit, with a model card and optionally with the code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .modeling.modeling_pins import WEIGHTS
 from .remote_code import add_code, auto_map_of
 
 
-# not part of a model, as for huggingface_hub's own uploads
+# Not part of a model; huggingface_hub's own uploads ignore the same folders
 IGNORED = re.compile(r"(.*/)?(\.git|\.cache|__pycache__)/.*")
 
 
@@ -35,26 +35,26 @@ def push_folder(
     commit_description: str | None = None,
     keep: Iterable[str] = (),
 ) -> CommitInfo:
-    """Upload a folder in one commit: the repository shows all of it or nothing.
+    """Upload a folder in one commit.
 
     Args:
-        folder: A saved model, or files for one. Files of the repository that are not in the folder stay, except that new
-            weights replace the old ones, however many files these were.
+        folder: A saved model, or some of its files. Files of the repository that are not in the folder are kept, except
+            old weights, which are deleted if the folder has weights.
         repo_id: `name` or `owner/name`; the repository is created if it does not exist.
-        private: Who may see a new repository; `None` leaves that to the account's settings.
+        private: Whether a new repository is private; `None` follows the account's settings.
         token: Hub token; `None` takes the saved one.
-        revision: Branch to commit to, created if it does not exist; `None` takes the main one.
-        create_pr: Open a pull request instead.
+        revision: Branch to commit to, created if it does not exist; `None` takes the main branch.
+        create_pr: Open a pull request instead of committing to the branch.
         commit_message: First line of the commit's message.
-        commit_description: The rest of it.
-        keep: Names of files that are not replaced where the repository has them.
+        commit_description: Body of the commit's message.
+        keep: Names of files that are not replaced if the repository has them.
 
     Returns:
         The commit; `.oid` is its hash.
 
     Raises:
-        ValueError: There is nothing in the folder.
-        huggingface_hub.errors.HfHubHTTPError: The Hub refuses it, or still fails after several attempts.
+        ValueError: The folder has no files.
+        huggingface_hub.errors.HfHubHTTPError: The Hub refuses the upload, or fails at every attempt.
     """
     folder = Path(folder)
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -69,9 +69,9 @@ def push_folder(
         if name in paths and retried(api.file_exists, repo_id, name, revision=revision):
             del paths[name]
 
-    # not upload_folder: from huggingface_hub 2 on it makes several commits
+    # Not upload_folder, which makes several commits since huggingface_hub 2
     def commit() -> CommitInfo:
-        # new operations for each attempt: so the client sees what an attempt whose answer was lost has done
+        # Each attempt has new operations, so that the client notices what an earlier attempt has uploaded.
         operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in paths.items()]
         if any(map(WEIGHTS.fullmatch, paths)):
             known = api.list_repo_files(repo_id, revision=revision)
@@ -86,20 +86,20 @@ def push_folder(
 
 
 def push_saved(folder: str | os.PathLike, repo_id: str, *, with_code: bool = False, **options) -> CommitInfo:
-    """Upload a saved model as it lies in its folder, with a model card where there is none. The folder is not changed.
+    """Upload a saved model's folder, and add a model card if it has none. The folder is not changed.
 
     Args:
-        folder: Of a model of this package, whole or bridge alone, and whatever else is to go with it.
-        repo_id: As for `push_folder`.
-        with_code: Add the code, so that transformers alone can load it with `trust_remote_code=True`.
+        folder: Folder of a model of this package, whole or bridge alone; other files in it are uploaded too.
+        repo_id: `name` or `owner/name`; the repository is created if it does not exist.
+        with_code: Add the code, so that transformers alone can load the model with `trust_remote_code=True`.
         options: Further arguments of `push_folder`.
 
     Returns:
         The commit.
 
     Raises:
-        ValueError: There is no such model in the folder.
-        huggingface_hub.errors.HfHubHTTPError: As for `push_folder`.
+        ValueError: The folder does not hold a model of this package.
+        huggingface_hub.errors.HfHubHTTPError: The Hub refuses the upload, or fails at every attempt.
     """
     from .cards import card_of_folder
 
@@ -126,16 +126,16 @@ def push_saved(folder: str | os.PathLike, repo_id: str, *, with_code: bool = Fal
         keep = []
         if not (view / "README.md").exists():
             card_of_folder(view, repo_id).save(view / "README.md")
-            keep = ["README.md"]  # a card in the repository was written by someone who knew more
+            keep = ["README.md"]  # an existing card of the repository takes precedence over a generated one
         return push_folder(view, repo_id, keep=keep, **{"commit_message": "Upload model", **options})
 
 
 class HubPublisher:
-    """What models and processors publish through; see `vlbridge.extensions`."""
+    """The `Publisher` of models and processors, see `vlbridge.extensions`."""
 
     def write_card(self, folder: Path, repo_id: str | None = None, tags: Iterable[str] = ()) -> None:
-        """Write a model card, made from what lies in the folder, where there is none or where there are tags to add."""
-        from .cards import card_of_folder  # with the catalogue, which takes its time
+        """Write a model card generated from the folder, if it has none or if there are tags to add."""
+        from .cards import card_of_folder  # slow to import, because of the catalogue
 
         path = folder / "README.md"
         if path.exists() and not tags:
@@ -152,7 +152,7 @@ class HubPublisher:
         model_class: type | None = None,
         config_class: type | None = None,
     ) -> None:
-        """Put the code of a model and its processor, or of a processor alone, beside what is saved."""
+        """Save the code of a model and its processor, or of a processor alone, into the folder."""
         if model_class is None:
             add_code(folder, {"AutoProcessor": processor_class})
         else:

@@ -1,4 +1,4 @@
-"""Licences of weights: which part has which, and what holds for a model that is made of several."""
+"""Licences of weights: those of known parts, and the one that applies to a model of several parts."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Licence:
     """A licence of weights.
 
     Args:
-        id: The Hub's identifier; `"other"` for one that the Hub has none for.
-        strictness: `PERMISSIVE` to `UNKNOWN`: the highest of all parts is what holds for the whole.
-        share_alike: What is made from it must have the same licence.
-        name: Of a licence whose identifier is `"other"`.
-        link: Its text, likewise.
+        id: The Hub's identifier; `"other"` if the Hub has none.
+        strictness: `PERMISSIVE` to `UNKNOWN`: the highest value of all parts applies to the whole.
+        share_alike: Derived works must have the same licence.
+        name: Name of a licence whose identifier is `"other"`.
+        link: Address of the text of a licence whose identifier is `"other"`.
     """
 
     id: str
@@ -42,6 +42,7 @@ class Licence:
 
     @property
     def label(self) -> str:
+        """Name of the licence."""
         return self.name or self.id
 
 
@@ -49,7 +50,7 @@ def _licences(strictness: int, *ids: str, share_alike: bool = False) -> dict[str
     return {name: Licence(name, strictness, share_alike) for name in ids}
 
 
-# Those that ask for less come first
+# In ascending order of their demands
 LICENCES = {
     **_licences(PERMISSIVE, "cc0-1.0", "unlicense", "mit", "isc", "zlib", "bsd-2-clause", "bsd-3-clause"),
     **_licences(PERMISSIVE, "cc-by-3.0", "cc-by-4.0", "apache-2.0"),
@@ -72,7 +73,7 @@ LICENCES = {
     "unknown": Licence("other", UNKNOWN, name="unknown"),
 }  # fmt: skip
 
-# Full matches, the first one counts. CLIP's and EVA's weights have the licence of their code.
+# The first full match applies. CLIP's and EVA's weights have the licence of their code.
 PART_LICENCES = (
     (r"openai/clip-vit-.*|EVA-CLIP .*|openai-community/gpt2.*", "mit"),
     (r"google/siglip2?-.*|google/vit-.*|facebook/dinov2-.*|microsoft/resnet-.*", "apache-2.0"),
@@ -94,14 +95,14 @@ PART_LICENCES = (
 
 
 def licence_of(name: str) -> Licence:
-    """The licence of a part.
+    """Look up the licence of a part.
 
     Args:
-        name: Its Hub id, or what else it is called.
+        name: Hub id, folder or other name of the part.
 
     Returns:
-        From the table of known parts; else from the part's own card, where that is in a local folder or in the Hub's
-        cache (the Hub is not asked); else `LICENCES["unknown"]`.
+        The licence in the table of known parts; otherwise the one in the part's card, if that is in a local folder or
+        in the Hub's cache (there is no network access); otherwise `LICENCES["unknown"]`.
     """
     for pattern, licence in PART_LICENCES:
         if re.fullmatch(pattern, name):
@@ -113,7 +114,7 @@ def licence_of(name: str) -> Licence:
     if path.is_file():
         try:
             data = ModelCard.load(path, ignore_metadata_errors=True).data
-        except ValueError:  # a card that is none
+        except ValueError:  # not a model card
             return LICENCES["unknown"]
         if data.license in LICENCES:
             return LICENCES[data.license]
@@ -123,7 +124,7 @@ def licence_of(name: str) -> Licence:
 
 
 def strictest(licences: Iterable[Licence]) -> Licence:
-    """The licence that asks most. Without any, the unknown one."""
+    """The licence with the highest demands; the unknown one if there are none."""
     order = list(LICENCES.values())
 
     def demands(licence: Licence) -> tuple[int, int]:
@@ -133,11 +134,11 @@ def strictest(licences: Iterable[Licence]) -> Licence:
 
 
 def licence_conflicts(parts: Mapping[str, Licence], claimed: str | None = None) -> list[str]:
-    """What does not go together, in sentences; nothing where all is well.
+    """Describe conflicts between licences, one sentence each; the list is empty if there are none.
 
     Args:
         parts: Licences by the names of the parts.
-        claimed: What the model itself is said to be under.
+        claimed: Identifier of the licence that the model itself is published under.
     """
     found = []
     for name, licence in parts.items():
@@ -148,8 +149,8 @@ def licence_conflicts(parts: Mapping[str, Licence], claimed: str | None = None) 
         ]
         if licence.share_alike and others:
             found.append(
-                f"{name} asks for {licence.label} on all that is made from it, which no model can have that is also made from "
-                f"{' and '.join(others)}."
+                f"{name} requires {licence.label} for derived works, which is impossible for a model that is also "
+                f"derived from {' and '.join(others)}."
             )
     if claimed is not None:
         whole = strictest(parts.values())

@@ -1,7 +1,7 @@
-"""Code that travels with a model, so that transformers alone loads it with `trust_remote_code=True`.
+"""Saving of code along with a model, so that transformers alone can load it with `trust_remote_code=True`.
 
-Source: `transformers/dynamic_module_utils.py` for what such files must look like: they lie side by side in one folder, and
-only `from .name import ...` between them is followed.
+Source: `transformers/dynamic_module_utils.py` for the form of such files: all are in one folder, and only imports of
+the form `from .name import ...` between them are followed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from .files import write_json, write_text
 def _rewritten(module: str, followed: set[str]) -> str:
     """A module's source with imports that work in a flat folder.
 
-    Relative imports of modules in `followed` become `from .name import`; other modules of this package are asked of an
-    installed vlbridge. What is imported inside functions is not needed by everyone: `try` around it keeps transformers from
-    counting it as a requirement.
+    Relative imports of modules in `followed` become `from .name import`; other modules of this package are imported
+    from an installed vlbridge. Imports inside functions are optional: a `try` around them keeps transformers from
+    treating them as requirements.
     """
     source = inspect.getsource(importlib.import_module(module))
     tree, lines = ast.parse(source), source.splitlines()
@@ -53,23 +53,23 @@ def _rewritten(module: str, followed: set[str]) -> str:
 
 
 def _target(module: str, node: ast.stmt) -> str | None:
-    """Full name of the module that a relative import in `module` means; `None` for other statements."""
+    """Full name of the module that a relative import in `module` refers to; `None` for other statements."""
     if not isinstance(node, ast.ImportFrom) or not node.level:
         return None
     return importlib.util.resolve_name("." * node.level + (node.module or ""), module.rpartition(".")[0])
 
 
 def flat_code(classes: Iterable[type]) -> dict[str, str]:
-    """The code that classes need, as files that work side by side in one folder, without this package.
+    """Collect the code of classes as files that work in one folder, without this package.
 
     Args:
-        classes: Of this package.
+        classes: Classes of this package.
 
     Returns:
         Contents by file name.
 
     Raises:
-        ValueError: Two modules have one name, or a module imports a whole package.
+        ValueError: Two modules have the same name, or a module imports a whole package.
     """
     todo, found = sorted({cls.__module__ for cls in classes}), []
     while todo:
@@ -91,12 +91,12 @@ def flat_code(classes: Iterable[type]) -> dict[str, str]:
 
 
 def auto_map_of(config_class: type, model_class: type, processor_class: type | None = None) -> dict[str, type]:
-    """What `add_code` takes.
+    """Build the argument `auto_map` of `add_code`.
 
     Args:
-        config_class: Of the model.
-        model_class: Its `auto_classes` tell which Auto classes are to give it.
-        processor_class: `None` takes the one that is registered for the configuration.
+        config_class: The model's configuration class.
+        model_class: The model class, whose `auto_classes` list the Auto classes that should load it.
+        processor_class: The processor class; `None` takes the one that is registered for the configuration.
     """
     auto_map = {"AutoConfig": config_class, **dict.fromkeys(model_class.auto_classes, model_class)}
     processor_class = processor_class or PROCESSOR_MAPPING.get(config_class, None)
@@ -104,11 +104,11 @@ def auto_map_of(config_class: type, model_class: type, processor_class: type | N
 
 
 def add_code(folder: str | os.PathLike, auto_map: dict[str, type]) -> None:
-    """Put code beside a saved model, so that transformers alone can load it with `trust_remote_code=True`.
+    """Save code into a model's folder, so that transformers alone can load it with `trust_remote_code=True`.
 
     Args:
-        folder: Of the model, or of the processor alone.
-        auto_map: Names of Auto classes, and the class that each of them is to give.
+        folder: Folder of the model, or of the processor alone.
+        auto_map: Names of Auto classes, and the class that each of them should load.
     """
     folder = Path(folder)
     for name, source in flat_code(auto_map.values()).items():
@@ -117,9 +117,9 @@ def add_code(folder: str | os.PathLike, auto_map: dict[str, type]) -> None:
     processors = {name: reference for name, reference in references.items() if name == "AutoProcessor"}
     for file, wanted in (("config.json", references), ("processor_config.json", processors)):
         if wanted and (path := folder / file).is_file():
-            about = json.loads(path.read_text(encoding="utf-8"))
-            about["auto_map"] = {**about.get("auto_map", {}), **wanted}
-            write_json(path, about, sort_keys=True)
+            content = json.loads(path.read_text(encoding="utf-8"))
+            content["auto_map"] = {**content.get("auto_map", {}), **wanted}
+            write_json(path, content, sort_keys=True)
 
 
 __all__ = ["add_code", "auto_map_of", "flat_code"]

@@ -1,9 +1,9 @@
-"""`transplant`: a trained bridge warm-started on another language model.
+"""`transplant` warm-starts a trained bridge on another language model.
 
-What a bridge learned is mostly about pictures. Only its last step speaks one language model's language, and how that model
-speaks can be told from its embedding table: the tokens that it shares with another model give pairs of embeddings, these
-give a linear map from one model's space to the other's, and the map is multiplied into the bridge's last layer. No picture
-and no training are needed; training goes on from there.
+Most of what a bridge has learned is about pictures. Only its last step depends on the language model, through the space
+of its embeddings. The tokens that two language models share give pairs of embeddings; a linear map from one space to
+the other is fitted to these pairs and multiplied into the bridge's last layer. This needs neither pictures nor
+training, and the result can be trained further.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,24 +45,24 @@ from .processing import BridgedProcessor
 
 logger = logging.getLogger(__name__)
 
-HELD_OUT = 10  # one of so many shared tokens tells how good the map is
-# A vocabulary's merges are listed as they were found, the frequent ones first: those have the better embeddings
+HELD_OUT = 10  # one in ten shared tokens is held out to evaluate the map
+# Vocabularies list frequent tokens first, which have the better embeddings
 MOST_TOKENS = 32768
-RIDGES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean variance along a direction
+RIDGES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # penalties, in units of the mean variance along a direction
 
 
 # ---------------------------------------------------------------------- shared tokens
 
 
 def token_strings(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> dict[bytes, int]:
-    """What every ordinary token stands for, whichever way its tokenizer writes it down.
+    """Map the text of every ordinary token to its id, independent of the tokenizer's notation.
 
     Args:
-        tokenizer: Any: GPT-2's bytes written as letters, SentencePiece's `▁` and `<0x0A>`, or plain words.
+        tokenizer: A tokenizer with GPT-2's bytes written as letters, SentencePiece's `▁` and `<0x0A>`, or plain words.
         num_rows: Rows of the embedding table; tokens beyond it are left out.
 
     Returns:
-        Ids by the bytes of the text; the lower id where two tokens stand for the same. Special tokens are left out.
+        Ids by the bytes of the text; the lower id if two tokens have the same text. Special tokens are left out.
     """
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
@@ -88,17 +88,16 @@ def token_strings(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> dict[byt
 
 @dataclass(frozen=True)
 class EmbeddingMap:
-    """An affine map from one language model's space to another's.
+    """An affine map from one language model's embedding space to another's.
 
     Args:
         matrix: `(new_dim, old_dim)`, in double precision.
-        offset: `(new_dim,)`; zeros where there is none.
-        num_tokens: Tokens that it was fitted on.
-        explained_variance: Share of the variance of the new embeddings that it explains, over tokens that were held out
-            while it was fitted: 1 where one model is a change of basis of the other, about 0 where they have nothing to do
-            with each other.
+        offset: `(new_dim,)`; zeros without an intercept.
+        num_tokens: Number of tokens that the map was fitted to.
+        explained_variance: Share of the variance of the new embeddings that the map explains, for held-out tokens: 1 if
+            one model is a change of basis of the other, about 0 if the two are unrelated.
         ridge: Penalty that was best for the held-out tokens, in units of the mean variance along a direction.
-        scale: Spread of the new embeddings in units of the old ones'.
+        scale: Standard deviation of the new embeddings, divided by that of the old ones.
     """
 
     matrix: torch.Tensor
@@ -113,12 +112,12 @@ class EmbeddingMap:
         return (vectors.double() @ self.matrix.T + self.offset).to(vectors.dtype)
 
     def back(self) -> torch.Tensor:
-        """The matrix of the way back, `(old_dim, new_dim)`: the pseudo-inverse."""
+        """Pseudo-inverse of the matrix, `(old_dim, new_dim)`."""
         return torch.linalg.pinv(self.matrix)
 
 
-def _ridge_solver(inputs: torch.Tensor, targets: torch.Tensor):
-    """A function from a penalty to the least-squares matrix, `(new_dim, old_dim)`; without penalty the smallest one."""
+def _ridge_solver(inputs: torch.Tensor, targets: torch.Tensor) -> Callable[[float], torch.Tensor]:
+    """A function from a penalty to the least-squares matrix, `(new_dim, old_dim)`, of least norm without a penalty."""
     values, vectors = torch.linalg.eigh(inputs.T @ inputs)
     values = values.clamp(min=0.0)
     projected = vectors.T @ (inputs.T @ targets)
@@ -132,23 +131,23 @@ def _ridge_solver(inputs: torch.Tensor, targets: torch.Tensor):
 
 
 def fit_embedding_map(old: torch.Tensor, new: torch.Tensor, intercept: bool = True) -> EmbeddingMap:
-    """Ridge regression from one table's rows to another's; the penalty is the best of `RIDGES` for held-out rows.
+    """Fit a ridge regression from one table's rows to another's, with the best of `RIDGES` for held-out rows.
 
     Args:
         old: `(tokens, old_dim)`.
-        new: `(tokens, new_dim)`, the same tokens.
-        intercept: Fit an offset too.
+        new: `(tokens, new_dim)`, for the same tokens.
+        intercept: Whether to fit an offset too.
 
     Raises:
-        ValueError: There are fewer tokens than the map has directions to know about.
+        ValueError: There are fewer tokens than old dimensions.
     """
     old, new = old.double(), new.double()
     count, width = old.shape
     if count - count // HELD_OUT <= width:
         raise ValueError(
-            f"The two language models share {count} tokens, too few for a map from {width} dimensions: it takes at least "
-            f"{width + width // (HELD_OUT - 1) + 2}. They can't be matched by their vocabularies; train a fresh bridge with "
-            "compose()."
+            f"The two language models share {count} tokens, too few for a map from {width} dimensions: it takes at "
+            f"least {width + width // (HELD_OUT - 1) + 2}. They can't be matched by their vocabularies; train a new "
+            "bridge with compose()."
         )
     zero = torch.zeros((), dtype=old.dtype)
     old_mean, new_mean = (old.mean(dim=0), new.mean(dim=0)) if intercept else (zero, zero)
@@ -170,8 +169,8 @@ def fit_embedding_map(old: torch.Tensor, new: torch.Tensor, intercept: bool = Tr
     )
 
 
-def _rows(embedding: nn.Module, ids: list[int]) -> torch.Tensor:
-    """What the language model's layers get for tokens: some models scale their table's rows."""
+def _embed(embedding: nn.Module, ids: list[int]) -> torch.Tensor:
+    """Embeddings as the language model's layers receive them: some models scale the rows of their table."""
     with torch.no_grad():
         return embedding(torch.tensor(ids, device=embedding.weight.device)).double().cpu()
 
@@ -179,15 +178,15 @@ def _rows(embedding: nn.Module, ids: list[int]) -> torch.Tensor:
 # ---------------------------------------------------------------------- the families
 
 
-def _fold_behind(linear: nn.Linear, to_new: EmbeddingMap, new: nn.Linear) -> None:
-    """Let `new` give what the map makes of what `linear` gives."""
+def _map_output(linear: nn.Linear, to_new: EmbeddingMap, new: nn.Linear) -> None:
+    """Set `new` to `linear` followed by the map."""
     new.weight.copy_(to_new.matrix @ linear.weight.double())
     if new.bias is not None:
         new.bias.copy_(to_new(linear.bias.double()))
 
 
-def _copy_rest(old: Bridge, new: Bridge, without: tuple[str, ...]) -> None:
-    """Copy every tensor but those of the modules that were adapted."""
+def _copy_unchanged(old: Bridge, new: Bridge, without: tuple[str, ...]) -> None:
+    """Copy every tensor, except those of the modules that are adapted."""
     weights = {name: tensor for name, tensor in old.state_dict().items() if not name.startswith(without)}
     expected = {name for name in new.state_dict() if not name.startswith(without)}
     if weights.keys() != expected:
@@ -195,33 +194,32 @@ def _copy_rest(old: Bridge, new: Bridge, without: tuple[str, ...]) -> None:
     new.load_state_dict({**new.state_dict(), **weights})
 
 
-def _mlp(old: MLPBridge, new: MLPBridge, to_new: EmbeddingMap, to_new_output: EmbeddingMap | None) -> None:
+def _adapt_mlp(old: MLPBridge, new: MLPBridge, to_new: EmbeddingMap, to_new_output: EmbeddingMap | None) -> None:
     last = f"linear_{old.depth}"
-    _copy_rest(old, new, without=(last, "image_newline"))
-    _fold_behind(getattr(old, last), to_new, getattr(new, last))
+    _copy_unchanged(old, new, without=(last, "image_newline"))
+    _map_output(getattr(old, last), to_new, getattr(new, last))
     if old.image_newline is not None:
         new.image_newline.copy_(to_new(old.image_newline))
 
 
-def _qformer(old: QFormerBridge, new: QFormerBridge, to_new: EmbeddingMap, to_new_output: EmbeddingMap | None) -> None:
-    _copy_rest(old, new, without=("language_projection",))
-    _fold_behind(old.language_projection, to_new, new.language_projection)
+def _adapt_qformer(
+    old: QFormerBridge, new: QFormerBridge, to_new: EmbeddingMap, to_new_output: EmbeddingMap | None
+) -> None:
+    _copy_unchanged(old, new, without=("language_projection",))
+    _map_output(old.language_projection, to_new, new.language_projection)
 
 
-def _read_through(
-    norm: nn.LayerNorm, linear: nn.Linear, to_new: EmbeddingMap, new_norm, weight: torch.Tensor
-) -> torch.Tensor:
-    """Let a layer norm and the linear layer behind it read the other space, as nearly as they can.
+def _map_input(norm: nn.LayerNorm, to_new: EmbeddingMap, new_norm: nn.LayerNorm, weight: torch.Tensor) -> torch.Tensor:
+    """Approximate a layer norm and the linear layer after it in the other space.
 
-    The norm's gain moves into the matrix, as it belongs to the old basis. The mean that a layer norm takes off is another
-    one in another basis, so this is exact only where the basis stays.
+    The norm's gain belongs to the old basis, so it is multiplied into the matrix. The result is exact only if the basis
+    does not change, because a layer norm subtracts a different mean in another basis.
 
     Args:
         norm: The old norm.
-        linear: What reads it.
         to_new: The map.
         new_norm: The new norm; its gain becomes 1.
-        weight: The old matrix behind it, `(rows, old_dim)`: rows may have been chosen.
+        weight: Rows of the old linear layer's matrix, `(rows, old_dim)`.
 
     Returns:
         The new matrix, `(rows, new_dim)`.
@@ -233,47 +231,49 @@ def _read_through(
     return read
 
 
-def _feed_forward(old: FeedForward, new: FeedForward, to_new: EmbeddingMap) -> None:
-    """Neurons are kept, where there is less room the strongest; where there is more, the others say nothing yet."""
+def _adapt_feed_forward(old: FeedForward, new: FeedForward, to_new: EmbeddingMap) -> None:
+    """Keep the strongest neurons that fit; additional neurons of a wider layer contribute nothing at first."""
     room = new.linear_in.weight.shape[0]
     strength = old.linear_in.weight.norm(dim=1) * old.linear_out.weight.norm(dim=0)
     kept = strength.argsort(descending=True)[:room].sort().values
-    read = _read_through(old.layer_norm, old.linear_in, to_new, new.layer_norm, old.linear_in.weight[kept])
+    read = _map_input(old.layer_norm, to_new, new.layer_norm, old.linear_in.weight[kept])
     new.linear_in.weight[: len(kept)] = read.to(new.linear_in.weight.dtype)
     new.linear_out.weight.zero_()
     written = to_new.matrix @ old.linear_out.weight[:, kept].double()
     new.linear_out.weight[:, : len(kept)] = written.to(new.linear_out.weight.dtype)
 
 
-def _cross_attention(old: GatedCrossAttentionLayer, new: GatedCrossAttentionLayer, to_new: EmbeddingMap) -> None:
-    new.query.weight.copy_(_read_through(old.layer_norm, old.query, to_new, new.layer_norm, old.query.weight))
+def _adapt_cross_attention(old: GatedCrossAttentionLayer, new: GatedCrossAttentionLayer, to_new: EmbeddingMap) -> None:
+    new.query.weight.copy_(_map_input(old.layer_norm, to_new, new.layer_norm, old.query.weight))
     new.key_value.load_state_dict(old.key_value.state_dict())
     new.out.weight.copy_(to_new.matrix @ old.out.weight.double())
-    _feed_forward(old.feed_forward, new.feed_forward, to_new)
+    _adapt_feed_forward(old.feed_forward, new.feed_forward, to_new)
     gates = new.state_dict()
     for name, gate in old.state_dict().items():
         if name.startswith(("attn_gate", "ff_gate")):
             gates[name].copy_(gate)
 
 
-def _perceiver(old: PerceiverBridge, new: PerceiverBridge, to_new: EmbeddingMap, to_new_output: EmbeddingMap) -> None:
+def _adapt_perceiver(
+    old: PerceiverBridge, new: PerceiverBridge, to_new: EmbeddingMap, to_new_output: EmbeddingMap
+) -> None:
     new.resampler.load_state_dict(old.resampler.state_dict())
     blocks = old.cross_attention_layers
     for index, block in enumerate(new.cross_attention_layers):
-        # the old block at the same share of the depth
+        # The old block at the same relative depth
         nearest = (index + 1) * len(blocks) / len(new.cross_attention_layers)
-        _cross_attention(blocks[min(len(blocks), max(1, round(nearest))) - 1], block, to_new)
+        _adapt_cross_attention(blocks[min(len(blocks), max(1, round(nearest))) - 1], block, to_new)
     new.token_rows.input_rows.copy_(to_new(old.token_rows.input_rows))
     if new.token_rows.output_rows is not None:
         rows = old.token_rows.input_rows if old.token_rows.output_rows is None else old.token_rows.output_rows
         new.token_rows.output_rows.copy_(to_new_output(rows))
 
 
-ADAPTED_BY = {MLPBridge: _mlp, QFormerBridge: _qformer, PerceiverBridge: _perceiver}
+_ADAPTERS = {MLPBridge: _adapt_mlp, QFormerBridge: _adapt_qformer, PerceiverBridge: _adapt_perceiver}
 
 
-def _spread_blocks(old_config: PreTrainedConfig, new: PreTrainedConfig) -> int:
-    """Every how many decoder layers there is cross-attention, so that about as many blocks as before lie as deep as before."""
+def _cross_attention_interval(old_config: PreTrainedConfig, new: PreTrainedConfig) -> int:
+    """Decoder layers per cross-attention block that best keep the number of blocks and their relative depths."""
     before = old_config.text_config.get_text_config().num_hidden_layers
     every, num_layers = old_config.cross_attention_every_n_layers, new.get_text_config().num_hidden_layers
     return min(
@@ -282,17 +282,17 @@ def _spread_blocks(old_config: PreTrainedConfig, new: PreTrainedConfig) -> int:
     )
 
 
-# ---------------------------------------------------------------------- the whole
+# ---------------------------------------------------------------------- transplant
 
 
 @dataclass(frozen=True)
 class Transplant:
-    """A bridge on another language model.
+    """A bridge that was transplanted to another language model.
 
     Args:
-        model: In eval mode, both parts frozen.
-        processor: Its processor.
-        report: Where it comes from and how well the two models' spaces could be matched, as plain data.
+        model: The model, in eval mode and with both parts frozen.
+        processor: The model's processor.
+        report: The bridge's origin and the quality of the map between the embedding spaces, as plain data.
     """
 
     model: BridgedModel
@@ -300,13 +300,13 @@ class Transplant:
     report: dict[str, Any]
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write the bridge, its processor and what is known of its training; all of it or nothing.
+        """Save the bridge, its processor and a summary of its origin: all files, or none.
 
         Args:
-            folder: Must not exist yet.
+            folder: Folder to create.
 
         Raises:
-            ValueError: It exists, or a part has no source to come back from.
+            ValueError: The folder exists, or a part has no source to load it from again.
         """
         target = Path(folder)
         if target.exists():
@@ -330,14 +330,14 @@ class Transplant:
 
 
 def describe(report: Mapping[str, Any]) -> str:
-    """A report in a sentence or two."""
+    """Summarise a report in one or two sentences."""
     text = (
-        f"The bridge was made for {report['from']} and put on {report['to']}: {report['shared_tokens']:,} tokens are in both "
-        f"vocabularies, and a linear map between their embeddings explains {report['explained_variance']:.1%} of the variance "
-        "of tokens that it was not fitted on."
+        f"The bridge was trained for {report['from']} and transplanted to {report['to']}: "
+        f"{report['shared_tokens']:,} tokens are in both vocabularies, and a linear map between their embeddings "
+        f"explains {report['explained_variance']:.1%} of the variance of held-out tokens."
     )
     if "explained_variance_output" in report:
-        text += f" Of the output layer's rows it explains {report['explained_variance_output']:.1%}."
+        text += f" For the output layer's rows it is {report['explained_variance_output']:.1%}."
     return text
 
 
@@ -351,8 +351,8 @@ def _family_of(model: PreTrainedModel) -> Family:
     )
 
 
-def _options_of(config: PreTrainedConfig, processor: BridgedProcessor) -> dict[str, Any]:
-    """What `compose` has to be told to make the same bridge again."""
+def _compose_options_of(config: PreTrainedConfig, processor: BridgedProcessor) -> dict[str, Any]:
+    """Options of `compose` that build the same bridge again."""
     names = set(type(config).__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
     names -= {"vision_config", "text_config", "image_token_id", "special_token_ids", "frozen_parts", "bridge_only"}
     names -= {"freeze_language_model", "tie_word_embeddings", "trained_tensors"}
@@ -360,14 +360,14 @@ def _options_of(config: PreTrainedConfig, processor: BridgedProcessor) -> dict[s
     for name in names:
         value = getattr(config, name)
         options[name] = value.to_dict() if isinstance(value, PreTrainedConfig) else copy.deepcopy(value)
-    for name in set(processor.compose_options) - {"conversation"}:  # conversations are the language model's own
+    for name in set(processor.compose_options) - {"conversation"}:  # conversations belong to the language model
         if getattr(processor, name, None) is not None:
             options[name] = getattr(processor, name)
     return options
 
 
 def _name_of(config: PreTrainedConfig, pin: Mapping | None) -> str:
-    """A part's Hub id; of a folder the last part of its path, which is true on other machines too."""
+    """A part's Hub id, or the name of its folder without the local path."""
     source = (pin or {}).get("source") or getattr(config, "_name_or_path", None) or f"a {config.model_type}"
     return Path(source).name if os.path.isabs(source) else source
 
@@ -378,35 +378,36 @@ def _config_of(language: Part) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(where_to_load(os.fspath(language)))
 
 
-def _options_for(family: Family, old: BridgedModel, language: Part) -> dict[str, Any]:
-    """What of the family's configuration follows from the old bridge's shape.
+def _shape_options(family: Family, old: BridgedModel, language: Part) -> dict[str, Any]:
+    """Configuration fields that follow from the old bridge's shape.
 
     Raises:
-        ValueError: The bridge can't be moved.
+        ValueError: The bridge can't be transplanted.
     """
     if family.model_class.bridge_class is MLPBridge:
         if old.bridge.depth == 0:
             raise ValueError(
-                "This bridge has projector_type='identity': there is no linear layer to multiply a map between language models "
-                "into."
+                "This bridge has projector_type='identity': there is no linear layer to multiply a map between "
+                "language models into."
             )
         return {"projector_hidden_size": old.bridge.linear_1.out_features} if old.bridge.depth > 1 else {}
     if family.model_class.bridge_class is not PerceiverBridge:
         return {}
-    return {"cross_attention_every_n_layers": _spread_blocks(old.config, _config_of(language))}
+    return {"cross_attention_every_n_layers": _cross_attention_interval(old.config, _config_of(language))}
 
 
-def _check_stream(model: BridgedModel) -> None:
-    """Cross-attention reads hidden states, which have to be of the same space as the embeddings.
+def _check_widths(model: BridgedModel) -> None:
+    """Check that hidden states, which cross-attention reads, are in the same space as the embeddings.
 
     Raises:
-        ValueError: They have another width.
+        ValueError: Their widths differ.
     """
     width, hidden = model.bridge.text_dim, model.config.text_config.get_text_config().hidden_size
     if width != hidden:
         raise ValueError(
-            f"{type(model.language_model).__name__} has embeddings of {width} and hidden states of {hidden} channels: a map "
-            "between embeddings says nothing about what cross-attention reads. Train a fresh perceiver with compose()."
+            f"{type(model.language_model).__name__} has embeddings of {width} and hidden states of {hidden} channels: "
+            "a map between embeddings says nothing about the hidden states that cross-attention reads. Train a new "
+            "perceiver with compose()."
         )
 
 
@@ -420,26 +421,27 @@ def transplant(
 ) -> Transplant:
     """Warm-start a bridge on another language model.
 
-    Bridges that speak in tokens (`mlp`, `qformer`) keep everything but their last linear layer, into which the map between
-    the two embedding spaces is multiplied: exact where the new model is a change of basis of the old one. Widths may differ;
-    encoder-decoders and decoders may follow each other.
+    Bridges whose visual tokens stand in the prompt (`mlp`, `qformer`) keep everything except their last linear layer,
+    into which the map between the two embedding spaces is multiplied. This is exact if the new model is a change of
+    basis of the old one. Widths may differ, and encoder-decoders and decoders may replace each other.
 
-    Of a `perceiver` the resampler, keys, values and gates are kept. Its cross-attention blocks go to the same share of the
-    new model's depth; what they read and write is taken through the map, which was fitted on embeddings and is an
-    approximation deeper down. In a narrower model the weaker neurons of their feed-forwards are left out.
+    A `perceiver` keeps its resampler, keys, values and gates. Its cross-attention blocks are placed at the same
+    relative depth of the new model. Their inputs and outputs are mapped; since the map was fitted to embeddings, it is
+    an approximation in deeper layers. In a narrower model the weakest neurons of their feed-forwards are dropped.
 
     Args:
         bridge: Folder or Hub id of a bridge; or a model and its processor.
-        language: The new language model, as for `compose`.
-        tokenizer: Its tokenizer, likewise.
-        options: For `compose`: `dtype`, `device_map`, `chat_template`; or fields of the configuration to change.
+        language: The new language model: Hub id, folder, configuration or loaded model.
+        tokenizer: The new language model's tokenizer: object, Hub id or folder; by default it is loaded from the
+            language model's repository.
+        options: `dtype`, `device_map` and `chat_template` of `compose`, or configuration fields to change.
 
     Returns:
         Model, processor and report. Neither language model is changed; the vision encoder is shared.
 
     Raises:
-        ValueError: The bridge has no linear layer to multiply the map into, the vocabularies share too little, or the family
-            does not work with the new language model.
+        ValueError: The bridge has no linear layer to multiply the map into, the vocabularies share too few tokens, or
+            the family does not work with the new language model.
     """
     if isinstance(bridge, tuple):
         old, old_processor = bridge
@@ -454,11 +456,11 @@ def transplant(
         family.name,
         tokenizer=tokenizer,
         image_processor=old_processor.image_processor,
-        **{**_options_of(old.config, old_processor), **_options_for(family, old, language), **options},
+        **{**_compose_options_of(old.config, old_processor), **_shape_options(family, old, language), **options},
     )
     if pins.get("vision_model"):
         model.config.frozen_parts["vision_model"] = pins["vision_model"]
-    # what was trained in the encoder travels on; what was trained in the old language model stays there
+    # Trained tensors of the vision encoder are kept, those of the old language model are not.
     overlay = [name for name in old.config.trained_tensors or [] if name.startswith("vision_model.")]
     model.config.trained_tensors = overlay or None
     for name in ("qformer_tokenizer", "qformer_max_length"):
@@ -467,10 +469,10 @@ def transplant(
     processor.check(model.config)
     if isinstance(model.bridge, PerceiverBridge):
         for each in (old, model):
-            _check_stream(each)
+            _check_widths(each)
 
     to_new, to_new_output, report = _maps_between(old, old_processor, model, processor)
-    ADAPTED_BY[type(old.bridge)](copy.deepcopy(old.bridge).cpu(), model.bridge, to_new, to_new_output)
+    _ADAPTERS[type(old.bridge)](copy.deepcopy(old.bridge).cpu(), model.bridge, to_new, to_new_output)
     if device_map is not None:
         model.dispatch(device_map)
     logger.info(describe(report))
@@ -480,10 +482,10 @@ def transplant(
 def _maps_between(
     old: BridgedModel, old_processor: BridgedProcessor, model: BridgedModel, processor: BridgedProcessor
 ) -> tuple[EmbeddingMap, EmbeddingMap | None, dict[str, Any]]:
-    """Fit the maps from one language model's embeddings to another's, on the tokens that both vocabularies have.
+    """Fit maps from one language model's embeddings to another's, to the tokens that both vocabularies have.
 
     Returns:
-        The map between input embeddings; between output embeddings, where the bridge has rows there; and the report.
+        The map between input embeddings, the one between output embeddings if the bridge has such rows, and the report.
     """
     tables = [each.get_input_embeddings() for each in (old, model)]
     tokens = [
@@ -493,7 +495,7 @@ def _maps_between(
     shared = sorted(tokens[0].keys() & tokens[1].keys(), key=tokens[0].get)
     ids = [[each[text] for text in shared[:MOST_TOKENS]] for each in tokens]
     intercept = getattr(old.config, "projector_bias", True)
-    to_new = fit_embedding_map(*(_rows(table, rows) for table, rows in zip(tables, ids, strict=True)), intercept)
+    to_new = fit_embedding_map(*(_embed(table, rows) for table, rows in zip(tables, ids, strict=True)), intercept)
     report = {
         "from": _name_of(old.config.text_config, (old.config.frozen_parts or {}).get("language_model")),
         "to": _name_of(model.config.text_config, model.config.frozen_parts["language_model"]),

@@ -381,7 +381,7 @@ def test_as_conditionable_refuses_what_it_would_lose():
         as_conditionable(model)
     model = transformers.MptForCausalLM(MptConfig(**SIZE))
     model.hf_device_map = {"transformer": 0, "lm_head": "cpu"}
-    with pytest.raises(ValueError, match="spread over devices"):
+    with pytest.raises(ValueError, match="distributed over devices"):
         as_conditionable(model)
     model = transformers.MptForCausalLM(MptConfig(**SIZE))
     model.hf_quantizer = object()

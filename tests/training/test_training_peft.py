@@ -482,10 +482,10 @@ def test_a_merged_language_model_is_not_lost(family, kind, parts, tmp_path):
             tuned.get_base_model().save_pretrained(tmp_path / "bridge", bridge_only=True)
         merged = tuned.merge_and_unload()
     after = logits_of(merged, processor)
-    with pytest.raises(ValueError, match="would lose what became of the language_model"):
+    with pytest.raises(ValueError, match="would lose changes of the language_model"):
         merged.save_pretrained(tmp_path / "bridge", bridge_only=True)
     assert not (tmp_path / "bridge").exists()
-    with pytest.raises(ValueError, match="would lose what became of the language_model"):
+    with pytest.raises(ValueError, match="would lose changes of the language_model"):
         copy.deepcopy(merged).to(torch.bfloat16).save_pretrained(tmp_path / "bridge", bridge_only=True)
     # whole, it keeps everything, and no longer passes for a bridge on the original
     merged.save_pretrained(tmp_path / "whole")

@@ -89,7 +89,7 @@ def test_parts_that_zero3_would_leave_empty_are_refused(tmp_path):
             lambda: vlbridge.compose(tmp_path / "vision", tmp_path / "language", "mlp", **options),
             lambda: AutoModel.from_pretrained(tmp_path / "bridge"),
         ):
-            with pytest.raises(RuntimeError, match="Compose or load the model before they are made"):
+            with pytest.raises(RuntimeError, match="Compose or load the model before the arguments are created"):
                 load()
     finally:
         unset_hf_deepspeed_config()

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import vlbridge
 from vlbridge.cli import app
-from vlbridge.transplant import _spread_blocks, fit_embedding_map, token_strings, transplant
+from vlbridge.transplant import _cross_attention_interval, fit_embedding_map, token_strings, transplant
 
 
 IN_TOKENS = ["mlp", "qformer"]
@@ -235,7 +235,7 @@ def test_blocks_are_spread_as_before(old_layers, every, new_layers, expected):
     old = vlbridge.PerceiverFlamingoConfig(
         text_config=LlamaConfig(num_hidden_layers=old_layers), cross_attention_every_n_layers=every
     )
-    assert _spread_blocks(old, LlamaConfig(num_hidden_layers=new_layers)) == expected
+    assert _cross_attention_interval(old, LlamaConfig(num_hidden_layers=new_layers)) == expected
 
 
 def test_the_map():

@@ -1,4 +1,4 @@
-"""Files that come with the package: the embedded default's bridge and a picture to try it on."""
+"""Files that are shipped with the package: the default model's bridge and an example picture."""
 
 from pathlib import Path
 
@@ -12,5 +12,5 @@ def default_model() -> str:
 
 
 def example_picture() -> str:
-    """Path of a picture that the shipped bridge can say something about."""
+    """Path of a picture that the shipped bridge can describe."""
     return str(FOLDER / "example.png")
