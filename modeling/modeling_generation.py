@@ -116,7 +116,9 @@ class BridgeGenerationMixin:
                 raise ValueError("Give pixel_values (or patch_features) or mm_encoder_outputs, not both.")
             encoded = self.get_image_features(**images, return_dict=True)
         if encoded is not None and self._generation_setting("prefill_chunk_size", generation_config, kwargs):
-            raise ValueError("prefill_chunk_size can't be used with images: a chunk does not know which images it shows.")
+            raise ValueError(
+                "prefill_chunk_size can't be used with images: a chunk does not know which images it shows."
+            )
         if cache is not None:
             kwargs.update(cache_argument(cache))
         if self.config.is_encoder_decoder:

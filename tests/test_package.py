@@ -97,7 +97,7 @@ def test_the_sdist_holds_what_tests_need(built):
     _, sdist = built
     held = {name.split("/", 1)[-1] for name in tarfile.open(sdist).getnames()}
     assert {"LICENSE", "README.md", "Makefile", "setup.cfg", "pyproject.toml", "tests/tiny.py", "zoo/cli.py"} <= held
-    assert {"constraints.txt", "noxfile.py"} <= held
+    assert {"constraints.txt", "noxfile.py", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", ".ci/run"} <= held
 
 
 def test_the_installed_wheel_runs_from_another_folder(built, tmp_path):

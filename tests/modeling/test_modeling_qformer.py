@@ -936,7 +936,9 @@ def test_compose_begins_with_a_qformer_that_exists(kind, given, tmp_path, monkey
 
 
 def test_compose_refuses_what_the_qformer_cannot_begin_as():
-    with pytest.raises(ValueError, match=r"can't be initialised from the BERT in BertForMaskedLM: .* has shape \[16, 16\]"):
+    with pytest.raises(
+        ValueError, match=r"can't be initialised from the BERT in BertForMaskedLM: .* has shape \[16, 16\]"
+    ):
         compose_from(tiny_bert(hidden_size=16))
     with pytest.raises(ValueError, match="Stage 1 does not fit this model: num_attention_heads is 2"):
         compose_from(stage1()[0], qformer_config={**QFORMER, "num_attention_heads": 2})

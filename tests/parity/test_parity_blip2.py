@@ -419,8 +419,7 @@ def test_the_port_reads_images_alike(case, converted, port):
 
 
 def test_the_port_speaks_alike(case, bridged, port):
-    """Logits of the port, its eps changed to LAVIS'. Its FlanT5 must have LAVIS's activation, which the Hub's has not.
-    """
+    """Logits of the port, its eps changed to LAVIS'. Its FlanT5 must have LAVIS's activation, which the Hub's has not."""
     model, processor, _ = bridged
     port.vision_model.post_layernorm.eps = 1e-5
     inputs = inputs_of(case, model, processor, "forward")
