@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .cards import SUMMARY, card_of_folder
+from .cards import card_of_folder
 from .compat import bytes_to_unicode
 from .compose import Part, compose
 from .extensions import where_to_load
@@ -41,6 +41,7 @@ from .modeling.modeling_flamingo import FeedForward, GatedCrossAttentionLayer, P
 from .modeling.modeling_llava import MLPBridge
 from .modeling.modeling_qformer import QFormerBridge
 from .processing import BridgedProcessor
+from .training_summary import SUMMARY
 
 
 logger = logging.getLogger(__name__)

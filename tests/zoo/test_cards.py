@@ -18,9 +18,10 @@ from transformers import AutoModel, AutoProcessor
 
 import vlbridge
 from vlbridge import cards
-from vlbridge.cards import SUMMARY, card_of_folder, card_of_release
+from vlbridge.cards import card_of_folder, card_of_release
 from vlbridge.catalogue import CATALOGUE, find
 from vlbridge.licences import LICENCES, licence_conflicts, licence_of, strictest
+from vlbridge.training_summary import SUMMARY
 
 
 ROOT = Path(__file__).parents[2]
