@@ -37,6 +37,7 @@ zero3: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python .ci/check_structure.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

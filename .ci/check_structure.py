@@ -1,7 +1,8 @@
-"""What `make lint` holds besides ruff: the layers of ARCHITECTURE.md, no circles, and files and functions of a bearable length.
+"""What `make lint` holds besides ruff: layers without circles, types, and files and functions of a bearable length.
 
-The layers are in pyproject.toml, under `tool.importlinter`. The linter reads a package from one folder, so the folders are
-put together in a temporary one first, as setup.cfg maps them.
+The layers of ARCHITECTURE.md are in pyproject.toml, under `tool.importlinter`, and so are the modules whose types are
+checked, under `tool.mypy`. Both tools read a package from one folder, so the folders are put together in a temporary one
+first, as setup.cfg maps them.
 """
 
 import ast
@@ -58,19 +59,25 @@ def too_long() -> list[str]:
     return found
 
 
-def lint_imports() -> int:
-    """Run import-linter on the package as it is installed; its exit code."""
+def run_linters() -> int:
+    """Run import-linter and mypy on the package as it is installed; the number of them that found something."""
+    config = ROOT / "pyproject.toml"
+    bin_folder = Path(sys.executable).parent
+    commands = (
+        [bin_folder / "lint-imports", "--no-cache", "--no-logo", config],
+        [bin_folder / "mypy", "--config-file", config, "--cache-dir", ROOT / ".mypy_cache"],
+    )
     with tempfile.TemporaryDirectory() as temporary:
         for name, folder in packages().items():
             target = Path(temporary).joinpath(*name.split("."))
             target.mkdir(parents=True, exist_ok=True)
             for path in folder.glob("*.py"):
                 shutil.copy2(path, target)
-        command = [Path(sys.executable).with_name("lint-imports"), "--no-cache", "--no-logo", ROOT / "pyproject.toml"]
-        return subprocess.run(command, cwd=temporary, env={**os.environ, "PYTHONPATH": temporary}).returncode
+        environment = {**os.environ, "PYTHONPATH": temporary, "MYPYPATH": temporary}
+        return sum(bool(subprocess.run(command, cwd=temporary, env=environment).returncode) for command in commands)
 
 
 if __name__ == "__main__":
     problems = too_long()
     print("\n".join(problems) or "Files and functions are short enough.")
-    sys.exit(lint_imports() or bool(problems))
+    sys.exit(run_linters() or bool(problems))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import (
     AutoConfig,
@@ -19,7 +20,6 @@ from .configuration import (
     MLPLlavaConfig,
     PerceiverFlamingoConfig,
     QFormerBlip2Config,
-    QFormerBlip2PreTrainingConfig,
 )
 from .modeling import (
     BridgedForImageClassification,
@@ -58,7 +58,7 @@ class Family:
     config_class: type[BridgedConfig]
     model_class: type[BridgedModel]
     processor_class: type[BridgedProcessor]
-    classifier_class: type[BridgedForImageClassification]
+    classifier_class: type[BridgedForImageClassification] | None = None
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
@@ -97,27 +97,36 @@ FAMILIES = {
 def register() -> None:
     """Register every family with transformers' Auto classes."""
     for family in FAMILIES.values():
-        AutoConfig.register(family.config_class.model_type, family.config_class, exist_ok=True)
-        for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
-            auto_class.register(family.config_class, family.model_class, exist_ok=True)
-        AutoProcessor.register(family.config_class, family.processor_class, exist_ok=True)
-        classifier = family.classifier_class
-        AutoConfig.register(classifier.config_class.model_type, classifier.config_class, exist_ok=True)
-        for auto_class in (AutoModel, AutoModelForImageClassification):
-            auto_class.register(classifier.config_class, classifier, exist_ok=True)
-    stage1 = QFormerBlip2PreTrainingConfig
-    AutoConfig.register(stage1.model_type, stage1, exist_ok=True)
-    for auto_class in (AutoModel, AutoModelForPreTraining):
-        auto_class.register(stage1, QFormerBlip2ForPreTraining, exist_ok=True)
-    AutoProcessor.register(stage1, QFormerBlip2PreTrainingProcessor, exist_ok=True)
+        _register(
+            family.model_class,
+            AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM,
+            processor_class=family.processor_class,
+        )  # fmt: skip
+        if family.classifier_class is not None:
+            _register(family.classifier_class, AutoModel, AutoModelForImageClassification)
+    _register(
+        QFormerBlip2ForPreTraining,
+        AutoModel, AutoModelForPreTraining,
+        processor_class=QFormerBlip2PreTrainingProcessor,
+    )  # fmt: skip
+
+
+def _register(model_class: type[BridgedModel], *auto_classes: Any, processor_class: type | None = None) -> None:
+    """Register a model, its configuration and its processor with transformers' Auto classes."""
+    config_class = model_class.config_class
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    for auto_class in auto_classes:
+        auto_class.register(config_class, model_class, exist_ok=True)
+    if processor_class is not None:
+        AutoProcessor.register(config_class, processor_class, exist_ok=True)
 
 
 def class_named(name: str) -> type[BridgedModel] | None:
     """The model class of a name in a saved configuration's `architectures`; `None` if it is unknown."""
-    classes = [QFormerBlip2ForPreTraining, QFormerBlip2ForImageTextRetrieval]
+    classes: list[type[BridgedModel] | None] = [QFormerBlip2ForPreTraining, QFormerBlip2ForImageTextRetrieval]
     for family in FAMILIES.values():
         classes += [family.model_class, family.classifier_class]
-    return {cls.__name__: cls for cls in classes}.get(name)
+    return next((cls for cls in classes if cls is not None and cls.__name__ == name), None)
 
 
 __all__ = ["FAMILIES", "Family", "class_named", "register"]

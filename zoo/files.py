@@ -164,7 +164,7 @@ def sha256_of(path: str | os.PathLike, stop: threading.Event | None = None) -> s
 # ---------------------------------------------------------------------- retries
 
 
-def _transient_error(error: BaseException) -> BaseException | None:
+def _transient_error(error: BaseException | None) -> BaseException | None:
     """The HTTP client's error that caused `error`, if a retry may succeed."""
     # The client has retried several times before a LocalEntryNotFoundError.
     while error is not None and not isinstance(error, LocalEntryNotFoundError):

@@ -72,7 +72,9 @@ def push_folder(
     # Not upload_folder, which makes several commits since huggingface_hub 2
     def commit() -> CommitInfo:
         # Each attempt has new operations, so that the client notices what an earlier attempt has uploaded.
-        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in paths.items()]
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in paths.items()
+        ]
         if any(map(WEIGHTS.fullmatch, paths)):
             known = api.list_repo_files(repo_id, revision=revision)
             stale = [name for name in known if WEIGHTS.fullmatch(name) and name not in paths]
@@ -141,7 +143,7 @@ class HubPublisher:
         if path.exists() and not tags:
             return
         card = card_of_folder(folder, repo_id)
-        card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *(tags or ())]))
+        card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *tags]))
         with replacing(path) as temporary:
             card.save(temporary)
 
@@ -153,10 +155,10 @@ class HubPublisher:
         config_class: type | None = None,
     ) -> None:
         """Save the code of a model and its processor, or of a processor alone, into the folder."""
-        if model_class is None:
-            add_code(folder, {"AutoProcessor": processor_class})
-        else:
+        if model_class is not None and config_class is not None:
             add_code(folder, auto_map_of(config_class, model_class, processor_class))
+        elif processor_class is not None:
+            add_code(folder, {"AutoProcessor": processor_class})
 
     def upload(self, folder: Path, repo_id: str, **options) -> CommitInfo:
         """See `push_folder`."""

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from .assets import default_model
 from .configuration import BridgedConfig
+from .modeling import BridgedModel
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -97,19 +98,19 @@ def load(model: str | os.PathLike | None = None, device: str | torch.device | No
         RuntimeError: This machine does not have the device.
         OSError: There is no such model.
     """
-    device, dtype = device_and_dtype(device, dtype)
+    chosen, dtype = device_and_dtype(None if device is None else str(device), dtype)
     source = model_source(model)
     bridged_config(source, generates=True)
     processor = AutoProcessor.from_pretrained(source)
     loaded = AutoModel.from_pretrained(source, dtype=dtype)
-    return loaded.to(device).eval(), processor
+    return loaded.to(chosen).eval(), processor
 
 
 # ---------------------------------------------------------------------- answers
 
 
 def generate_texts(
-    model: PreTrainedModel, processor, inputs, *, max_new_tokens: int = MAX_NEW_TOKENS, **options
+    model: BridgedModel, processor, inputs, *, max_new_tokens: int = MAX_NEW_TOKENS, **options
 ) -> list[str]:
     """Generate one text per row, greedily unless `options` say otherwise.
 
@@ -131,7 +132,7 @@ def generate_texts(
 
 
 def answer(
-    model: PreTrainedModel,
+    model: BridgedModel,
     processor,
     images: Sequence[Image.Image],
     prompt: str,
@@ -173,7 +174,7 @@ def answer(
 
 
 def answer_each(
-    model: PreTrainedModel, processor, images: Sequence[Image.Image], prompt: str, **options
+    model: BridgedModel, processor, images: Sequence[Image.Image], prompt: str, **options
 ) -> list[str | ValueError]:
     """Ask the same question about every image of one batch, where the model may refuse some of them.
 
@@ -190,14 +191,14 @@ def answer_each(
         For each image its text, or the error that the model raised for it.
     """
     try:
-        return answer(model, processor, images, prompt, batch_size=max(len(images), 1), **options)
+        return list(answer(model, processor, images, prompt, batch_size=max(len(images), 1), **options))
     except ValueError as error:
         if len(images) == 1:
             return [error]
     return [text for image in images for text in answer_each(model, processor, [image], prompt, **options)]
 
 
-def caption(model: PreTrainedModel, processor, images: Sequence[Image.Image], **options) -> list[str]:
+def caption(model: BridgedModel, processor, images: Sequence[Image.Image], **options) -> list[str]:
     """Caption images with the prompt that the processor has for it.
 
     Args:
@@ -213,7 +214,7 @@ def caption(model: PreTrainedModel, processor, images: Sequence[Image.Image], **
 
 
 def answer_few_shot(
-    model: PreTrainedModel,
+    model: BridgedModel,
     processor,
     demonstrations: Sequence[Sequence[dict]],
     queries: Sequence[dict],

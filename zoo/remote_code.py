@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from .compat import PROCESSOR_MAPPING
 from .files import write_json, write_text
@@ -90,7 +91,7 @@ def flat_code(classes: Iterable[type]) -> dict[str, str]:
     return {f"{name}.py": _rewritten(module, set(found)) for name, module in sorted(zip(names, found))}
 
 
-def auto_map_of(config_class: type, model_class: type, processor_class: type | None = None) -> dict[str, type]:
+def auto_map_of(config_class: type, model_class: Any, processor_class: type | None = None) -> dict[str, type]:
     """Build the argument `auto_map` of `add_code`.
 
     Args:
