@@ -62,6 +62,7 @@ class Bridge(nn.Module):
         language_model: Only its widths are read; no reference is kept. `None` for a family without a language model.
     """
 
+    output_layer: ClassVar[str | None] = None  # name of the linear layer whose outputs are the visual tokens
     adapter_targets: ClassVar[str] = r".*"  # regular expression for the names of the linear layers that get adapters
 
     def __init__(self, config: BridgedConfig, language_model: PreTrainedModel | None):

@@ -35,6 +35,7 @@ from .modeling_qformer_pretraining import QFormerBlip2Stage1Model
 class QFormerBridge(Bridge):
     """Layer norm on the patch features, Q-Former, linear layer to the language model's width."""
 
+    output_layer = "language_projection"
     adapter_targets = r"qformer\.layers\..*\.(query|key|value|dense)|language_projection"
 
     def __init__(self, config: QFormerBlip2Config, language_model: PreTrainedModel):

@@ -175,8 +175,11 @@ class BridgedProcessor(ProcessorHooks, ProcessorMixin):
 
     @staticmethod
     def query_tokens(config: BridgedConfig) -> int | None:
-        """Visual tokens per image, or `None` if the number depends on the image's size."""
-        return None
+        """Visual tokens per image, or `None` if the number depends on the image's size.
+
+        Here it is the configuration's `num_visual_tokens`, if it has this field.
+        """
+        return getattr(config, "num_visual_tokens", None)
 
     @classmethod
     def build_chat_template(

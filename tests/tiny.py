@@ -99,7 +99,9 @@ QFORMER = {
     "num_attention_heads": 4,
     "intermediate_size": 48,
 }
+# small options of every family; families that are not listed are small by default
 BRIDGE_OPTIONS = {
+    **dict.fromkeys(vlbridge.FAMILIES, {}),
     "mlp": {},
     "qformer": {"qformer_config": QFORMER},
     "perceiver": {"num_latents": 6, "resampler_depth": 2, "resampler_num_heads": 2, "resampler_head_dim": 8,
@@ -108,6 +110,10 @@ BRIDGE_OPTIONS = {
 # every family with each kind of language model that it must work with
 COMBINATIONS = [("mlp", "llama"), ("mlp", "opt"), ("mlp", "t5"), ("qformer", "llama"), ("qformer", "opt"), ("qformer", "t5"),
                 ("perceiver", "llama"), ("perceiver", "opt")]  # fmt: skip
+LISTED = {family for family, _ in COMBINATIONS}
+COMBINATIONS += [
+    (family, language) for family in vlbridge.FAMILIES if family not in LISTED for language in ("llama", "t5")
+]
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -34,6 +34,8 @@ import zlib
 
 import torch
 
+from ..configuration.configuration_bridged import BridgedConfig
+from ..configuration.configuration_classification import ClassificationConfigMixin
 from ..modeling import BridgedModel
 from ..processing.processing_llava import CONVERSATIONS
 from .training_encoder import IGNORED, Encoder, SampleError, Span, checked_kind, text_of
@@ -213,15 +215,12 @@ class ClassificationEncoder(Encoder):
         return [self.names[label] for label in model(**inputs).logits.argmax(dim=-1).tolist()]
 
 
+# Families that are not listed take `Encoder`, all classifiers `ClassificationEncoder`.
 ENCODERS: dict[str, type[Encoder]] = {
     "mlp_llava": MLPLlavaEncoder,
     "qformer_blip2": QFormerBlip2Encoder,
     "perceiver_flamingo": PerceiverFlamingoEncoder,
     "qformer_blip2_pretraining": Stage1Encoder,
-    **dict.fromkeys(
-        (f"{name}_classification" for name in ("mlp_llava", "qformer_blip2", "perceiver_flamingo")),
-        ClassificationEncoder,
-    ),
 }
 
 
@@ -237,10 +236,11 @@ def encoder_for(model: BridgedModel, processor, **options) -> Encoder:
         ValueError: There is no encoder for the model, or the model has no use for an option.
     """
     config = model.config
-    if config.model_type not in ENCODERS:
-        raise ValueError(f"model_type is {config.model_type!r}; expected one of {', '.join(ENCODERS)}.")
+    if not isinstance(config, BridgedConfig):
+        raise ValueError(f"model_type is {config.model_type!r}; expected a bridged model, such as {', '.join(ENCODERS)}.")
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return ENCODERS[config.model_type](processor, base, **options)
+    default = ClassificationEncoder if isinstance(config, ClassificationConfigMixin) else Encoder
+    return ENCODERS.get(config.model_type, default)(processor, base, **options)
 
 
 __all__ = [

@@ -58,7 +58,7 @@ class Family:
     config_class: type[BridgedConfig]
     model_class: type[BridgedModel]
     processor_class: type[BridgedProcessor]
-    classifier_class: type[BridgedForImageClassification] | None = None
+    classifier_class: type[BridgedForImageClassification]
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
@@ -102,8 +102,7 @@ def register() -> None:
             AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM,
             processor_class=family.processor_class,
         )  # fmt: skip
-        if family.classifier_class is not None:
-            _register(family.classifier_class, AutoModel, AutoModelForImageClassification)
+        _register(family.classifier_class, AutoModel, AutoModelForImageClassification)
     _register(
         QFormerBlip2ForPreTraining,
         AutoModel, AutoModelForPreTraining,
@@ -123,10 +122,10 @@ def _register(model_class: type[BridgedModel], *auto_classes: Any, processor_cla
 
 def class_named(name: str) -> type[BridgedModel] | None:
     """The model class of a name in a saved configuration's `architectures`; `None` if it is unknown."""
-    classes: list[type[BridgedModel] | None] = [QFormerBlip2ForPreTraining, QFormerBlip2ForImageTextRetrieval]
+    classes: list[type[BridgedModel]] = [QFormerBlip2ForPreTraining, QFormerBlip2ForImageTextRetrieval]
     for family in FAMILIES.values():
         classes += [family.model_class, family.classifier_class]
-    return next((cls for cls in classes if cls is not None and cls.__name__ == name), None)
+    return next((cls for cls in classes if cls.__name__ == name), None)
 
 
 __all__ = ["FAMILIES", "Family", "class_named", "register"]

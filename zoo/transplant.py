@@ -39,7 +39,6 @@ from .modeling.modeling_bridge import Bridge
 from .modeling.modeling_bridged import BridgedModel
 from .modeling.modeling_flamingo import FeedForward, GatedCrossAttentionLayer, PerceiverBridge
 from .modeling.modeling_llava import MLPBridge
-from .modeling.modeling_qformer import QFormerBridge
 from .processing import BridgedProcessor
 from .training_summary import SUMMARY
 
@@ -203,11 +202,12 @@ def _adapt_mlp(old: MLPBridge, new: MLPBridge, to_new: EmbeddingMap, to_new_outp
         new.image_newline.copy_(to_new(old.image_newline))
 
 
-def _adapt_qformer(
-    old: QFormerBridge, new: QFormerBridge, to_new: EmbeddingMap, to_new_output: EmbeddingMap | None
-) -> None:
-    _copy_unchanged(old, new, without=("language_projection",))
-    _map_output(old.language_projection, to_new, new.language_projection)
+def _adapt_output_layer(old: Bridge, new: Bridge, to_new: EmbeddingMap, to_new_output: EmbeddingMap | None) -> None:
+    last = old.output_layer
+    if last is None:
+        raise ValueError(f"{type(old).__name__} has no linear layer at its end that the map could be multiplied into.")
+    _copy_unchanged(old, new, without=(last,))
+    _map_output(getattr(old, last), to_new, getattr(new, last))
 
 
 def _map_input(norm: nn.LayerNorm, to_new: EmbeddingMap, new_norm: nn.LayerNorm, weight: torch.Tensor) -> torch.Tensor:
@@ -270,7 +270,8 @@ def _adapt_perceiver(
         new.token_rows.output_rows.copy_(to_new_output(rows))
 
 
-_ADAPTERS = {MLPBridge: _adapt_mlp, QFormerBridge: _adapt_qformer, PerceiverBridge: _adapt_perceiver}
+# The rest have an `output_layer`
+_ADAPTERS = {MLPBridge: _adapt_mlp, PerceiverBridge: _adapt_perceiver}
 
 
 def _cross_attention_interval(old_config: PreTrainedConfig, new: PreTrainedConfig) -> int:
@@ -473,7 +474,8 @@ def transplant(
             _check_widths(each)
 
     to_new, to_new_output, report = _maps_between(old, old_processor, model, processor)
-    _ADAPTERS[type(old.bridge)](copy.deepcopy(old.bridge).cpu(), model.bridge, to_new, to_new_output)
+    adapt = _ADAPTERS.get(type(old.bridge), _adapt_output_layer)
+    adapt(copy.deepcopy(old.bridge).cpu(), model.bridge, to_new, to_new_output)
     if device_map is not None:
         model.dispatch(device_map)
     logger.info(describe(report))
