@@ -22,8 +22,9 @@ from transformers import AutoModel, TrainingArguments
 
 import vlbridge
 from vlbridge.modeling.modeling_checkpoint import build_part
+from vlbridge.training.training_datasets import Samples, SampleStream
 from vlbridge.training.training_encoding import encoder_for
-from vlbridge.training.training_trainer import BridgeTrainer, Samples, SampleStream
+from vlbridge.training.training_trainer import BridgeTrainer
 
 
 CAPTIONS = ("a cat", "two red dogs", "the sea", "a small house", "rain", "blue", "an old tree", "ten fish")

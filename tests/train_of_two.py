@@ -31,7 +31,7 @@ from toy_runs import CAPTIONS, save_data, save_parts, toy_records, toy_trainer  
 from transformers.integrations import unset_hf_deepspeed_config  # noqa: E402
 
 from vlbridge.modeling import modeling_qformer_pretraining  # noqa: E402
-from vlbridge.training import training_trainer  # noqa: E402
+from vlbridge.training import training_run  # noqa: E402
 from vlbridge.training.training_recipes import Recipe  # noqa: E402
 from vlbridge.training.training_trainer import NonFiniteError, TrainingError  # noqa: E402
 
@@ -188,16 +188,16 @@ class World:
                 },
             }
         )  # fmt: skip
-        asked, generate = [], training_trainer.generate
+        asked, generate = [], training_run.generate
 
         def every_second_is_right(model, encoder, records, *args):
             asked.append([record["id"] for record in records])
             said = generate(model, encoder, records, *args)
             return [(wanted if int(wanted.split()[-1]) % 2 == 0 else text, wanted) for text, wanted in said]
 
-        training_trainer.generate = every_second_is_right
-        summary = training_trainer.train(recipe, self.root / self.name / "recipe")
-        training_trainer.generate = generate
+        training_run.generate = every_second_is_right
+        summary = training_run.train(recipe, self.root / self.name / "recipe")
+        training_run.generate = generate
         self.found["asked"] = asked
         self.found["recipe"] = {name: summary[name] for name in ("evaluation", "skipped_records", "steps")}
 

@@ -839,7 +839,8 @@ def train(
         raise CommandError(_one_line(error), exit_code=2) from error
     output = Path(Path(recipe).stem) if output is None else output
     try:
-        from .training.training_trainer import TrainingError, train
+        from .training.training_failures import TrainingError
+        from .training.training_run import train
     except ModuleNotFoundError as error:
         raise CommandError(f"{error}; training needs more packages: pip install 'vlbridge[train]'") from error
     try:

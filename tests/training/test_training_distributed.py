@@ -15,7 +15,8 @@ from toy_runs import toy_trainer
 from train_of_two import CASES, FSDP2_ON_CPUS, SAVED_AT, STEPS, WORLDS
 from transformers import AutoModel, AutoProcessor
 
-from vlbridge.training.training_trainer import TrainingError
+from vlbridge.training.training_failures import TrainingError
+from vlbridge.training.training_weights import save_weights
 
 
 TWO = ("ddp", "fsdp2", *(["zero3"] if "zero3" in WORLDS else []))
@@ -165,7 +166,7 @@ def test_tensors_that_are_not_whole_are_refused(tmp_path):
     with pytest.raises(
         TrainingError, match="4 of the bridge's 4 tensors are missing or empty, such as bridge.linear_1"
     ):
-        trainer.write_model(str(tmp_path / "out"), state)
+        save_weights(trainer.model, trainer.processor, tmp_path / "out", state)
     with pytest.raises(TrainingError, match="missing or empty"):
-        trainer.write_model(str(tmp_path / "out"), {})
+        save_weights(trainer.model, trainer.processor, tmp_path / "out", {})
     assert not (tmp_path / "out").exists()

@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 import vlbridge
 from vlbridge.cards import card_of_folder
 from vlbridge.cli import app
-from vlbridge.training import training_trainer
+from vlbridge.training import training_resumable
+from vlbridge.training.training_models import build_model
 from vlbridge.training.training_recipes import Recipe, RecipeError, read_recipe, shipped
-from vlbridge.training.training_trainer import build_model, load_mixture, train
+from vlbridge.training.training_run import load_mixture, train
 
 
 FRESH = {"vision": "v", "language": "l", "bridge": "mlp", "data": [{"source": "llava", "path": "p"}]}
@@ -305,7 +306,7 @@ def test_results_are_pushed_whole(toys, tmp_path, monkeypatch):
     def push(folder, repo_id, **options):
         pushed[repo_id] = {path.name for path in Path(folder).iterdir()}, options["private"]
 
-    monkeypatch.setattr(training_trainer, "push_folder", push)
+    monkeypatch.setattr(training_resumable, "push_folder", push)
     train(recipe_of(toys, push_to="me/my-bridge", private=True), tmp_path / "run")
     files, private = pushed["me/my-bridge"]
     assert (

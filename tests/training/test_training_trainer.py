@@ -18,20 +18,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from toy_runs import save_parts, toy_records, toy_trainer
 from transformers import AutoModel, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 import vlbridge
 from vlbridge.compat import training_argument
+from vlbridge.training.training_checkpoints import STATE_FILE, last_checkpoint
+from vlbridge.training.training_datasets import Samples, SampleStream
 from vlbridge.training.training_encoding import IGNORED
-from vlbridge.training.training_trainer import (
-    STATE_FILE,
-    NonFiniteError,
-    Samples,
-    SampleStream,
-    SampleTable,
-    TrainingError,
-    first_bad_module,
-)
+from vlbridge.training.training_failures import TrainingError
+from vlbridge.training.training_nonfinite import NonFiniteError, first_bad_module
+from vlbridge.training.training_samples import SampleTable
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +223,7 @@ def test_a_bad_module_is_named(parts, tmp_path, bridge, name, what):
     assert report["module"].startswith(name), report
     assert set(report["ids"]) <= {record["id"] for record in toy_records()} and len(report["ids"]) == 2
     assert json.loads((tmp_path / "not_finite_step_3.json").read_text()) == report
-    assert Path(get_last_checkpoint(tmp_path)).name == "checkpoint-2"
+    assert Path(last_checkpoint(tmp_path)).name == "checkpoint-2"
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 
 
