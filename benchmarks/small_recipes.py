@@ -28,9 +28,14 @@ from transformers import AutoProcessor
 from vlbridge import demo
 from vlbridge.training.training_checkpoints import last_checkpoint
 from vlbridge.training.training_data import load
-from vlbridge.training.training_easy_vqa import Example, accuracies, blind_baseline, kind_of, load_split
+from vlbridge.training.training_easy_vqa import Example, load_split
 from vlbridge.training.training_encoding import text_of
 from vlbridge.training.training_recipes import read_recipe
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from easy_vqa import accuracies, blind_baseline, kind_of  # noqa: E402
 
 
 RECIPES = ("small_mlp", "small_qformer", "small_perceiver")
