@@ -61,8 +61,8 @@ class Stage:
 
 
 # Naming first. Comparing a question with the picture is then learned with three shapes and plain questions in a hundred
-# steps, and carries over to negated questions and to colours; with everything asked at once it is not learned in several
-# times as many.
+# steps, and carries over to negated questions and to colours; if everything is asked at once, it is not learned in
+# several times as many steps.
 CURRICULUM = (
     Stage(300),
     Stage(120, 5, ("{shape}",), negated=False),
@@ -161,7 +161,8 @@ def encode(model, processor, examples: list[Example], batch_size: int = 8) -> to
 def answer_all(model, processor, examples: list[Example], features: torch.Tensor, max_new_tokens: int = 6) -> list[str]:
     """Greedy answers to all questions, one conversation each, through `generate()`.
 
-    What the conversations about one picture have in common, the picture above all, runs through the language model once.
+    What the conversations about one picture have in common, above all the picture, runs through the language model
+    once.
     """
     num_tokens, tokenizer = processor.num_image_tokens(*processor.output_size()), processor.tokenizer
     answers = []
@@ -196,8 +197,8 @@ def warm_up(
 ) -> None:
     """Let every visual token begin as the words for what is in the picture.
 
-    The language model is not run: the bridge learns to give the sum of the colour's and the shape's own embeddings. From
-    there the language model's loss has something to work with, where from random tokens it stays blind for long.
+    The language model is not run: the bridge learns to give the sum of the colour's and the shape's own embeddings.
+    That gives the language model's loss something to work with; starting from random tokens it stays blind for long.
 
     Args:
         examples: Pictures; those whose colour or shape nothing tells are left out.

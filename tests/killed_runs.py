@@ -1,10 +1,11 @@
-"""Kill a training run again and again, at random moments, and look at what it leaves; prints a line per kill. Then the same
-for files that can't grow.
+"""Kill a training run again and again, at random moments, and check what it leaves; prints a line per kill.
+
+Then the same for files that can't grow.
 
     python killed_runs.py FOLDER KILLS SEED
 
-Everything is imported and built once; each try is a fork of this process. Checkpoints are written every step, so that most
-kills fall into one.
+Everything is imported and built once; each try is a fork of this process. Checkpoints are written every step, so that
+most kills fall into one.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def forked(work) -> int:
         try:
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-            # makes the thread pool anew, which a fork has lost: two threads that need it at once would both do so, and one
-            # of them finds none ("Invalid thread pool!")
+            # makes the thread pool anew, which a fork has lost: two threads that need it at once would both do so, and
+            # one of them finds none ("Invalid thread pool!")
             torch.set_num_threads(torch.get_num_threads())
             for bar in (
                 tqdm.std.tqdm,

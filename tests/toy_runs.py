@@ -113,8 +113,8 @@ def toy_trainer(parts: Path, bridge: str = "qformer", language: str = "llama", d
         return vlbridge.compose(str(parts / "vision"), str(parts / language), bridge, **options)
 
     def build(
-        output: Path, *, records=records, stream: bool = False, freeze: dict | None = None, wrap=None, keywords=None, composed=None,
-        **arguments,
+        output: Path, *, records=records, stream: bool = False, freeze: dict | None = None, wrap=None, keywords=None,
+        composed=None, **arguments,
     ):  # fmt: skip
         model, processor = composed or compose()
         spread_weights(model.bridge)
@@ -122,9 +122,9 @@ def toy_trainer(parts: Path, bridge: str = "qformer", language: str = "llama", d
         encoder = encoder_for(model, processor)
         model = model if wrap is None else wrap(model)
         given = {
-            "max_steps": 6, "per_device_train_batch_size": 2, "logging_steps": 1, "save_strategy": "steps", "save_steps": 100,
-            "learning_rate": 1e-3, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "log_level": "error",
-            "remove_unused_columns": False, "prediction_loss_only": True,
+            "max_steps": 6, "per_device_train_batch_size": 2, "logging_steps": 1, "save_strategy": "steps",
+            "save_steps": 100, "learning_rate": 1e-3, "report_to": "none", "use_cpu": True, "disable_tqdm": True,
+            "log_level": "error", "remove_unused_columns": False, "prediction_loss_only": True,
         }  # fmt: skip
         args = TrainingArguments(output_dir=str(output), **{**given, **arguments})
         data = SampleStream(records, encoder, args.per_device_train_batch_size) if stream else Samples(records, encoder)

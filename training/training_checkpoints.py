@@ -100,7 +100,8 @@ def note_in(checkpoint: str | os.PathLike) -> dict:
         checkpoint: The folder.
 
     Returns:
-        `loss` and `last_logged`: the sum of losses since the last log, and its step; `seconds` that the run took so far.
+        `loss` and `last_logged`: the sum of losses since the last log, and its step; `seconds`: how long the run took
+            so far.
     """
     path = Path(checkpoint) / STATE_FILE
     return json.loads(path.read_text()) if path.exists() else {}

@@ -30,8 +30,8 @@ from .training_recipes import Recipe, RecipeError
 def without_zero3_init(args: TrainingArguments) -> Iterator[None]:
     """Build models with all their tensors in every process, even if DeepSpeed's ZeRO-3 will shard them afterwards.
 
-    As soon as there are `TrainingArguments` with ZeRO-3, transformers shards each part while it is loaded: its tensors are
-    empty then, but a bridge's own tensors start with values that depend on those of the parts.
+    As soon as there are `TrainingArguments` with ZeRO-3, transformers shards each part while it is loaded: its tensors
+    are empty then, but a bridge's own tensors start with values that depend on those of the parts.
 
     Args:
         args: The trainer's arguments.

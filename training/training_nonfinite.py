@@ -138,7 +138,8 @@ def look_into_batches(
     Args:
         model: The model.
         batches: Inputs, number of items and random states (CPU, CUDA or `None`) of each.
-        loss_of: `loss_of(model, inputs, num_items)` computes the loss; `None` if this process can't run the model alone.
+        loss_of: `loss_of(model, inputs, num_items)` computes the loss; `None` if this process can't run the model
+            alone.
         prepare: Gives a batch as the model takes it.
 
     Returns:

@@ -108,8 +108,8 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None
     saved = [len(group["params"]) for group in state["param_groups"]]
     if own != saved:
         raise TrainingError(
-            f"The optimizer's state in the checkpoint is of other parameters (groups of {saved}; expected {own}): resume "
-            "with the recipe that the run was started with."
+            f"The optimizer's state in the checkpoint is of other parameters (groups of {saved}; expected {own}): "
+            "resume with the recipe that the run was started with."
         )
 
 

@@ -1,7 +1,8 @@
 """The trainer: transformers' `Trainer` with what a bridge needs.
 
-Beyond saving and resuming (`training_resumable`) it has learning rates by part, weights of data sets' losses, a count of
-records that can't be used, and reports the first module whose output is not finite. `training_run` runs recipes with it.
+Beyond saving and resuming (`training_resumable`) it has learning rates by part, weights of data sets' losses and a
+count of records that can't be used, and it reports the first module whose output is not finite. `training_run` runs
+recipes with it.
 """
 
 from __future__ import annotations

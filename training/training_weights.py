@@ -104,7 +104,7 @@ def save_weights(
         if lost := [name for name in needed if name not in state or state[name].numel() == 0]:
             raise TrainingError(
                 f"{len(lost)} of the bridge's {len(needed)} tensors are missing or empty, such as {lost[0]}: they are "
-                "sharded over the processes. Save with `trainer.save_model()`, in all of them: it gathers whole tensors."
+                "sharded over the processes. Call `trainer.save_model()` in all processes: it gathers whole tensors."
             )
     os.makedirs(folder, exist_ok=True)
     if peft:
