@@ -74,11 +74,14 @@ def load_mixture(recipe: Recipe, seed: int):
         OSError: It can't be read.
     """
     weighed = len({data.loss_weight for data in recipe.data}) > 1
-    loaded = []
-    for data in recipe.data:
-        # losses are weighed by the records' `source`, which for `hub` is the path or what its rows say
-        source = data.source if weighed and data.source == "hub" else None
-        loaded.append(load_data(data, recipe.max_broken, data.name or source))
+    # losses are weighed by the records' `source`, which for `hub` is the path or what its rows say
+    renamed = [data.name is not None or (weighed and data.source == "hub") for data in recipe.data]
+    if recipe.data[0].streaming and any(renamed):
+        renamed = [True] * len(renamed)  # `datasets` mixes streams wrongly if only some of them are mapped
+    loaded = [
+        load_data(data, recipe.max_broken, (data.name or data.source) if rename else None)
+        for data, rename in zip(recipe.data, renamed)
+    ]
     weights = [data.weight for data in recipe.data]
     records = mix(loaded, weights=weights if len(set(weights)) > 1 else None, seed=seed, stopping=recipe.stopping)
     if recipe.data[0].streaming and recipe.shuffle_buffer > 1:
