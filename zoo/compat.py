@@ -186,8 +186,8 @@ USED = (
          instead="huggingface_hub's model_info"),
     Name("transformers.PreTrainedTokenizerFast._tokenizer", "tokenizers without some added tokens", set_by="__init__"),
     Name("transformers.Trainer._save_checkpoint",
-         "a full disk is survived, and a checkpoint is complete or marked: no callback sees errors of saving, or runs before "
-         "older checkpoints are deleted", ("self", "model", "trial")),
+         "a full disk is survived, and older checkpoints stay until the new one is complete: no callback sees errors "
+         "of saving, or runs before older checkpoints are deleted", ("self", "model", "trial")),
     Name("transformers.Trainer._save_optimizer_and_scheduler",
          "FSDP2: without the frozen parts, which transformers always writes too", ("self", "output_dir")),
     Name("transformers.Trainer._load_from_checkpoint",
