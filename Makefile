@@ -45,10 +45,10 @@ format: $(VENV)/.dev
 
 # about half an hour on two CPU cores (fifteen minutes for its evaluation), with nothing else running
 train-demo: $(VENV)/.dev
-	$(BIN)/python -m vlbridge.training.training_easy_vqa train --output zoo/assets/easy_vqa_mlp
+	$(BIN)/python examples/easy_vqa.py train --output zoo/assets/easy_vqa_mlp
 
 evaluate-demo: $(VENV)/.dev
-	$(BIN)/python -m vlbridge.training.training_easy_vqa evaluate --output benchmarks/results/easy_vqa_mlp.json
+	$(BIN)/python examples/easy_vqa.py evaluate --output benchmarks/results/easy_vqa_mlp.json
 
 build: $(VENV)/.dev
 	$(BIN)/python -m build

@@ -18,6 +18,7 @@ import json
 import platform
 import re
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -30,21 +31,13 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 
 import vlbridge
 from vlbridge import demo
-from vlbridge.training.training_easy_vqa import (
-    COLORS,
-    SHAPES,
-    Example,
-    PackedConversations,
-    Stage,
-    accuracies,
-    answer_all,
-    encode,
-    kind_of,
-    load_split,
-    properties_of,
-    warm_up,
-)
+from vlbridge.training.training_easy_vqa import COLORS, SHAPES, Example, load_split, properties_of
 from vlbridge.training.training_packing import PackedCollator
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from easy_vqa import PackedConversations, Stage, accuracies, answer_all, encode, kind_of, warm_up  # noqa: E402
 
 
 PROJECTORS = ("linear", "mlp2x_gelu")

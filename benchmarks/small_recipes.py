@@ -26,11 +26,16 @@ from safetensors import safe_open
 from transformers import AutoProcessor
 
 from vlbridge import demo
-from vlbridge.compat import get_last_checkpoint
+from vlbridge.training.training_checkpoints import last_checkpoint
 from vlbridge.training.training_data import load
-from vlbridge.training.training_easy_vqa import Example, accuracies, blind_baseline, kind_of, load_split
+from vlbridge.training.training_easy_vqa import Example, load_split
 from vlbridge.training.training_encoding import text_of
 from vlbridge.training.training_recipes import read_recipe
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from easy_vqa import accuracies, blind_baseline, kind_of  # noqa: E402
 
 
 RECIPES = ("small_mlp", "small_qformer", "small_perceiver")
@@ -58,7 +63,7 @@ def report(name: str, run: Path, train: list[Example]) -> dict:
             f"{run}: the predictions are right in {accuracy:.4f}, the summary says {generated['value']:.4f}."
         )
     processor = AutoProcessor.from_pretrained(run)
-    state = json.loads((Path(get_last_checkpoint(str(run))) / "trainer_state.json").read_text(encoding="utf-8"))
+    state = json.loads((Path(last_checkpoint(run)) / "trainer_state.json").read_text(encoding="utf-8"))
     return {
         "recipe": name,
         "parameters": parameters(run),

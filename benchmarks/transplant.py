@@ -18,6 +18,7 @@ import datetime
 import json
 import platform
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -36,12 +37,12 @@ from transformers import (
 
 import vlbridge
 from vlbridge import demo
-from vlbridge.training.training_easy_vqa import (
-    Example,
-    encode,
-    load_split,
-    warm_up,
-)
+from vlbridge.training.training_easy_vqa import Example, load_split
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from easy_vqa import encode, warm_up  # noqa: E402
 
 
 ARMS = ("fresh", "transplanted", "fresh, warmed up")

@@ -5,6 +5,7 @@ import pytest
 
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests share `tiny` and `hub_server`
+sys.path.insert(1, str(Path(__file__).parents[1] / "examples"))
 
 
 def pytest_addoption(parser):

@@ -1,10 +1,11 @@
-"""Kill a training run again and again, at random moments, and look at what it leaves; prints a line per kill. Then the same
-for files that can't grow.
+"""Kill a training run again and again, at random moments, and check what it leaves; prints a line per kill.
+
+Then the same for files that can't grow.
 
     python killed_runs.py FOLDER KILLS SEED
 
-Everything is imported and built once; each try is a fork of this process. Checkpoints are written every step, so that most
-kills fall into one.
+Everything is imported and built once; each try is a fork of this process. Checkpoints are written every step, so that
+most kills fall into one.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from toy_runs import toy_trainer  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
-from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
+
+from vlbridge.training.training_checkpoints import INCOMPLETE, last_checkpoint  # noqa: E402
 
 
 STEPS = 60
@@ -55,8 +57,8 @@ def forked(work) -> int:
         try:
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-            # makes the thread pool anew, which a fork has lost: two threads that need it at once would both do so, and one
-            # of them finds none ("Invalid thread pool!")
+            # makes the thread pool anew, which a fork has lost: two threads that need it at once would both do so, and
+            # one of them finds none ("Invalid thread pool!")
             torch.set_num_threads(torch.get_num_threads())
             for bar in (
                 tqdm.std.tqdm,
@@ -73,7 +75,7 @@ def forked(work) -> int:
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
-    state = json.loads((Path(get_last_checkpoint(folder)) / "trainer_state.json").read_text())
+    state = json.loads((Path(last_checkpoint(folder)) / "trainer_state.json").read_text())
     return [(entry["step"], entry["loss"]) for entry in state["log_history"] if "loss" in entry]
 
 
@@ -122,7 +124,7 @@ def main(root: Path, kills: int, seed: int) -> None:
 
     def run(name: str, tell: int | None = None, **more) -> None:
         folder = root / name
-        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        last = last_checkpoint(folder)
         trainer = build(folder, composed=composed, **{**options, **more})
         if tell is not None:
             trainer.add_callback(Tell(tell))
@@ -142,8 +144,8 @@ def main(root: Path, kills: int, seed: int) -> None:
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         folder = root / "killed"
-        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        saving = (folder / ".saving").exists()
+        last = last_checkpoint(folder)
+        saving = any(folder.glob(f"checkpoint-*/{INCOMPLETE}"))
         if last is not None:
             check(last)
         print(
@@ -154,8 +156,8 @@ def main(root: Path, kills: int, seed: int) -> None:
     assert os.waitpid(rest, 0)[1] == 0
     assert losses(root / "killed") == losses(root / "whole"), "the loss curves differ"
     with (
-        safe_open(Path(get_last_checkpoint(str(root / "whole"))) / "model.safetensors", framework="pt") as whole,
-        safe_open(Path(get_last_checkpoint(str(root / "killed"))) / "model.safetensors", framework="pt") as killed,
+        safe_open(Path(last_checkpoint(root / "whole")) / "model.safetensors", framework="pt") as whole,
+        safe_open(Path(last_checkpoint(root / "killed")) / "model.safetensors", framework="pt") as killed,
     ):
         assert all(torch.equal(whole.get_tensor(name), killed.get_tensor(name)) for name in whole.keys())
     for limit in (500, 10_000):  # bytes: not even JSON files fit, or all but the optimizer's state

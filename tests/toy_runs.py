@@ -22,8 +22,9 @@ from transformers import AutoModel, TrainingArguments
 
 import vlbridge
 from vlbridge.modeling.modeling_parts import build_part
+from vlbridge.training.training_datasets import Samples, SampleStream
 from vlbridge.training.training_encoding import encoder_for
-from vlbridge.training.training_trainer import BridgeTrainer, Samples, SampleStream
+from vlbridge.training.training_trainer import BridgeTrainer
 
 
 CAPTIONS = ("a cat", "two red dogs", "the sea", "a small house", "rain", "blue", "an old tree", "ten fish")
@@ -112,8 +113,8 @@ def toy_trainer(parts: Path, bridge: str = "qformer", language: str = "llama", d
         return vlbridge.compose(str(parts / "vision"), str(parts / language), bridge, **options)
 
     def build(
-        output: Path, *, records=records, stream: bool = False, freeze: dict | None = None, wrap=None, keywords=None, composed=None,
-        **arguments,
+        output: Path, *, records=records, stream: bool = False, freeze: dict | None = None, wrap=None, keywords=None,
+        composed=None, **arguments,
     ):  # fmt: skip
         model, processor = composed or compose()
         spread_weights(model.bridge)
@@ -121,9 +122,9 @@ def toy_trainer(parts: Path, bridge: str = "qformer", language: str = "llama", d
         encoder = encoder_for(model, processor)
         model = model if wrap is None else wrap(model)
         given = {
-            "max_steps": 6, "per_device_train_batch_size": 2, "logging_steps": 1, "save_strategy": "steps", "save_steps": 100,
-            "learning_rate": 1e-3, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "log_level": "error",
-            "remove_unused_columns": False, "prediction_loss_only": True,
+            "max_steps": 6, "per_device_train_batch_size": 2, "logging_steps": 1, "save_strategy": "steps",
+            "save_steps": 100, "learning_rate": 1e-3, "report_to": "none", "use_cpu": True, "disable_tqdm": True,
+            "log_level": "error", "remove_unused_columns": False, "prediction_loss_only": True,
         }  # fmt: skip
         args = TrainingArguments(output_dir=str(output), **{**given, **arguments})
         data = SampleStream(records, encoder, args.per_device_train_batch_size) if stream else Samples(records, encoder)

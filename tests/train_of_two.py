@@ -2,13 +2,14 @@
 
     python train_of_two.py FOLDER [one ddp fsdp2 zero3]
 
-Everything is imported once; each process is a fork of this one with the environment that a launcher gives it. `FOLDER` then
-holds, for each world, a run's folder per job, and what each process found in `{world}_{rank}.json`. `zero3` needs DeepSpeed
-and a C++ compiler; where WITH_ZERO3 is set (`make zero3`), it is one of all.
+Everything is imported once; each process is a fork of this one with the environment that a launcher gives it. `FOLDER`
+then holds, for each world, a run's folder per job, and what each process found in `{world}_{rank}.json`. `zero3` needs
+DeepSpeed and a C++ compiler; if WITH_ZERO3 is set (`make zero3`), it is among the worlds that run by default.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -31,9 +32,8 @@ from toy_runs import CAPTIONS, save_data, save_parts, toy_records, toy_trainer  
 from transformers.integrations import unset_hf_deepspeed_config  # noqa: E402
 
 from vlbridge.modeling import modeling_qformer_pretraining  # noqa: E402
-from vlbridge.training import training_trainer  # noqa: E402
+from vlbridge.training import training_resumable, training_run  # noqa: E402
 from vlbridge.training.training_recipes import Recipe  # noqa: E402
-from vlbridge.training.training_trainer import NonFiniteError, TrainingError  # noqa: E402
 
 
 FSDP2_ON_CPUS = Version(torch.__version__) >= Version("2.7")  # torch 2.6 has it for GPUs alone
@@ -84,7 +84,7 @@ def said(call) -> str:
     """The message of the error that something ends with."""
     try:
         call()
-    except (TrainingError, NonFiniteError) as error:
+    except (RuntimeError, OSError) as error:  # those of training are among them
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -169,6 +169,31 @@ class World:
                 layer.register_forward_hook(spoil)
             self.found[f"bad_{job}"] = said(trainer.train)
 
+    def failing_saves(self) -> None:
+        """The first process fails where it alone writes or pushes."""
+
+        def failing(error):
+            def fail(*args, **kwargs):
+                raise error
+
+            return fail
+
+        own = vars(training_resumable).copy()
+        for job, name, error in (
+            ("bug", "save_weights", RuntimeError("a bug")),
+            ("full", "save_weights", OSError(errno.ENOSPC, "No space left on device")),
+            ("begin", "begin_checkpoint", OSError(errno.EACCES, "Permission denied")),
+        ):
+            trainer = self.build(f"failing_{job}", "mlp", save_steps=1)
+            if self.rank == 0:
+                setattr(training_resumable, name, failing(error))
+            self.found[f"failing_{job}"] = [said(trainer.train), trainer.failed_saves]
+            setattr(training_resumable, name, own[name])
+        if self.rank == 0:
+            training_resumable.push_folder = failing(OSError("the Hub does not answer"))
+        self.found["failing_push"] = said(lambda: trainer.save_result({"note.txt": "there"}, push_to="me/bridge"))
+        training_resumable.push_folder = own["push_folder"]
+
     def recipe(self) -> None:
         """A whole run: samples, evaluation, summary."""
         data, parts = self.root / "data", self.root / "parts"
@@ -188,16 +213,16 @@ class World:
                 },
             }
         )  # fmt: skip
-        asked, generate = [], training_trainer.generate
+        asked, generate = [], training_run.generate
 
         def every_second_is_right(model, encoder, records, *args):
             asked.append([record["id"] for record in records])
             said = generate(model, encoder, records, *args)
             return [(wanted if int(wanted.split()[-1]) % 2 == 0 else text, wanted) for text, wanted in said]
 
-        training_trainer.generate = every_second_is_right
-        summary = training_trainer.train(recipe, self.root / self.name / "recipe")
-        training_trainer.generate = generate
+        training_run.generate = every_second_is_right
+        summary = training_run.train(recipe, self.root / self.name / "recipe")
+        training_run.generate = generate
         self.found["asked"] = asked
         self.found["recipe"] = {name: summary[name] for name in ("evaluation", "skipped_records", "steps")}
 
@@ -210,6 +235,7 @@ class World:
         self.broken_records()
         if self.name != "one":
             self.not_finite()
+            self.failing_saves()
         self.recipe()
 
 

@@ -36,7 +36,7 @@ def checked_kind(record: dict) -> str:
         SampleError: Its structure is wrong, or it has a class only.
     """
     if problem := structure_problem(record):
-        raise SampleError(problem)
+        raise SampleError(problem[1])
     kind = kind_of(record)
     if kind is None:
         raise SampleError("the record has a class, but no text to learn")

@@ -237,7 +237,9 @@ def encoder_for(model: BridgedModel, processor, **options) -> Encoder:
     """
     config = model.config
     if not isinstance(config, BridgedConfig):
-        raise ValueError(f"model_type is {config.model_type!r}; expected a bridged model, such as {', '.join(ENCODERS)}.")
+        raise ValueError(
+            f"model_type is {config.model_type!r}; expected a bridged model, such as {', '.join(ENCODERS)}."
+        )
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     default = ClassificationEncoder if isinstance(config, ClassificationConfigMixin) else Encoder
     return ENCODERS.get(config.model_type, default)(processor, base, **options)

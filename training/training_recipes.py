@@ -35,7 +35,7 @@ RECIPES = Path(__file__).parent / "recipes"
 STAGES = ("generative", "stage1", "classification")
 PARTS = ("vision_model", "language_model")
 GROUPS = ("bridge", "gates", "resampler", "language_model", "vision_model", "lora")
-# set by the trainer itself: a recipe that sets them too would be surprised
+# Set by the trainer itself, so that a recipe's values would be lost
 OWN_ARGUMENTS = ("output_dir", "remove_unused_columns", "resume_from_checkpoint", "push_to_hub", "hub_model_id")
 
 
@@ -131,7 +131,7 @@ class SamplesRecipe:
 
     Args:
         every: Steps between two tables; 0 for none.
-        count: Records: the first ones of the evaluation data, else of the training data.
+        count: Number of records: the first ones of the evaluation data, or of the training data if there is none.
         max_new_tokens: Longest text, in tokens.
     """
 
@@ -148,14 +148,14 @@ class Recipe:
         stage: `"generative"`, `"stage1"` of Q-Former BLIP-2, or `"classification"` of images.
         description: One line, for `vlbridge train --list`.
         vision: Vision encoder, as for `compose`.
-        language: Language model, likewise.
+        language: Language model, as for `compose`.
         bridge: `"mlp"`, `"qformer"` or `"perceiver"`.
         bridge_options: Further arguments of `compose`, or of `QFormerBlip2ForPreTraining.from_vision`.
         from_: Instead of parts, what an earlier run made (`from` in YAML). From a stage-1 model with `language` stage 2
             begins.
         tokenizer: The tokenizer, where it is not with the language model (in stage 1: the Q-Former's, required).
         image_processor: The image processor, where it is not with the vision encoder.
-        dtype: Of all parts, such as `"bfloat16"`; the bridge of a fresh model stays in float32 where not given.
+        dtype: Of all parts, such as `"bfloat16"`; without it, a fresh bridge is in float32.
         freeze: Which parts are not trained.
         text: How records become text.
         cache_features: Keep the vision encoder's features on disk, so that it runs once per image.
@@ -165,9 +165,8 @@ class Recipe:
         stopping: When several data sets end, see `vlbridge.training.training_data.mix`.
         max_broken: Share (below 1) or number of records that may be left out because they can't be used.
         arguments: Of transformers' `TrainingArguments`.
-        learning_rates: Of parameters of the groups `"bridge"`, `"gates"` and `"resampler"` (Flamingo's; the bridge's where
-            not given), `"language_model"`, `"vision_model"` and `"lora"`, where they differ from
-            `arguments.learning_rate`.
+        learning_rates: By group of parameters, where they differ from `arguments.learning_rate`: `"bridge"`, `"gates"`
+            and `"resampler"` (Flamingo's; by default the bridge's), `"language_model"`, `"vision_model"` and `"lora"`.
         no_weight_decay: Beginnings of names of parameters without weight decay, beside norms, biases, gates and
             embeddings.
         lora: LoRA on the frozen parts, see `vlbridge.training.training_peft.lora_config`.
@@ -265,8 +264,8 @@ class Recipe:
         for number, data in enumerate(self.data):
             if data.weight <= 0 or data.loss_weight < 0:
                 raise RecipeError(
-                    f"data.{number}: weight is {data.weight} and loss_weight {data.loss_weight}; expected weights above 0 and "
-                    "loss weights of at least 0."
+                    f"data.{number}: weight is {data.weight} and loss_weight {data.loss_weight}; expected weights "
+                    "above 0 and loss weights of at least 0."
                 )
         if not self.data:
             raise RecipeError("data is empty: name at least one data set to train on.")
@@ -318,7 +317,9 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise RecipeError(f"{key!r} stands twice in one mapping (line {node.start_mark.line + 1} on).")
+                raise RecipeError(
+                    f"{key!r} is given twice in the mapping that begins in line {node.start_mark.line + 1}."
+                )
         return super().construct_mapping(node, deep)
 
 
@@ -338,7 +339,7 @@ def _parse(text: str, name: str):
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise RecipeError(f"{name} is no YAML: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def shipped() -> dict[str, Path]:
@@ -351,7 +352,8 @@ def read_recipe(recipe: str | Path, settings: list[str] | tuple[str, ...] = ()) 
 
     Args:
         recipe: A YAML file, or the name of a shipped recipe.
-        settings: Changes, `"key=value"`, with keys such as `arguments.learning_rate` or `data.0.path` and values in YAML.
+        settings: Changes, `"key=value"`, with keys such as `arguments.learning_rate` or `data.0.path` and values in
+            YAML.
 
     Raises:
         RecipeError: There is no such recipe, or something is wrong with it.
@@ -362,7 +364,7 @@ def read_recipe(recipe: str | Path, settings: list[str] | tuple[str, ...] = ()) 
         if str(recipe) not in known:
             near = difflib.get_close_matches(str(recipe), known, n=1)
             meant = f" Did you mean {near[0]!r}?" if near else ""
-            raise RecipeError(f"{recipe} is no file, and no shipped recipe; these are {', '.join(known)}.{meant}")
+            raise RecipeError(f"{recipe} is neither a file nor a shipped recipe; there are {', '.join(known)}.{meant}")
         path = known[str(recipe)]
     fields = _parse(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(fields, dict):

@@ -45,14 +45,15 @@ def train(
         raise CommandError(one_line(error), exit_code=2) from error
     output = Path(Path(recipe).stem) if output is None else output
     try:
-        from .training import training_trainer
+        from .training.training_failures import TrainingError
+        from .training.training_run import train as run
     except ModuleNotFoundError as error:
         raise CommandError(f"{error}; training needs more packages: pip install 'vlbridge[train]'") from error
     try:
-        summary = training_trainer.train(chosen, output, resume=resume)
+        summary = run(chosen, output, resume=resume)
     except RecipeError as error:
         raise CommandError(one_line(error), exit_code=2) from error
-    except (OSError, ValueError, training_trainer.TrainingError) as error:
+    except (OSError, ValueError, TrainingError) as error:
         raise CommandError(one_line(error)) from error
     for row in summary["evaluation"]:
         print_line(f"{row['dataset']} ({row['split']}): {row['metric']} {row['value']:.4f}", sys.stdout)

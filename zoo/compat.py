@@ -131,9 +131,6 @@ IMPORTED = (
     Name("transformers.models.auto.processing_auto.PROCESSOR_MAPPING", "a configuration's processor"),
     Name("transformers.processing_utils.MultiModalData", "numbers of visual tokens, for inference servers"),
     Name("transformers.trainer.SCHEDULER_NAME", "the scheduler's file in a checkpoint"),
-    Name("transformers.trainer_utils.get_last_checkpoint", "where a run goes on", ("folder",)),
-    Name("transformers.trainer_utils.sort_checkpoints", "which checkpoints to delete",
-         ("output_dir", "best_model_checkpoint")),
     Name("transformers.utils.SAFE_WEIGHTS_INDEX_NAME", "the index of a checkpoint's weights"),
     Name("transformers.utils.SAFE_WEIGHTS_NAME", "a checkpoint's weights"),
     Name("transformers.utils.cached_file", "one file of a Hub repository or folder", ("path_or_repo_id", "filename")),
@@ -189,24 +186,14 @@ USED = (
          ("path_or_repo_id", "revision", "token", "local_files_only", "cache_dir"), since="5.18",
          instead="huggingface_hub's model_info"),
     Name("transformers.PreTrainedTokenizerFast._tokenizer", "tokenizers without some added tokens", set_by="__init__"),
-    Name("transformers.Trainer._prepare_for_training", "a run that goes on",
-         ("self", "max_steps", "train_dataloader", "resume_from_checkpoint")),
-    Name("transformers.Trainer._run_epoch", "a run that goes on",
-         ("self", "epoch", "epochs_trained", "steps_trained_in_current_epoch", "resume_from_checkpoint")),
-    Name("transformers.Trainer._prepare_inputs", "batches with more than a model's inputs", ("self", "inputs")),
-    Name("transformers.Trainer._get_grad_norm", "gradients that are not finite", ("self", "model", "grad_norm")),
-    Name("transformers.Trainer._save", "bridge-only checkpoints", ("self", "output_dir", "state_dict")),
-    Name("transformers.Trainer._get_output_dir", "checkpoints get their name when they are complete", ("self", "trial")),
-    Name("transformers.Trainer._save_checkpoint", "checkpoints get their name when they are complete",
-         ("self", "model", "trial")),
-    Name("transformers.Trainer._save_optimizer_and_scheduler", "FSDP2: without the frozen parts", ("self", "output_dir")),
-    Name("transformers.Trainer._load_optimizer_and_scheduler", "errors in words", ("self", "checkpoint")),
-    Name("transformers.Trainer._load_from_checkpoint", "the frozen parts are in memory already",
+    Name("transformers.Trainer._save_checkpoint",
+         "a full disk is survived, and older checkpoints stay until the new one is complete: no callback sees errors "
+         "of saving, or runs before older checkpoints are deleted", ("self", "model", "trial")),
+    Name("transformers.Trainer._save_optimizer_and_scheduler",
+         "FSDP2: without the frozen parts, which transformers always writes too", ("self", "output_dir")),
+    Name("transformers.Trainer._load_from_checkpoint",
+         "FSDP2: looks for files with the frozen parts; otherwise a warning names every frozen tensor",
          ("self", "resume_from_checkpoint", "model")),
-    Name("transformers.Trainer._tr_loss", "the loss goes on with the run", set_by="_run_epoch"),
-    Name("transformers.Trainer._globalstep_last_logged", "the loss goes on with the run", set_by="_inner_training_loop"),
-    Name("transformers.Trainer._loss_shifts_labels", "losses weighted by data set", set_by="__init__"),
-    Name("transformers.Trainer._train_batch_size", "streams", set_by="__init__"),
     Name("datasets.IterableDataset._resolve_features", "columns of a stream that does not declare them"),
     Name("torch._subclasses.fake_tensor.FakeTensorMode", "reading a checkpoint's layout without its weights"),
     Name("torch.nn.Module._apply", "inactive bridges move with the model", ("self", "fn", "recurse")),
@@ -623,66 +610,3 @@ def lacking_peft() -> str | None:
 def apply_to(module: nn.Module, fn: Callable) -> None:
     """Apply a function to all tensors of a module, as `.to()`, `.half()` and `.cuda()` do."""
     module._apply(fn)
-
-
-class TrainerHooks:
-    """Mixin before `Trainer`: each private method calls one with a public name, and hands it transformers' own way."""
-
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        own = functools.partial(super()._prepare_for_training, max_steps, train_dataloader, resume_from_checkpoint)
-        return self.prepare_for_training(own, resume_from_checkpoint)
-
-    def _run_epoch(self, **kwargs):
-        return self.run_epoch(functools.partial(super()._run_epoch, **kwargs), **kwargs)
-
-    def _prepare_inputs(self, inputs):
-        return self.prepare_inputs(super()._prepare_inputs, inputs)
-
-    def ready_inputs(self, inputs):
-        """A batch as the model takes it, on its device."""
-        return self._prepare_inputs(inputs)
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        grad_norm = super()._get_grad_norm(model, grad_norm)
-        self.check_grad_norm(grad_norm)
-        return grad_norm
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        self.write_model(output_dir, state_dict)
-
-    def _get_output_dir(self, trial):
-        return self.checkpoint_folder(super()._get_output_dir(trial))
-
-    def _save_checkpoint(self, model, trial):
-        own = functools.partial(super()._save_checkpoint, model, trial)
-        return self.save_checkpoint(own, self._get_output_dir(trial))
-
-    def _save_optimizer_and_scheduler(self, output_dir):
-        return self.save_optimizer(super()._save_optimizer_and_scheduler, output_dir)
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        return self.load_optimizer(super()._load_optimizer_and_scheduler, checkpoint)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        own = functools.partial(super()._load_from_checkpoint, resume_from_checkpoint, model)
-        return self.load_trained(own, resume_from_checkpoint)
-
-    @property
-    def running_loss(self) -> dict[str, float]:
-        """What the next log averages over."""
-        return {"loss": self._tr_loss.item(), "last_logged": self._globalstep_last_logged}
-
-    def restore_running_loss(self, noted: dict[str, float]) -> None:
-        """Go on with what `running_loss` was."""
-        self._tr_loss += noted["loss"]
-        self._globalstep_last_logged = noted["last_logged"]
-
-    @property
-    def shifts_labels(self) -> bool:
-        """Whether the model's loss compares each position with the next one's label."""
-        return self._loss_shifts_labels
-
-    @property
-    def rows_per_batch(self) -> int:
-        """Rows of a training batch, per process."""
-        return self._train_batch_size

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterable
 
@@ -125,4 +126,18 @@ class ProcessorHooks:
         return self.num_multimodal_tokens(image_sizes, **kwargs)
 
 
-__all__ = ["ModelHooks", "ProcessorHooks", "process_images"]
+class TrainerHooks:
+    """Mixin before `Trainer`: each private method calls one with a public name, and hands it transformers' own way."""
+
+    def _save_checkpoint(self, model, trial):
+        return self.save_checkpoint(functools.partial(super()._save_checkpoint, model, trial))
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        return self.save_optimizer(functools.partial(super()._save_optimizer_and_scheduler, output_dir), output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        own = functools.partial(super()._load_from_checkpoint, resume_from_checkpoint, model)
+        return self.load_trained(own, resume_from_checkpoint)
+
+
+__all__ = ["ModelHooks", "ProcessorHooks", "TrainerHooks", "process_images"]

@@ -15,7 +15,7 @@ from vlbridge.training.training_data import load
 from vlbridge.training.training_encoding import SampleError, encoder_for
 from vlbridge.training.training_images import PreparedImage
 from vlbridge.training.training_recipes import RecipeError, read_recipe
-from vlbridge.training.training_trainer import train
+from vlbridge.training.training_run import train
 
 
 OPTIONS = {**BRIDGE_OPTIONS, "mlp": {"hidden_size": 16}}

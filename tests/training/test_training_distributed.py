@@ -1,4 +1,7 @@
-"""Two processes, with DDP, with FSDP2 and (`make zero3`) with ZeRO-3, do what one does: losses, weights, checkpoints, broken records, values that are not finite."""
+"""Two processes, with DDP, with FSDP2 and (`make zero3`) with ZeRO-3, do what one does.
+
+That is: losses, weights, checkpoints, broken records, values that are not finite, saves that fail.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from toy_runs import toy_trainer
 from train_of_two import CASES, FSDP2_ON_CPUS, SAVED_AT, STEPS, WORLDS
 from transformers import AutoModel, AutoProcessor
 
-from vlbridge.training.training_trainer import TrainingError
+from vlbridge.training.training_failures import TrainingError
+from vlbridge.training.training_weights import save_weights
 
 
 TWO = ("ddp", "fsdp2", *(["zero3"] if "zero3" in WORLDS else []))
@@ -54,7 +58,7 @@ def losses(root: Path, world: str, job: str) -> torch.Tensor:
 @pytest.mark.parametrize("world", TWO)
 @pytest.mark.parametrize("bridge", CASES)
 def test_two_processes_learn_what_one_does(root, bridge, world):
-    """float32, whose sums are made in another order: 5e-7 of a loss of 4.6 at a time, a little more where it has added up."""
+    """In float32, whose sums are made in another order: 5e-7 of a loss of 4.6 at a time, a little more added up."""
     torch.testing.assert_close(losses(root, world, bridge), losses(root, "one", bridge), atol=1e-5, rtol=0)
     one, two = (load_file(root / name / bridge / "model.safetensors") for name in ("one", world))
     assert two.keys() == one.keys() and all(name.startswith("bridge.") for name in two)
@@ -140,6 +144,25 @@ def test_all_stop_where_one_is_not_finite(root, world, job, what, module, num_id
 
 
 @pytest.mark.parametrize("world", TWO)
+def test_all_fail_where_the_first_fails_in_a_save(root, world):
+    """Or else the second would wait for it, in a collective, until a watchdog ends the run."""
+    first, second = (found(root, world, rank) for rank in (0, 1))
+    assert first["failing_bug"] == ["RuntimeError: a bug", []]
+    assert second["failing_bug"] == ["OtherProcessError: process 0: a bug", []]
+    assert first["failing_begin"] == ["PermissionError: [Errno 13] Permission denied", []]
+    assert second["failing_begin"] == ["OtherProcessError: process 0: [Errno 13] Permission denied", []]
+    for rank in (first, second):  # a full disk: training goes on
+        error, failed_saves = rank["failing_full"]
+        assert not error and [failed.partition(":")[0] for failed in failed_saves] == ["step 1", "step 2"]
+        assert all("No space left on device" in failed for failed in failed_saves)
+    assert not list((root / world / "failing_full").glob("*"))
+    assert first["failing_push"] == "OSError: the Hub does not answer"
+    assert second["failing_push"] == "OtherProcessError: process 0: the Hub does not answer"
+    run = root / world / "failing_begin"  # what was trained is not lost
+    assert (run / "note.txt").read_text() == "there" and load_file(run / "model.safetensors")
+
+
+@pytest.mark.parametrize("world", TWO)
 def test_a_recipe_runs_in_two_processes(root, world):
     summaries = [found(root, world, rank)["recipe"] for rank in (0, 1)]
     assert summaries[0] == summaries[1]
@@ -165,7 +188,7 @@ def test_tensors_that_are_not_whole_are_refused(tmp_path):
     with pytest.raises(
         TrainingError, match="4 of the bridge's 4 tensors are missing or empty, such as bridge.linear_1"
     ):
-        trainer.write_model(str(tmp_path / "out"), state)
+        save_weights(trainer.model, trainer.processor, tmp_path / "out", state)
     with pytest.raises(TrainingError, match="missing or empty"):
-        trainer.write_model(str(tmp_path / "out"), {})
+        save_weights(trainer.model, trainer.processor, tmp_path / "out", {})
     assert not (tmp_path / "out").exists()

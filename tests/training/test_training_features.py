@@ -23,7 +23,7 @@ from vlbridge.training.training_encoding import encoder_for
 from vlbridge.training.training_features import FeatureCache, FeatureStore, PreparedEncoder, PreparedImage, image_key
 from vlbridge.training.training_images import prepare_image
 from vlbridge.training.training_recipes import Recipe, RecipeError
-from vlbridge.training.training_trainer import build_trainer, finish
+from vlbridge.training.training_run import build_trainer, finish
 
 
 RECORDS = [caption("two dogs", 0), caption("a sea", 1), talk("what?", "a cat", "why?", "so", seed=2)]

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from easy_vqa import PackedConversations, Stage, answer_all, blind_baseline, conversation, kind_of, warm_up
 from tiny import QFORMER, VISION, VOCAB, bert_like_tokenizer, tiny_image, tiny_model, tiny_stage1, tiny_tokenizer
 from torch.utils.data import DataLoader
 from toy_records import assert_same, caption, document, image, loss_and_gradients, talk
@@ -17,16 +18,9 @@ from vlbridge.training.training_easy_vqa import (
     COLORS,
     SHAPES,
     Example,
-    PackedConversations,
-    Stage,
-    answer_all,
-    blind_baseline,
     caption_of,
-    conversation,
-    kind_of,
     matched_pair,
     properties_of,
-    warm_up,
     yes_no_templates,
 )
 from vlbridge.training.training_encoding import IGNORED, SampleError, encoder_for

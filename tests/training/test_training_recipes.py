@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors import safe_open
 from toy_runs import save_data, save_parts
@@ -18,9 +20,10 @@ from typer.testing import CliRunner
 import vlbridge
 from vlbridge.cards import card_of_folder
 from vlbridge.cli import app
-from vlbridge.training import training_trainer
+from vlbridge.training import training_resumable
+from vlbridge.training.training_models import build_model
 from vlbridge.training.training_recipes import Recipe, RecipeError, read_recipe, shipped
-from vlbridge.training.training_trainer import build_model, load_mixture, train
+from vlbridge.training.training_run import load_mixture, train
 
 
 FRESH = {"vision": "v", "language": "l", "bridge": "mlp", "data": [{"source": "llava", "path": "p"}]}
@@ -110,12 +113,12 @@ def test_yaml_is_read_as_it_is_meant(tmp_path):
         ("data.1.path=x", "'1' is none of the 1 entries"),
         ("bridge.x=1", "bridge holds 'mlp'"),
         ("arguments.max_stepps=1", "did you mean 'max_steps'"),
-        ("samples=[", "is no YAML"),
+        ("samples=[", "is not valid YAML"),
     ):
         with pytest.raises(RecipeError, match=re.escape(message)):
             read_recipe(path, [setting])
     path.write_text("bridge: mlp\nbridge: qformer\n")
-    with pytest.raises(RecipeError, match="'bridge' stands twice"):
+    with pytest.raises(RecipeError, match="'bridge' is given twice"):
         read_recipe(path)
     with pytest.raises(RecipeError, match="Did you mean 'flamingo'"):
         read_recipe("flamigno")
@@ -263,6 +266,21 @@ def test_mixtures_have_weights_and_names(toys, streaming):
     assert set(seen) == {"pairs", "documents"} and seen.count("pairs") > 8 and seen == again
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_saved_data_set_has_a_loss_weight_too(toys, tmp_path, streaming):
+    """Its records' own `source` is what the row says, or the path."""
+    pictures = [{"bytes": (Path(toys["data"]["images"]) / f"{number}.png").read_bytes()} for number in range(4)]
+    rows = {"image": pictures, "caption": [f"picture {number}" for number in range(4)], "source": ["a", "b"] * 2}
+    Dataset.from_dict(
+        rows, features=Features({"image": ImageFeature(), "caption": Value("string"), "source": Value("string")})
+    ).save_to_disk(tmp_path / "saved")
+    other = {"source": "coco_captions", "path": toys["data"]["captions"], "options": {"images": toys["data"]["images"]}}
+    data = [{"source": "hub", "path": str(tmp_path / "saved"), "loss_weight": 0.5}, other]
+    recipe = recipe_of(toys, data=[{**d, "streaming": streaming} for d in data])
+    assert {record["source"] for _, record in zip(range(12), load_mixture(recipe, seed=0))} == {"hub", "coco_captions"}
+    assert train(recipe, tmp_path / "run")["steps"] == 2
+
+
 # ---------------------------------------------------------------------- the command
 
 
@@ -280,7 +298,7 @@ def test_the_command(toys, tmp_path, monkeypatch):
     data = f"data.0.path={toys['data']['llava']}"
     for arguments, code, said in (
         ([], 2, "name a recipe"),
-        (["nothing"], 2, "no shipped recipe"),
+        (["nothing"], 2, "nor a shipped recipe"),
         (["mine.yaml"], 2, "data.0.path missing: say where the data is, such as --set data.0.path=FOLDER"),
         (["mine.yaml", "--set", "data.0.path=/nowhere.json"], 1, "no such file"),
         (["mine.yaml", "--set", data, "--set", "vision=/nowhere"], 1, "nowhere"),
@@ -305,7 +323,7 @@ def test_results_are_pushed_whole(toys, tmp_path, monkeypatch):
     def push(folder, repo_id, **options):
         pushed[repo_id] = {path.name for path in Path(folder).iterdir()}, options["private"]
 
-    monkeypatch.setattr(training_trainer, "push_folder", push)
+    monkeypatch.setattr(training_resumable, "push_folder", push)
     train(recipe_of(toys, push_to="me/my-bridge", private=True), tmp_path / "run")
     files, private = pushed["me/my-bridge"]
     assert (

@@ -14,24 +14,29 @@ import pytest
 import torch
 import transformers.modeling_utils
 from killed_runs import check
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 from toy_runs import save_parts, toy_records, toy_trainer
 from transformers import AutoModel, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 import vlbridge
 from vlbridge.compat import training_argument
-from vlbridge.training.training_encoding import IGNORED
-from vlbridge.training.training_trainer import (
+from vlbridge.modeling import FrozenPartError
+from vlbridge.training import training_resumable
+from vlbridge.training.training_checkpoints import (
+    INCOMPLETE,
     STATE_FILE,
-    NonFiniteError,
-    Samples,
-    SampleStream,
-    SampleTable,
-    TrainingError,
-    first_bad_module,
+    complete_checkpoint,
+    complete_checkpoints,
+    last_checkpoint,
+    rotate_checkpoints,
 )
+from vlbridge.training.training_datasets import Samples, SampleStream
+from vlbridge.training.training_encoding import IGNORED
+from vlbridge.training.training_failures import OtherProcessError, TrainingError, is_storage_error
+from vlbridge.training.training_nonfinite import NonFiniteError, first_bad_module
+from vlbridge.training.training_samples import SampleTable
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +88,8 @@ def keys(folder: Path) -> set[str]:
 def test_a_run_that_goes_on_is_the_uninterrupted_one(parts, tmp_path, bridge, stream, workers, saved_at):
     build = toy_trainer(parts, bridge)
     options = {
-        "stream": stream, "dataloader_num_workers": workers, "gradient_accumulation_steps": 2, "logging_steps": 2, "max_steps": 6,
-        "warmup_steps": 2, "lr_scheduler_type": "cosine", "save_steps": saved_at,
+        "stream": stream, "dataloader_num_workers": workers, "gradient_accumulation_steps": 2, "logging_steps": 2,
+        "max_steps": 6, "warmup_steps": 2, "lr_scheduler_type": "cosine", "save_steps": saved_at,
     }  # fmt: skip
     if bridge == "stage1":
         options["records"] = [{**r, "caption": f"w{n} w{n + 1}"} for n, r in enumerate(toy_records())]
@@ -189,14 +194,90 @@ def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(parts, tmp_path, 
     assert [path.name for path in sorted((tmp_path / "run").iterdir())] == ["checkpoint-4"]
 
 
-def test_other_errors_are_not_taken_for_a_full_disk(parts, tmp_path, monkeypatch):
-    def bug(*args, **kwargs):
-        raise RuntimeError("a bug")
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("a bug"),
+        FrozenPartError("a frozen part is gone"),
+        OSError("the Hub does not answer"),
+        PermissionError(errno.EACCES, "Permission denied"),
+    ],
+)
+def test_other_errors_are_not_taken_for_a_full_disk(parts, tmp_path, error, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
 
     trainer = toy_trainer(parts)(tmp_path, save_steps=1)
-    monkeypatch.setattr(torch, "save", bug)
-    with pytest.raises(RuntimeError, match="a bug"):
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(type(error), match=error.args[-1]):
         trainer.train()
+    assert last_checkpoint(tmp_path) is None and not trainer.failed_saves
+
+
+@pytest.mark.parametrize(
+    ("error", "storage"),
+    [
+        (OSError(errno.EROFS, "Read-only file system"), True),
+        (OSError(errno.EIO, "Input/output error"), True),
+        (OSError(errno.EFBIG, "File too large"), True),
+        (OSError(errno.ENOENT, "No such file or directory"), False),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (SafetensorError("Error while deserializing header: HeaderTooLarge"), False),
+        (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"), True),
+        (ValueError("No space left"), False),
+    ],
+)
+def test_which_errors_are_the_disks(error, storage):
+    assert is_storage_error(error) == storage
+    assert is_storage_error(OtherProcessError("process 1: elsewhere", storage)) == storage
+
+
+# ---------------------------------------------------------------------- checkpoints that are not complete
+
+
+def test_incomplete_checkpoints_are_ignored_refused_and_deleted(parts, tmp_path):
+    build = toy_trainer(parts, "mlp")
+    build(tmp_path, max_steps=2, save_steps=1).train()
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-3")
+    (tmp_path / "checkpoint-3" / INCOMPLETE).touch()
+    (tmp_path / "checkpoint-4").mkdir()  # killed before its mark was made
+    (tmp_path / ".deleting-checkpoint-0").mkdir()
+    assert Path(last_checkpoint(tmp_path)).name == "checkpoint-2"
+    with pytest.raises(TrainingError, match="checkpoint-3 is incomplete"):
+        build(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    again = build(tmp_path, max_steps=3)
+    again.train(resume_from_checkpoint=True)
+    assert curve(again)[0][0] == 1 and again.state.global_step == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert not (tmp_path / "checkpoint-3" / INCOMPLETE).exists()
+    with pytest.raises(ValueError, match="has no complete checkpoint"):
+        build(tmp_path / "empty").train(resume_from_checkpoint=True)
+
+
+def test_the_older_checkpoint_stays_until_the_new_one_is_complete(parts, tmp_path, monkeypatch):
+    seen = []
+
+    def note(path, content):
+        seen.append(sorted(path.name for path in tmp_path.glob("checkpoint-*")))
+        return complete_checkpoint(path, content)
+
+    monkeypatch.setattr(training_resumable, "complete_checkpoint", note)
+    trainer = toy_trainer(parts, "mlp")(tmp_path, max_steps=3, save_steps=1, save_total_limit=1)
+    trainer.train()
+    assert seen == [["checkpoint-1"], ["checkpoint-1", "checkpoint-2"], ["checkpoint-2", "checkpoint-3"]]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"] and trainer.args.save_total_limit == 1
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "left"),
+    [(None, None, [2, 9, 10, 11]), (2, None, [10, 11]), (1, 2, [2, 11]), (3, 2, [2, 10, 11]), (1, 11, [11])],
+)
+def test_the_last_and_the_best_checkpoint_stay(tmp_path, limit, best, left):
+    for step in (9, 10, 2, 11):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    rotate_checkpoints(tmp_path, limit, best and str(tmp_path / f"checkpoint-{best}"))
+    assert [int(path.name.split("-")[1]) for path in complete_checkpoints(tmp_path)] == left
 
 
 # ---------------------------------------------------------------------- NaN
@@ -228,7 +309,7 @@ def test_a_bad_module_is_named(parts, tmp_path, bridge, name, what):
     assert report["module"].startswith(name), report
     assert set(report["ids"]) <= {record["id"] for record in toy_records()} and len(report["ids"]) == 2
     assert json.loads((tmp_path / "not_finite_step_3.json").read_text()) == report
-    assert Path(get_last_checkpoint(tmp_path)).name == "checkpoint-2"
+    assert Path(last_checkpoint(tmp_path)).name == "checkpoint-2"
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 
 
@@ -276,8 +357,8 @@ def test_learning_rates_by_part(parts, tmp_path):
     rates = {"bridge": 1e-2, "language_model": 1e-4}
     build = toy_trainer(parts, "mlp")
     trainer = build(
-        tmp_path, freeze={"language_model": False}, keywords={"learning_rates": rates, "no_weight_decay": ["bridge.linear_1"]},
-        max_steps=2, weight_decay=0.1, save_steps=2,
+        tmp_path, freeze={"language_model": False}, max_steps=2,
+        keywords={"learning_rates": rates, "no_weight_decay": ["bridge.linear_1"]}, weight_decay=0.1, save_steps=2,
     )  # fmt: skip
     trainer.create_optimizer()
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
@@ -307,8 +388,9 @@ def test_a_finished_run_is_not_trained_further(parts, tmp_path, steps):
     checkpoint = tmp_path / f"checkpoint-{steps}"
     state = json.loads((checkpoint / STATE_FILE).read_text())
     (checkpoint / STATE_FILE).write_text(json.dumps({**state, "seconds": 1e6}))
-    again = build(tmp_path, max_steps=steps, save_steps=1)
+    again = build(tmp_path, max_steps=steps, save_strategy="epoch")
     again.train(resume_from_checkpoint=str(checkpoint))
+    assert json.loads((checkpoint / STATE_FILE).read_text())["seconds"] == 1e6  # nor saved once more
     assert again.state.global_step == steps and not (tmp_path / f"checkpoint-{steps + 1}").exists()
     assert 1e6 < again.seconds < 2e6
     saved = load_file(checkpoint / "model.safetensors")
@@ -346,8 +428,8 @@ def test_lora_beside_the_bridge(parts, tmp_path):
     config = LoraConfig(target_modules=r"language_model\..*(q_proj|v_proj)", modules_to_save=["bridge"])
     build = toy_trainer(parts, "mlp")
     options = {
-        "wrap": lambda model: get_peft_model(model, config), "keywords": {"learning_rates": {"lora": 1e-2}}, "max_steps": 4,
-        "save_steps": 2,
+        "wrap": lambda model: get_peft_model(model, config), "keywords": {"learning_rates": {"lora": 1e-2}},
+        "max_steps": 4, "save_steps": 2,
     }  # fmt: skip
     trainer = build(tmp_path / "whole", **options)
     trainer.create_optimizer()
@@ -374,8 +456,8 @@ def test_small_steps_accumulated_are_one_large_step(parts, tmp_path, bridge, lan
     curves, trained = [], []
     for size, accumulated in ((4, 1), (1, 4)):
         trainer = toy_trainer(parts, bridge, language, dropout=0.0)(
-            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulated, max_steps=2, save_strategy="no",
-            optim="sgd", learning_rate=0.1,
+            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulated, max_steps=2,
+            save_strategy="no", optim="sgd", learning_rate=0.1,
         )  # fmt: skip
         trainer.train()
         curves.append(curve(trainer))
@@ -452,6 +534,26 @@ def test_records_that_can_not_be_used_leave_gaps_that_are_counted(parts, tmp_pat
     )  # fmt: skip
     with pytest.raises(TrainingError, match="3 of .* records can't be used, more than max_broken=2 allows"):
         trainer.train()
+
+
+def test_reasons_are_words(parts, tmp_path):
+    samples = Samples(
+        [{**toy_records(1)[0], "caption": " "}, *toy_records(2)], toy_trainer(parts, "mlp")(tmp_path).encoder
+    )
+    assert samples[0]["skipped"] == "the caption is empty"
+
+
+def test_no_step_needs_float64(parts, tmp_path):
+    """Apple's GPUs have none."""
+
+    class No64(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            assert not (isinstance(result, torch.Tensor) and result.dtype == torch.float64), function
+            return result
+
+    with No64():
+        toy_trainer(parts, "mlp")(tmp_path, max_steps=2).train()
 
 
 def test_gaps_are_not_learned_from(parts, tmp_path):
