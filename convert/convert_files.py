@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from ..compat import load_without_weights, places_in_file
+from ..compat_torch import load_without_weights, places_in_file
 from ..modeling.modeling_pins import checkpoint_files
 from .convert_tables import ConversionError
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from ..compat import forget_loader_workers
+from ..compat_torch import forget_loader_workers
 from ..images import ImageError
 from .training_encoding import IGNORED, Encoder, SampleError
 from .training_failures import TrainingError

@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import logging
 
-from ..compat import SCHEDULER_NAME, load_to_numbered_cpus, save_fsdp_optimizer
+from ..compat import SCHEDULER_NAME, save_fsdp_optimizer
 from ..compat_hooks import TrainerHooks
+from ..compat_torch import load_to_numbered_cpus
 from ..files import move_into, staging_folder
 from ..hub import push_folder
 from .training_checkpoints import (

@@ -16,7 +16,6 @@ import functools
 import importlib
 import inspect
 import logging
-import mmap
 import os
 import threading
 import warnings
@@ -486,52 +485,6 @@ def unpack_gguf() -> dict[str, Any]:
     return {} if config is _MISSING else {"quantization_config": config(dequantize=True)}
 
 
-# Since torch 2.7, a storage that is loaded without its bytes knows their offset in the file
-_OFFSETS_ARE_KNOWN = version_of("torch") >= Version("2.7")
-
-
-def load_without_weights(file: str | os.PathLike) -> Any:
-    """Load a file of `torch.save` (in the zip format) without the bytes of its tensors.
-
-    Args:
-        file: Path of the file.
-
-    Raises:
-        Exception: Any error of `torch.load(weights_only=True)`.
-    """
-    if _OFFSETS_ARE_KNOWN:
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
-        with FakeTensorMode():
-            return torch.load(file, map_location="cpu", weights_only=True)
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-
-
-def places_in_file(tensors: Iterable[torch.Tensor], sizes: dict[int, int]) -> list[int | None]:
-    """Offsets in their file, in bytes, of tensors from `load_without_weights`; `None` for those that are unknown.
-
-    Args:
-        tensors: All tensors of one file.
-        sizes: Sizes of the file's records, in bytes, by their offsets.
-    """
-    storages = [tensor.untyped_storage() for tensor in tensors]
-    if _OFFSETS_ARE_KNOWN:
-        return [getattr(storage, "_checkpoint_offset", None) for storage in storages]
-    # The file is mapped at the beginning of a page: the only one for which every storage is at the offset of a record.
-    begins, bases = {}, None
-    for start, size in sizes.items():
-        begins.setdefault(size, []).append(start)
-    for storage in storages:
-        if storage.nbytes():
-            found = {storage.data_ptr() - start for start in begins.get(storage.nbytes(), ())}
-            bases = {base for base in found if base % mmap.PAGESIZE == 0} if bases is None else bases & found
-    base = next(iter(bases)) if bases is not None and len(bases) == 1 else None
-    empty = begins.get(0, [None])[0]
-    return [
-        (None if base is None else storage.data_ptr() - base) if storage.nbytes() else empty for storage in storages
-    ]
-
-
 def renamed(key: str, renamings: Iterable) -> str:
     """Apply a model's renamings (`WeightRenaming`) to a tensor's name, in order."""
     for renaming in renamings:
@@ -542,15 +495,6 @@ def renamed(key: str, renamings: Iterable) -> str:
 def resolve_features(dataset):
     """Resolve the columns of a streamed data set, if they are not known."""
     return dataset._resolve_features() if dataset.features is None else dataset
-
-
-@functools.cache
-def load_to_numbered_cpus() -> None:
-    """Let `torch.load` of torch 2.6 map tensors to `cpu:0`, the device of a process in distributed runs on CPUs."""
-    if version_of("torch") < Version("2.7"):
-        torch.serialization.register_package(
-            99, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
-        )
 
 
 def take(dataset, count: int):
@@ -571,11 +515,6 @@ def training_argument(name: str) -> str:
         if name in names:
             return names[0] if version_of("transformers") >= Version("5.23") else names[1]
     return name
-
-
-def forget_loader_workers() -> None:
-    """Make `datasets` ignore that this is one of several workers of a loader: the stream shards itself already."""
-    torch.utils.data._utils.worker._worker_info = None
 
 
 # ---------------------------------------------------------------------- adapters
