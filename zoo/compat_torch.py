@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import mmap
+import os
 from collections.abc import Iterable
 from typing import Any
 
