@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModel
 
-from . import modeling
 from .compat import build_from_config
 from .configuration import BridgedConfig
+from .families import class_named
 from .inference import bridged_config, model_source
-from .modeling import BridgedModel
 
 
 PARTS = ("vision_model", "bridge", "language_model")
@@ -67,16 +67,16 @@ def summarize(model: str | os.PathLike | None = None) -> dict:
     }
 
 
-def _built_without_weights(config: BridgedConfig) -> BridgedModel:
+def _built_without_weights(config: BridgedConfig) -> Any:
     """The model on the meta device, as the class that it was saved as."""
-    saved_as = getattr(modeling, (config.architectures or [""])[0], None)
+    saved_as = class_named((config.architectures or [""])[0])
     with torch.device("meta"):
-        if saved_as is not None and getattr(saved_as, "config_class", None) is type(config):
+        if saved_as is not None and saved_as.config_class is type(config):
             return build_from_config(saved_as, config)  # retrieval: its configuration is that of stage 1
         return AutoModel.from_config(config)
 
 
-def _part_summary(name: str, part: nn.Module, config: BridgedConfig, source: str) -> dict:
+def _part_summary(name: str, part: Any, config: Any, source: str) -> dict:
     pin = (config.frozen_parts or {}).get(name) or {}
     origin = pin.get("source")
     if origin and pin.get("revision"):
