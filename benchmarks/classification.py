@@ -345,7 +345,7 @@ def main(
     pool: Annotated[int, typer.Option(help="Pictures that seeds draw from.")] = 1000,
     tested: Annotated[int, typer.Option(min=2)] = 300,
     steps: Annotated[str, typer.Option(help="For the classes, by number of labelled pictures.")] = "60,120,240",
-    warm_up_steps: Annotated[str, typer.Option(help="Of stage 1, likewise.")] = "60,80,120",
+    warm_up_steps: Annotated[str, typer.Option(help="For stage 1, by number of labelled pictures.")] = "60,80,120",
     batch_size: Annotated[int, typer.Option(min=2)] = 32,
     features: Annotated[Path, typer.Option(help="Folder for what the encoder gives.")] = Path("features"),
     output: Annotated[Path | None, typer.Option(help="JSON file of the results; a picture goes beside it.")] = None,

@@ -273,7 +273,7 @@ def native_side(model, processor, encoder) -> Side:
         offsets = inputs.pop("offset_mapping")
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED)
         for row, text, answers in zip(range(len(texts)), texts, spans):
-            # characters of the answer, counted from the end: in front of it images have grown
+            # characters of the answer, counted from the end: placeholders of images before it were written out
             grown = int(offsets[row].max()) - len(text)
             (begin, end), *_ = answers
             outside = (offsets[row, :, 0] < begin + grown) | (offsets[row, :, 0] >= end + grown)
