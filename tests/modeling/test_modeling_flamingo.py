@@ -150,7 +150,7 @@ def test_all_earlier_images_or_the_latest_only():
         with torch.no_grad():
             logits = {name: model(**inputs_of(processor, ["<image>a<image>b"], seeds)).logits[0, 3]
                       for name, seeds in pictures.items()}  # fmt: skip
-        # one block, in front of the last layer: the last position's self-attention sees conditioned earlier ones
+        # one block, before the last layer: the last position's self-attention sees conditioned earlier ones
         assert not torch.allclose(logits["first"], logits["other"], atol=1e-4)
         block = model.bridge.cross_attention_layers[0]
         outputs = []

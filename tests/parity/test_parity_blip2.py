@@ -168,8 +168,10 @@ def test_logits_and_loss(case, bridged):
 
 
 class OfficialPenalty(LogitsProcessor):
-    """Repetition penalty as the official code sees it: the prompt is embeddings, so that only what is generated counts,
-    and the placeholder in front of it."""
+    """Repetition penalty as the official code sees it.
+
+    The prompt is embeddings, so that only generated tokens count, and the placeholder before them.
+    """
 
     def __init__(self, penalty: float, seen: torch.Tensor, prompt_length: int):
         self.penalty, self.seen, self.prompt_length = penalty, seen, prompt_length
