@@ -1,8 +1,8 @@
 """What `make lint` holds besides ruff: layers without circles, types, and files and functions of a bearable length.
 
 The layers of ARCHITECTURE.md are in pyproject.toml, under `tool.importlinter`, and so are the modules whose types are
-checked, under `tool.mypy`. Both tools read a package from one folder, so the folders are put together in a temporary one
-first, as setup.cfg maps them.
+checked, under `tool.mypy`. Both tools read a package from one folder, so the folders are first put together in a
+temporary one, as setup.cfg maps them.
 """
 
 import ast

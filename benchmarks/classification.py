@@ -4,13 +4,14 @@
 
 All read the same features of the same frozen encoder, the embedded default's; each picture is encoded once. Tasks:
 
-- `shapes`: easy-VQA, one coloured shape per picture, 24 classes: its colour and shape. Notes: "a blue circle". They say no
-  more than the class does.
-- `left`: drawn scenes of two different shapes side by side, 3 classes: which shape is the left one. The mean over patches knows
-  places only as far as the encoder's padding gives them away. Notes: "red circle left of blue square".
+- `shapes`: easy-VQA, one coloured shape per picture, 24 classes: its colour and shape. Notes: "a blue circle". They
+  say no more than the class does.
+- `left`: drawn scenes of two different shapes side by side, 3 classes: which shape is the left one. The mean over
+  patches knows places only as far as the encoder's padding gives them away. Notes: "red circle left of blue square".
 
-Of 50, 200 or 1,000 labelled pictures, one fifth is a validation split. Seeds draw them from one pool: where that is no larger
-than their number, seeds differ in splits and initial weights alone. Compared, on test pictures of their own:
+Of 50, 200 or 1,000 labelled pictures, one fifth is a validation split. Each seed draws its pictures from the same pool;
+if the pool is no larger than their number, seeds differ in splits and initial weights only. These are compared on test
+pictures that no run has seen:
 
 - `probe, mean`: multinomial logistic regression on mean-pooled, standardised patch features (L-BFGS, up to 200
   iterations per penalty);
@@ -18,8 +19,8 @@ than their number, seeds differ in splits and initial weights alone. Compared, o
 - `Q-Former`: a fresh Q-Former and head, trained for the classes;
 - `Q-Former, warm-up`: the same after stage 1 of BLIP-2, without matching, on pictures and notes of the training split.
 
-What is chosen on the validation split, by its loss: of the probes the strength of the L2 penalty, of eight; of the Q-Formers
-the step at which training stops, of ten. None is trained again with the validation split.
+The loss on the validation split chooses among eight strengths of the L2 penalty for the probes, and among ten steps at
+which to stop training for the Q-Formers. None is trained again with the validation split.
 """
 
 from __future__ import annotations
@@ -344,7 +345,7 @@ def main(
     pool: Annotated[int, typer.Option(help="Pictures that seeds draw from.")] = 1000,
     tested: Annotated[int, typer.Option(min=2)] = 300,
     steps: Annotated[str, typer.Option(help="For the classes, by number of labelled pictures.")] = "60,120,240",
-    warm_up_steps: Annotated[str, typer.Option(help="Of stage 1, likewise.")] = "60,80,120",
+    warm_up_steps: Annotated[str, typer.Option(help="For stage 1, by number of labelled pictures.")] = "60,80,120",
     batch_size: Annotated[int, typer.Option(min=2)] = 32,
     features: Annotated[Path, typer.Option(help="Folder for what the encoder gives.")] = Path("features"),
     output: Annotated[Path | None, typer.Option(help="JSON file of the results; a picture goes beside it.")] = None,

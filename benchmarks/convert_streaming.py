@@ -3,11 +3,11 @@
     python benchmarks/convert_streaming.py --output benchmarks/results/convert_streaming.json
     python benchmarks/convert_streaming.py --gigabytes 1   # to try it
 
-The checkpoint has the names and shapes of `tests/convert/manifests`, with the vision tower inside, in bfloat16 or float16,
-in shards; `--gigabytes` takes fewer of the language model's layers. It is converted in a process of its own, with and
-without `--verify`. Memory is the process's largest resident set (`VmHWM`, elsewhere `ru_maxrss`), and the part of it that
-is not pages of files (`RssAnon`, sampled). Where the system allows, files are put out of its cache before every measurement.
-A run that is killed after 60 % of its bytes and goes on is measured too.
+The checkpoint has the names and shapes of `tests/convert/manifests`, with the vision tower inside, in bfloat16 or
+float16, in shards; `--gigabytes` takes fewer of the language model's layers. It is converted in a separate process,
+with and without `--verify`. Memory is the process's largest resident set (`VmHWM`, elsewhere `ru_maxrss`), and the part
+of it that is not pages of files (`RssAnon`, sampled). If the system allows it, files are dropped from its cache before
+every measurement. A run that is killed after 60 % of its bytes and then resumed is measured too.
 """
 
 from __future__ import annotations
@@ -225,7 +225,8 @@ def main(
         print(f"{size:,} bytes of {layout}", file=sys.stderr)
         result = {
             "date": datetime.date.today().isoformat(),
-            "checkpoint": {"layout": layout, "dtype": dtype, "bytes": size, "like": "llava_v1.5_7b with its vision tower"},
+            "checkpoint": {"layout": layout, "dtype": dtype, "bytes": size,
+                           "like": "llava_v1.5_7b with its vision tower"},
             "machine": {"system": platform.system(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
             "versions": {"vlbridge": vlbridge.__version__, "torch": torch.__version__,
                          "transformers": transformers.__version__},

@@ -9,14 +9,14 @@ Sides, on the same random weights (not a copy of them) and the same transformers
 
 - LLM: the language model alone, on the same text;
 - ours: `generate` of `PerceiverFlamingoForConditionalGeneration`;
-- compiled: likewise with a static cache and `torch.compile(fullgraph=True)` (with `--compile`);
+- compiled: the same `generate` with a static cache and `torch.compile(fullgraph=True)` (with `--compile`);
 - open-flamingo: `FlamingoLMMixin`, `FlamingoLayer` and `GatedCrossAttentionBlock`, imported from the folder given with
   `--open-flamingo`, in transformers' `generate`, conditioned as `Flamingo.generate` does it.
 
-A prompt of n shots has n + 1 images, the last one being the query's: each is one `<image>` and 16 tokens of text. Images
-enter as random visual tokens: no side runs a vision encoder or a Perceiver Resampler. Every side has to say the same
-tokens. First the logits of every step are compared: the exit code is 1, and nothing is timed, where they differ. Then
-the sides generate in turn, so that a busy moment of the machine hits all of them. A token's time is that from one
+A prompt of n shots has n + 1 images, the last one being the query's: each is one `<image>` and 16 tokens of text.
+Images enter as random visual tokens: no side runs a vision encoder or a Perceiver Resampler. Every side has to generate
+the same tokens. First the logits of every step are compared: if they differ, the exit code is 1 and nothing is timed.
+Then the sides generate in turn, so that a busy moment of the machine hits all of them. A token's time is that from one
 choice of a token to the next, so prefill is not in it; medians over the steps of all rounds are shown.
 """
 
@@ -63,8 +63,8 @@ TEXT_PER_IMAGE = 16  # tokens
 LEAST_EFFECT = 0.01  # another query image changes logits by this much at least, in their standard deviations
 WARM_UP = 2  # steps of every run that don't count
 
-# Language model, and options of the bridge. "3b" and "9b": the widths of OpenFlamingo-3B (MPT-1B) and -9B (here LLaMA-7B,
-# as in its first release), cross-attention in front of every layer and of every fourth.
+# Language model, and options of the bridge. "3b" and "9b": the widths of OpenFlamingo-3B (MPT-1B) and -9B (here
+# LLaMA-7B, as in its first release), with cross-attention before every layer and before every fourth one.
 SIZES = {
     "small": (
         dict(hidden_size=1024, num_hidden_layers=16, num_attention_heads=16, intermediate_size=2816, vocab_size=32000),
@@ -499,7 +499,8 @@ def main(
             output.write_text(json.dumps(report, indent=2) + "\n")
     print(table(report["rows"]))
     print(
-        f"{report['device']}, {size.value}, {dtype.value}, {report['threads']} threads; medians of {steps * rounds} steps"
+        f"{report['device']}, {size.value}, {dtype.value}, {report['threads']} threads; "
+        f"medians of {steps * rounds} steps"
     )
     if plot is not None:
         draw(report, plot)

@@ -17,8 +17,8 @@ Two computations that differ in rounding choose different tokens where two score
 there: tokens may first differ only where the scores of both are within twice the tolerance for logits.
 
 It measures peak memory, and tokens per second of prefill and decoding. The results go to
-`benchmarks/results/gpu_smoke-<date>-<device>.json`; the exit code is 1 if any case failed. The case of the shipped bridge
-is "not available", which is no failure, where its parts cannot be had.
+`benchmarks/results/gpu_smoke-<date>-<device>.json`; the exit code is 1 if any case failed. If the parts of the shipped
+bridge can't be loaded, its case is "not available", which does not count as a failure.
 
 On a machine without internet. Where there is internet, collect
 
@@ -76,10 +76,10 @@ from vlbridge.compose import native_image_processor
 
 
 # Largest difference of two logits, in standard deviations of the logits. bfloat16 keeps 8 bits of a number, float16 11:
-# one rounding is 0.4 % and 0.05 %, and tens of layers add up hundreds. Seen on a CPU with 22 layers: 0.07 and 0.01 between
-# batch and single; about 0.1 and 0.01 between half precision and float32.
+# one rounding is 0.4 % and 0.05 %, and tens of layers add up hundreds. Seen on a CPU with 22 layers: 0.07 and 0.01
+# between batch and single; about 0.1 and 0.01 between half precision and float32.
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.04}
-IMAGE_EFFECT = 0.05  # another picture changes logits by this much at least, likewise (root mean square)
+IMAGE_EFFECT = 0.05  # another picture changes logits by at least this many standard deviations (root mean square)
 REPEATS = 3
 
 # Vision encoder, language model, and the bridges' options. "1b": CLIP ViT-L/14-336 and TinyLlama-1.1B.
@@ -178,7 +178,7 @@ def random_model(bridge: str, size: str, dtype: torch.dtype, device: str):
 
 
 def stage1_model(size: str, dtype: torch.dtype, device: str):
-    """Stage 1 of Q-Former BLIP-2 with random weights, likewise."""
+    """Stage 1 of Q-Former BLIP-2 with random weights, made on the device itself."""
     vision, language, options = SIZES[size]
     torch.manual_seed(0)
     with torch.device(device):
@@ -286,8 +286,8 @@ def agreement(found: torch.Tensor, expected: torch.Tensor, logits: torch.Tensor,
     """Compare tokens.
 
     Args:
-        found: `(rows, tokens)`.
-        expected: Likewise.
+        found: Generated tokens, `(rows, tokens)`.
+        expected: The tokens that they are compared with, `(rows, tokens)`.
         logits: Those that `expected` was chosen by.
         tolerance: For logits, in their standard deviations.
 

@@ -1,4 +1,4 @@
-"""A linear layer against a two-layer MLP as bridge: the same pictures, questions, steps and learning rate, at toy scale.
+"""A linear layer against a two-layer MLP as bridge: same pictures, questions, steps and learning rate, at toy scale.
 
     python benchmarks/llava_projectors.py --output benchmarks/results/llava_projectors.json
     python benchmarks/llava_projectors.py --steps 3 --warm-up-steps 3 --pictures 32 --test-pictures 4   # to try it
@@ -96,7 +96,11 @@ def fit(model, processor, examples: list[Example], patches: torch.Tensor, settin
 
 
 def ask(model, processor, examples: list[Example], features: torch.Tensor) -> tuple[float, dict[str, float], int]:
-    """Accuracy of greedy answers to the pictures' own questions for colour and shape, that of each kind, and their number."""
+    """Ask each picture's own questions for colour and shape, with greedy answers.
+
+    Returns:
+        The accuracy, the accuracy of each kind of question, and the number of questions.
+    """
     asked = {
         place: [pair for pair in example.questions if kind_of(*pair) in ("color", "shape")]
         for place, example in enumerate(examples)

@@ -3,16 +3,16 @@
     python benchmarks/qformer_stages.py --output benchmarks/results/qformer_stages.json
 
 A scene shows two coloured shapes side by side or one above the other, and its caption says so ("red circle left of blue
-square"): 264 different ones, of which 64 are kept out of training altogether. The encoder is the embedded default's, and
-frozen: it sees every scene once. Two things are measured after stage 1, each among 200 scenes with 200 different captions
-(64 for captions that training has not seen), so that guessing finds the right one once in 200 (64):
+square"): 264 different ones, of which 64 are kept out of training altogether. The encoder is the embedded default's,
+and frozen: it sees every scene once. Two things are measured after stage 1, each among 200 scenes with 200 different
+captions (64 for captions that training has not seen), so that guessing finds the right one once in 200 (64):
 
 - recall@1, scene to caption and caption to scene, by similarity alone and after matching (all pairs, not the top k);
 - scenes whose greedy caption is right word for word.
 
-Stage 2 then gives the Q-Former's tokens to SmolLM2-135M-Instruct, which is frozen, and trains for captions: once from the
-stage-1 Q-Former that all three objectives trained, once from a fresh one, for as many steps on the same scenes in the same
-order. Source of the claim: BLIP-2 (arXiv 2301.12597), section 4.4 and figure 5.
+Stage 2 then gives the Q-Former's tokens to SmolLM2-135M-Instruct, which is frozen, and trains for captions: once from
+the stage-1 Q-Former that all three objectives trained, once from a fresh one, for the same number of steps on the same
+scenes in the same order. Source of the claim: BLIP-2 (arXiv 2301.12597), section 4.4 and figure 5.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python benchmarks/small_recipes.py --runs runs --output benchmarks/results/small_recipes.json \
         --plot benchmarks/results/small_recipes.png
 
-Every recipe is run with the command that users type; a run that lies in the folder is gone on with, or read where it is
-complete. What is compared are the answers that training leaves beside its summary: to one question about every picture of
+Every recipe is run with the command that users type; a run that is already in the folder is resumed, or only read if it
+is complete. The answers that training saves beside its summary are compared: to one question about every picture of
 easy-VQA's test split. The blind baseline gives the training split's most frequent answer to the same question, which
 needs no picture. It takes about an hour per recipe on a CPU core.
 """

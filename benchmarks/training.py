@@ -8,17 +8,18 @@ Encoder and language model are frozen; what learns is the bridge, with AdamW. A 
 are opened, scaled and put in a batch with their questions, then forward, backward and the optimizer. Sides:
 
 - transformers: `LlavaForConditionalGeneration` with `LlavaProcessor`, a row per question (MLP-LLaVA only);
-- uncached: ours, likewise a row per question;
+- uncached: ours, also with a row per question;
 - cached: patch features from `FeatureCache`, filled before;
 - packed: `PackedEncoder` with `independent_turns`: the questions about a picture share it, pictures stand in one row;
 - cached and packed.
 
-All sides see the same pictures and questions. transformers' model is made of the very same frozen modules, and of a copy
-of our projector. Every side's first loss has to be that of the others: the exit code is 1, and nothing is timed, where it
-is not. Then the sides take steps in turn, so that a busy moment of the machine hits all of them; medians are shown. A
-sample is a question with its answer. Tokens are the language model's, padding not counted. Memory is the largest resident
-set of the process during a side's steps, on a GPU the largest sum of PyTorch's allocations. FLOPs of a step are counted
-by PyTorch (`FlopCounterMode`): matrix products that are really run, so none for gradients of frozen weights.
+All sides see the same pictures and questions. transformers' model is made of the very same frozen modules, and of a
+copy of our projector. Every side's first loss has to equal that of the others: if it does not, the exit code is 1 and
+nothing is timed. Then the sides take steps in turn, so that a busy moment of the machine hits all of them; medians are
+shown. A sample is a question with its answer. Tokens are the language model's, padding not counted. Memory is the
+largest resident set of the process during a side's steps, on a GPU the largest sum of PyTorch's allocations. FLOPs of a
+step are counted by PyTorch (`FlopCounterMode`): matrix products that are really run, so none for gradients of frozen
+weights.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ SIZES = {
     "tiny": {
         "vision": dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=128, image_size=56,
                        patch_size=14),
-        "language": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, vocab_size=120),
+        "language": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
+                         vocab_size=120),
         "bridges": {"mlp": {}, "qformer": {"qformer_config": TINY_QFORMER}, "perceiver": {"num_latents": 8,
                     "resampler_depth": 1}},
         "pictures": 2, "questions": 4, "max_tokens": 512,
@@ -184,7 +186,7 @@ class GridTower(nn.Module):
 
 
 def spare_token(model) -> int:
-    """What stands for images in transformers' model: `<image>` lies behind the table, which it would have to make larger."""
+    """The id that stands for images in transformers' model: the last of the table, which has no row for `<image>`."""
     return model.get_input_embeddings().num_embeddings - 1
 
 
@@ -271,7 +273,7 @@ def native_side(model, processor, encoder) -> Side:
         offsets = inputs.pop("offset_mapping")
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED)
         for row, text, answers in zip(range(len(texts)), texts, spans):
-            # characters of the answer, counted from the end: in front of it images have grown
+            # characters of the answer, counted from the end: placeholders of images before it were written out
             grown = int(offsets[row].max()) - len(text)
             (begin, end), *_ = answers
             outside = (offsets[row, :, 0] < begin + grown) | (offsets[row, :, 0] >= end + grown)
@@ -478,7 +480,8 @@ def main(
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command_line(), "device": name, "threads": torch.get_num_threads(), "versions": versions(),
         "size": size.value, "dtype": dtype.value, "pictures": chosen["pictures"], "questions": chosen["questions"],
-        "max_tokens": chosen["max_tokens"], "peak_tflops": peak_tflops, "rounds": rounds, "fill_seconds": {}, "rows": [],
+        "max_tokens": chosen["max_tokens"], "peak_tflops": peak_tflops, "rounds": rounds, "fill_seconds": {},
+        "rows": [],
     }  # fmt: skip
     pictures = chosen["pictures"]
     records = [record(number, chosen["questions"]) for number in range(2 * pictures)]

@@ -3,13 +3,13 @@
     python benchmarks/transplant.py --output benchmarks/results/transplant.json
     python benchmarks/transplant.py --steps 10 --warm-up-steps 3 --test-pictures 4    # to try it
 
-No second small pretrained language model comes from where the embedded parts come from, so one is made: SmolLM2-135M-Instruct
-in a randomly rotated residual stream of 648 channels instead of 576 (the same function so far), with noise on every matrix,
-embeddings included, of a share of the matrix' standard deviation. It has the same tokenizer; its weights look like those of
-another model, and what it knows is much the same: a friendly case for a transplant, not the hardest.
+The source of the embedded parts has no second small pretrained language model, so one is made: SmolLM2-135M-Instruct in
+a randomly rotated residual stream of 648 channels instead of 576 (the same function so far), with noise on every
+matrix, embeddings included, of a share of the matrix's standard deviation. It has the same tokenizer; its weights look
+like those of another model, and what it knows is much the same: a friendly case for a transplant, not the hardest.
 
-Bridges begin fresh, fresh and warmed up (see `warm_up`, which does not run the language model), or transplanted; they see
-the same pictures and questions for colour and shape in the same order.
+Bridges begin fresh, fresh and warmed up (see `warm_up`, which does not run the language model), or transplanted; they
+see the same pictures and questions for colour and shape in the same order.
 """
 
 from __future__ import annotations
@@ -215,7 +215,8 @@ def main(
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-            "language_model": f"{demo.LANGUAGE}, rotated into {width} channels, with noise of {noise} standard deviations",
+            "language_model": f"{demo.LANGUAGE}, rotated into {width} channels, "
+            f"with noise of {noise} standard deviations",
             **settings,
         }
         output.write_text(json.dumps({"about": about, **result}, indent=1) + "\n")

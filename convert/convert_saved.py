@@ -43,13 +43,16 @@ class Tensors:
         self.dtypes = {name: conversion.dtype(name) for name in conversion.pieces}
 
     def stored(self, name: str) -> Stored | torch.Tensor:
+        """Where a tensor lies in a file, or the tensor itself if it has to be computed."""
         files, piece, change = self.conversion.pieces[name]
         return files.stored(piece.sources[0]) if piece.whole and change is None else self.read(name)
 
     def read(self, name: str) -> torch.Tensor:
+        """Read a tensor, as the converted model has it."""
         return self.conversion.load(name)
 
     def origin(self, name: str):
+        """The checkpoint that a tensor is read from."""
         files, piece, _ = self.conversion.pieces[name]
         return files.origin(piece.sources[0])
 
@@ -76,6 +79,7 @@ class Saved:
 
     @property
     def config(self) -> BridgedConfig:
+        """The configuration of the saved model."""
         return self.conversion.config
 
     @property

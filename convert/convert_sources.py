@@ -62,12 +62,15 @@ class Renamed:
         self.dtypes = {name: files.dtypes[key] for key, name in names.items()}
 
     def stored(self, name: str) -> Stored | torch.Tensor:
+        """Where a tensor lies in a file, or the tensor itself if it is in memory."""
         return self.files.stored(self.keys[name])
 
     def read(self, name: str) -> torch.Tensor:
+        """Read a tensor, given its new name."""
         return self.files.read(self.keys[name])
 
     def origin(self, name: str):
+        """The checkpoint that a tensor is read from."""
         return self.files.origin(self.keys[name])
 
 
@@ -83,12 +86,15 @@ class Merged:
         return self.first if name in self.first.shapes else self.second
 
     def stored(self, name: str) -> Stored | torch.Tensor:
+        """Where a tensor lies in a file, or the tensor itself if it is in memory."""
         return self._owner(name).stored(name)
 
     def read(self, name: str) -> torch.Tensor:
+        """Read a tensor from the first checkpoint that has it."""
         return self._owner(name).read(name)
 
     def origin(self, name: str):
+        """The checkpoint that a tensor is read from."""
         return self._owner(name).origin(name)
 
 
@@ -108,12 +114,14 @@ class Constants:
         self.dtypes = {name: dtype for name, (_, dtype, _) in self.values.items()}
 
     def read(self, name: str) -> torch.Tensor:
+        """Make a tensor whose elements all have its value."""
         shape, dtype, value = self.values[name]
         return torch.full(shape, value, dtype=dtype)
 
     stored = read
 
     def origin(self, name: str) -> Constants:
+        """These constants: their tensors are in no checkpoint."""
         return self
 
 

@@ -160,9 +160,11 @@ class Rename(Rule):
     target: str
 
     def inverse(self) -> Rule:
+        """Give the tensor its old name again."""
         return Rename(self.target, self.source)
 
     def pieces(self, keys: Sequence[str], numbers: Sequence[str]) -> dict[str, Piece]:
+        """The tensor, unchanged, under its new name."""
         return {self.target.format(*numbers): Piece((keys[0],))}
 
 
@@ -174,9 +176,11 @@ class Split(Rule):
     targets: tuple[str, ...]
 
     def inverse(self) -> Rule:
+        """Concatenate the parts again."""
         return Fuse(self.targets, self.source)
 
     def pieces(self, keys: Sequence[str], numbers: Sequence[str]) -> dict[str, Piece]:
+        """One part of the tensor for each target."""
         names = [target.format(*numbers) for target in self.targets]
         return {name: Piece((keys[0],), part, len(names)) for part, name in enumerate(names)}
 
@@ -190,12 +194,15 @@ class Fuse(Rule):
 
     @property
     def source_names(self) -> tuple[str, ...]:
+        """The names of all tensors that are concatenated, in order."""
         return self.sources
 
     def inverse(self) -> Rule:
+        """Cut the tensor into its sources again."""
         return Split(self.target, self.sources)
 
     def pieces(self, keys: Sequence[str], numbers: Sequence[str]) -> dict[str, Piece]:
+        """The concatenated tensor."""
         return {self.target.format(*numbers): Piece(tuple(keys))}
 
 
@@ -217,9 +224,11 @@ class Missing(Rule):
 
     @property
     def source_names(self) -> tuple[str, ...]:
+        """No names: nothing is taken from the checkpoint."""
         return ()
 
     def inverse(self) -> Rule:
+        """Leave the tensor out."""
         return Drop(self.target, self.why)
 
 
@@ -231,6 +240,7 @@ class Twin(Rule):
     of: str
 
     def inverse(self) -> Rule:
+        """Write the second copy again."""
         return Duplicate(self.of, self.source)
 
 
@@ -243,9 +253,11 @@ class Duplicate(Rule):
     duplicates: ClassVar[bool] = True
 
     def inverse(self) -> Rule:
+        """Compare the second copy with the first and leave it out."""
         return Twin(self.target, self.source)
 
     def pieces(self, keys: Sequence[str], numbers: Sequence[str]) -> dict[str, Piece]:
+        """The tensor, unchanged, under its second name."""
         return {self.target: Piece((keys[0],))}
 
 
@@ -258,12 +270,15 @@ class ZeroKeyBias(Rule):
 
     @property
     def source_names(self) -> tuple[str, ...]:
+        """The names of the biases of query and value."""
         return self.sources
 
     def inverse(self) -> Rule:
+        """Cut the bias into those of query and value again; the bias of keys must be zero."""
         return SplitZeroKeyBias(self.target, self.sources)
 
     def pieces(self, keys: Sequence[str], numbers: Sequence[str]) -> dict[str, Piece]:
+        """The biases of query and value with zeros between them, for keys."""
         return {self.target.format(*numbers): Piece(tuple(keys), zero_part=1)}
 
 
@@ -275,9 +290,11 @@ class SplitZeroKeyBias(Rule):
     targets: tuple[str, str]
 
     def inverse(self) -> Rule:
+        """Join the biases of query and value again, with zeros between them."""
         return ZeroKeyBias(self.targets, self.source)
 
     def pieces(self, keys: Sequence[str], numbers: Sequence[str]) -> dict[str, Piece]:
+        """The first and the last third of the bias, for query and value."""
         names = [target.format(*numbers) for target in self.targets]
         return {name: Piece((keys[0],), part, 3, zero_part=1) for name, part in zip(names, (0, 2))}
 
@@ -292,9 +309,11 @@ class Reshape(Rule):
     target_shape: tuple[int, ...]
 
     def inverse(self) -> Rule:
+        """Give the tensor its old name and shape again."""
         return Reshape(self.target, self.source, self.target_shape, self.source_shape)
 
     def pieces(self, keys: Sequence[str], numbers: Sequence[str]) -> dict[str, Piece]:
+        """The tensor under its new name, in its new shape."""
         return {self.target.format(*numbers): Piece((keys[0],), reshaped=(self.source_shape, self.target_shape))}
 
 

@@ -1,11 +1,11 @@
 """A Hub on this machine: what huggingface_hub's client asks of the real one, over HTTP on loopback, kept in memory.
 
-Repositories with commits, branches, tags and pull requests; large files through LFS, in one piece or several, downloaded from
-another host name as from the real CDN; private repositories; and failures on demand. Xet is switched off: its protocol is
-not public, and the client uses LFS without it.
+It has repositories with commits, branches, tags and pull requests; large files through LFS, in one piece or several,
+downloaded from another host name as from the real CDN; private repositories; and failures on demand. Xet is switched
+off: its protocol is not public, and the client uses LFS without it.
 
-Source: the requests of huggingface_hub 1.0 to 2.4 (`hf_api.py`, `_commit_api.py`, `lfs.py`, `file_download.py`), and git-lfs'
-`docs/api/batch.md`.
+Source: the requests of huggingface_hub 1.0 to 2.4 (`hf_api.py`, `_commit_api.py`, `lfs.py`, `file_download.py`), and
+git-lfs' `docs/api/batch.md`.
 """
 
 from __future__ import annotations
@@ -222,8 +222,8 @@ class LocalHub:
         """Let the next requests fail.
 
         Args:
-            path: Regular expression, searched in the path: `"/commit/"`, `r"/resolve/.*safetensors"`. The bodies of large
-                files go to `/lfs/` and come from `/cdn/`.
+            path: Regular expression, searched in the path: `"/commit/"`, `r"/resolve/.*safetensors"`. The bodies of
+                large files go to `/lfs/` and come from `/cdn/`.
             method: Only of this method.
             times: How many of them.
             status: What is answered: 429, 500, 503...
@@ -611,7 +611,8 @@ class Handler(BaseHTTPRequestHandler):
                     entry["lfs"] = {**about["lfs"], "sha256": about["lfs"]["oid"]}
             siblings.append(entry)
         self.answer(200, {
-            "_id": hashlib.md5(repo.encode()).hexdigest()[:24], "id": repo, "modelId": repo, "author": repo.split("/")[0],
+            "_id": hashlib.md5(repo.encode()).hexdigest()[:24], "id": repo, "modelId": repo,
+            "author": repo.split("/")[0],
             "sha": sha, "private": repository.private, "gated": False, "disabled": False, "downloads": 0, "likes": 0,
             "lastModified": "2024-01-01T00:00:00.000Z", "createdAt": "2024-01-01T00:00:00.000Z",
             "tags": data.get("tags") or [], "cardData": data, "siblings": siblings,

@@ -30,7 +30,8 @@ assert vlbridge.__file__.startswith({package!r})
 model, processor = vlbridge.compose(
     VISION["clip"](), LANGUAGE["llama"](), "average", tokenizer=tiny_tokenizer(), num_visual_tokens=5
 )
-inputs = processor(images=[tiny_image(0), tiny_image(1)], text=["<image>a", "bc<image>"], padding=True, return_tensors="pt")
+images = [tiny_image(0), tiny_image(1)]
+inputs = processor(images=images, text=["<image>a", "bc<image>"], padding=True, return_tensors="pt")
 assert (inputs["input_ids"] == model.config.image_token_id).sum(dim=1).tolist() == [5, 5]
 labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
 model(**inputs, labels=labels).loss.backward()

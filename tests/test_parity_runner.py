@@ -32,7 +32,7 @@ def link(root: Path, name: str, without: str | None = None, to: str | None = Non
 
 
 def test_one_case_alone(tmp_path):
-    """All its tests pass, nothing else fails or is skipped, and the last line counts it: in a test worker, as `make` has it."""
+    """All its tests pass in a test worker, nothing else fails or is skipped, and the last line counts the case."""
     (tmp_path / "blip2").mkdir()
     (tmp_path / "blip2" / "mine").symlink_to(CASES / "blip2" / "stage1_qformer", target_is_directory=True)
     (tmp_path / "README.md").write_text("What else lies there is not read.")

@@ -87,7 +87,7 @@ LANGUAGE = {
 
 
 def llama_in_whole_blocks() -> LlamaConfig:
-    """For bitsandbytes: on CPUs with AVX512-BF16 it packs 4-bit weights by 64 columns and 32 rows, with nothing left over."""
+    """For bitsandbytes: on CPUs with AVX512-BF16 it packs 4-bit weights in full blocks of 64 columns and 32 rows."""
     sizes = {**SMALL, "hidden_size": 128, "intermediate_size": 192}
     return LlamaConfig(**sizes, **TOKENS, num_key_value_heads=2, max_position_embeddings=512)
 
@@ -108,8 +108,8 @@ BRIDGE_OPTIONS = {
                   "cross_attention_num_heads": 2, "cross_attention_head_dim": 8},
 }  # fmt: skip
 # every family with each kind of language model that it must work with
-COMBINATIONS = [("mlp", "llama"), ("mlp", "opt"), ("mlp", "t5"), ("qformer", "llama"), ("qformer", "opt"), ("qformer", "t5"),
-                ("perceiver", "llama"), ("perceiver", "opt")]  # fmt: skip
+COMBINATIONS = [("mlp", "llama"), ("mlp", "opt"), ("mlp", "t5"), ("qformer", "llama"), ("qformer", "opt"),
+                ("qformer", "t5"), ("perceiver", "llama"), ("perceiver", "opt")]  # fmt: skip
 LISTED = {family for family, _ in COMBINATIONS}
 COMBINATIONS += [
     (family, language) for family in vlbridge.FAMILIES if family not in LISTED for language in ("llama", "t5")

@@ -45,6 +45,15 @@ class SeededSampling(LogitsProcessor):
         self.nucleus, self.generators = TopPLogitsWarper(top_p), generators
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Add Gumbel noise to the scores of the nucleus.
+
+        Args:
+            input_ids: The tokens so far, `(batch, tokens)`; they are not read.
+            scores: Scores of the next token, `(batch, vocab_size)`.
+
+        Returns:
+            Scores with noise, `(batch, vocab_size)`, float32; `-inf` outside the nucleus.
+        """
         scores = self.nucleus(input_ids, scores.float())
         exponential = torch.stack(
             [torch.empty(scores.shape[-1]).exponential_(generator=generator) for generator in self.generators]
@@ -125,9 +134,18 @@ class BlipCaptioner(Captioner):
     default_prompt = "a picture of "  # Source: `lavis/configs/models/blip_caption_base_coco.yaml`
 
     def check(self) -> None:
-        pass
+        """Accept every processor: BLIP's captioner needs no chat template."""
 
     def generate(self, images: Sequence[Image.Image], **options) -> list[str]:
+        """One text per image, by the model's `generate` with these options.
+
+        Args:
+            images: RGB images.
+            options: Passed on to `generate`.
+
+        Returns:
+            The texts, without the prompt.
+        """
         inputs = self.processor(images=list(images), text=[self.prompt] * len(images), return_tensors="pt")
         inputs = inputs.to(self.model.device, self.model.dtype)
         # `generate` itself puts [DEC] first and leaves [SEP] out
@@ -142,9 +160,18 @@ class Stage1Captioner(Captioner):
     default_prompt = ""
 
     def check(self) -> None:
-        pass
+        """Accept every processor: stage 1 needs no chat template."""
 
     def generate(self, images: Sequence[Image.Image], **options) -> list[str]:
+        """One text per image, by the model's `generate` with these options.
+
+        Args:
+            images: RGB images.
+            options: Passed on to `generate`.
+
+        Returns:
+            The texts, without the prompt.
+        """
         inputs = self.processor(images=list(images), text=[self.prompt] * len(images), return_tensors="pt")
         inputs = inputs.to(self.model.device)
         prefix = inputs["input_ids"][:, :-1].clone()  # without [SEP]
@@ -271,9 +298,11 @@ class BlipMatcher(Matcher):
             self.enc_token_id = vocab_size - 1
 
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Map `(num_images, channels, height, width)` to patch features `(num_images, num_patches, vision_dim)`."""
         return self.model.vision_model(pixel_values=pixel_values.to(self.model.dtype)).last_hidden_state
 
     def tokenize(self, texts: list[str]):
+        """Token ids, the first of them `[ENC]`, and attention mask of texts, both `(batch, text_tokens)`."""
         tokens = self.processor.tokenizer(
             texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
         )
@@ -284,6 +313,7 @@ class BlipMatcher(Matcher):
     def logits(
         self, encoded: torch.Tensor, input_ids: torch.LongTensor, attention_mask: torch.LongTensor
     ) -> torch.Tensor:
+        """Scores of no match and match, `(batch, 2)`, of encoded images and tokenized texts."""
         output = self.model.text_encoder(
             input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=encoded
         )

@@ -152,10 +152,12 @@ class BrokenReport:
 
     @property
     def num_records(self) -> int:
+        """Number of records that were read, by all workers together."""
         return int(self.counts[:, 0].sum())
 
     @property
     def num_broken(self) -> int:
+        """Number of broken records among them."""
         return int(self.counts[:, 1].sum())
 
     def entries(self) -> list[dict]:

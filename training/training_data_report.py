@@ -25,6 +25,13 @@ class Finding:
     examples: list[dict] = field(default_factory=list)
 
     def add(self, record_id, detail: str, file: str | None = None) -> None:
+        """Count one more record or image, and keep it as an example if there are few so far.
+
+        Args:
+            record_id: The record's `id`.
+            detail: What was found.
+            file: The image file that it was found in, if it was in one.
+        """
         self.count += 1
         if len(self.examples) < EXAMPLES:
             self.examples.append({"id": record_id, **({} if file is None else {"file": file}), "detail": detail})
@@ -80,6 +87,7 @@ class DataReport:
 
     @property
     def ok(self) -> bool:
+        """Whether the data set is fit for training: there are no `errors`."""
         return not self.errors
 
     def as_dict(self) -> dict:

@@ -159,10 +159,28 @@ class Encoder:
     __call__ = encode
 
     def encode_caption(self, record: dict, images: list) -> dict[str, torch.Tensor]:
+        """Model inputs of a record with a caption.
+
+        Args:
+            record: The record.
+            images: Its image, opened or prepared.
+
+        Returns:
+            As `encode`.
+        """
         context, caption = self.caption_parts(record)
         return self.encode_pair(context, caption, images)
 
     def encode_messages(self, record: dict, images: list) -> dict[str, torch.Tensor]:
+        """Model inputs of a record with a conversation.
+
+        Args:
+            record: The record.
+            images: Its images, opened or prepared.
+
+        Returns:
+            As `encode`.
+        """
         messages = record["messages"]
         if self.is_encoder_decoder:  # it writes the last answer
             context = self.chat(messages[:-1], add_generation_prompt=True)
@@ -171,6 +189,15 @@ class Encoder:
         return self.encode_text(text, spans, images, qformer_text=self.instruction(messages))
 
     def encode_document(self, record: dict, images: list) -> dict[str, torch.Tensor]:
+        """Model inputs of a record with an interleaved document.
+
+        Args:
+            record: The record.
+            images: Its images, opened or prepared.
+
+        Returns:
+            As `encode`.
+        """
         text, spans = self.document_text(record)
         return self.encode_text(text, spans, images)
 

@@ -43,24 +43,33 @@ from .training_images import PreparedImage
 
 
 class MLPLlavaEncoder(Encoder):
-    # LLaVA's "plain" separator; stage 2 ends its turns otherwise
     """Captions after an image alone, and conversations."""
 
-    default_end = "\n"
+    default_end = "\n"  # LLaVA's "plain" separator; turns of stage 2 have other ends
     caption_end_stops = False
 
     def template_of(self, conversation: str) -> str:
+        """The chat template of a named conversation.
+
+        Args:
+            conversation: A name from `CONVERSATIONS`.
+
+        Raises:
+            ValueError: There is no conversation of this name.
+        """
         if conversation not in CONVERSATIONS:
             raise ValueError(f"conversation is {conversation!r}; expected one of {', '.join(CONVERSATIONS)}.")
         image = "<im_start><image><im_end>" if self.processor.mm_use_im_start_end else "<image>"
         return self.processor.build_chat_template(self.tokenizer, CONVERSATIONS[conversation], image)
 
     def tokens_per_image(self, sample: dict, num_images: int) -> list[int]:
+        """Number of image tokens of each image; with any-resolution tiling it depends on the image's size."""
         if "image_sizes" in sample:
             return [self.processor.num_image_tokens(*size) for size in sample["image_sizes"].tolist()]
         return super().tokens_per_image(sample, num_images)
 
     def with_images(self, sample: dict, kept: int) -> dict[str, torch.Tensor]:
+        """The sample with its first `kept` images: with any-resolution tiling, all tiles of each."""
         if "image_sizes" in sample and kept:
             tiles = self.processor.num_multimodal_tokens(sample["image_sizes"].tolist()).num_image_patches
             name = "patch_features" if "patch_features" in sample else "pixel_values"
@@ -91,9 +100,18 @@ class PerceiverFlamingoEncoder(Encoder):
     chunk_end = "<|endofchunk|>"
 
     def ended(self, text: str) -> str:
+        """A text with the end of its chunk and the end of the sequence."""
         return text + self.chunk_end + self.end
 
     def document_text(self, record: dict) -> tuple[str, list[Span]]:
+        """A document as text, with the end of the chunk before every image but the first.
+
+        Args:
+            record: The record, with `document`.
+
+        Returns:
+            The text, and what is learned of it, in characters: everything from the first image to the last chunk's end.
+        """
         parts = [
             f"{self.chunk_end}{self.image_token}" if item["type"] == "image" else item["text"].strip()
             for item in record["document"]
@@ -118,6 +136,20 @@ class Stage1Encoder(Encoder):
         self.image_arguments = ["pixel_values", "image_ids"]
 
     def encode(self, record: dict, images: list[PreparedImage] | None = None) -> dict[str, torch.Tensor]:
+        """Model inputs of one record, without a batch dimension.
+
+        Args:
+            record: The record, with a caption and one image.
+            images: The image, if it is prepared already.
+
+        Returns:
+            `input_ids`, `(tokens,)`; `pixel_values` or `patch_features`, `(1, ...)`; and `image_ids`, `(1,)`, the same
+            number for captions that are the same word for word.
+
+        Raises:
+            SampleError: The record has no caption.
+            vlbridge.images.ImageError: The image can't be read.
+        """
         if (kind := checked_kind(record)) != "caption":
             raise SampleError(f"stage 1 learns from captions, the record has {kind}")
         text = self.prompt + record["caption"].strip()
@@ -133,17 +165,28 @@ class Stage1Encoder(Encoder):
     __call__ = encode
 
     def prompts(self, records: list[dict]) -> tuple[dict[str, torch.Tensor], list[str]]:
+        """Inputs for `generate`, and the captions.
+
+        Args:
+            records: The records.
+
+        Returns:
+            `pixel_values`, `(num_images, channels, height, width)`, and the caption of each record.
+        """
         images = [image for record in records for image in self.images_of(record)]
         inputs = self.processor.image_processor(images, return_tensors="pt")
         return {"pixel_values": inputs["pixel_values"]}, [record["caption"].strip() for record in records]
 
     def generation_options(self, model: BridgedModel, max_new_tokens: int) -> dict:
+        """Options of `generate` for greedy captions of at most `max_new_tokens` tokens."""
         return {"do_sample": False, "num_beams": 1, "min_length": 0, "max_length": max_new_tokens + 1}
 
     def decode(self, generated: torch.Tensor, inputs: dict[str, torch.Tensor]) -> list[str]:
+        """The captions in generated tokens, `(batch, tokens)`."""
         return [text.strip() for text in self.tokenizer.batch_decode(generated, skip_special_tokens=True)]
 
     def collate(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        """A batch of samples, `input_ids` padded on the right; it has no `labels`."""
         batch = super().collate([{**sample, "labels": sample["input_ids"]} for sample in samples])
         batch.pop("labels")
         return batch
@@ -191,6 +234,19 @@ class ClassificationEncoder(Encoder):
             )
 
     def encode(self, record: dict, images: list[PreparedImage] | None = None) -> dict[str, torch.Tensor]:
+        """Model inputs of one record.
+
+        Args:
+            record: The record, with one image and a `label`.
+            images: The image, if it is prepared already.
+
+        Returns:
+            `pixel_values` or `patch_features`, `(1, ...)`, and `labels`, the number of the class, `()`.
+
+        Raises:
+            SampleError: The record has no label or not exactly one image, or the model has no such class.
+            vlbridge.images.ImageError: The image can't be read.
+        """
         label, num_images = record.get("label"), len(record.get("images") or [])
         if label is None or num_images != 1:
             raise SampleError(f"expected one image with a label; the record has {num_images} and the label {label}")
@@ -201,6 +257,7 @@ class ClassificationEncoder(Encoder):
     __call__ = encode
 
     def collate(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        """A batch of samples: `labels`, `(batch,)`, and `pixel_values` or `patch_features`, `(batch, ...)`."""
         batch = {"labels": torch.stack([sample["labels"] for sample in samples])}
         for name in ("patch_features", "pixel_values"):
             if given := [sample[name] for sample in samples if name in sample]:
@@ -208,10 +265,19 @@ class ClassificationEncoder(Encoder):
         return batch
 
     def prompts(self, records: list[dict]) -> tuple[dict[str, torch.Tensor], list[str]]:
+        """Model inputs of records, and the names of their classes.
+
+        Args:
+            records: The records.
+
+        Returns:
+            `pixel_values`, `(num_images, channels, height, width)`, and the name of each record's class.
+        """
         samples = self.collate([self.encode(record) for record in records])
         return {"pixel_values": samples["pixel_values"]}, [self.names[label] for label in samples["labels"].tolist()]
 
     def answers(self, model: BridgedModel, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> list[str]:
+        """The name of the likeliest class of each image; `max_new_tokens` is not used."""
         return [self.names[label] for label in model(**inputs).logits.argmax(dim=-1).tolist()]
 
 

@@ -191,8 +191,14 @@ class FeatureCache:
 
     @torch.no_grad()
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Run the vision encoder, `batch_size` images at a time: features in the cache's dtype, where the encoder
-        is."""
+        """Run the vision encoder, `batch_size` images at a time.
+
+        Args:
+            pixel_values: `(num_images, channels, height, width)`, normalised as the processor does it.
+
+        Returns:
+            Patch features, `(num_images, num_patches, vision_dim)`, in the cache's dtype and on the encoder's device.
+        """
         vision_model = self.model.vision_model
         if self.device is not None:
             vision_model.to(self.device)
@@ -346,6 +352,7 @@ class FlushFeatures(TrainerCallback):
         self.cache = cache
 
     def on_save(self, args, state, control, **kwargs):
+        """Write the features that are not on disk yet."""
         self.cache.store.flush()
 
     on_train_end = on_save

@@ -329,6 +329,17 @@ class PackedEncoder(PreparedEncoder):
         self.packer, self.independent_turns = PackedCollator(max_tokens), independent_turns
 
     def encode(self, record: dict) -> dict:
+        """Model inputs of one record; with `independent_turns`, of all its questions together.
+
+        Args:
+            record: The record, see `training_encoding`.
+
+        Returns:
+            As `PreparedEncoder.encode`; several questions are merged into one sample, see `merge`.
+
+        Raises:
+            SampleError: Nothing can be learned from it.
+        """
         if not self.independent_turns or checked_kind(record) != "messages":
             return super().encode(record)
         prepared, samples, problem = self.prepare(record), [], None
@@ -342,8 +353,14 @@ class PackedEncoder(PreparedEncoder):
         return samples[0] if len(samples) == 1 else self.merge(samples)
 
     def merge(self, samples: list[dict]) -> dict:
-        """Samples about the same images as one: branches after a shared prefix that holds the images, or else in
-        turn."""
+        """Merge samples about the same images into one.
+
+        They become branches after a shared prefix that holds the images, or, if they don't share one, follow each
+        other as segments.
+
+        Args:
+            samples: What `encode_prepared` gave for each of them.
+        """
         sequences = [(sample["input_ids"].tolist(), sample["labels"].tolist()) for sample in samples]
         shared = share_prefix(sequences)
         own = {name: value for name, value in samples[0].items() if name not in ROW_NAMES}

@@ -54,8 +54,14 @@ def linear_layers(module: nn.Module, prefix: str) -> list[str]:
 
 
 def layer_kind(name: str) -> str | None:
-    """`"attention"` or `"mlp"`: the block that a linear layer belongs to; `None` outside lists of layers (heads,
-    embeddings)."""
+    """The block that a linear layer belongs to.
+
+    Args:
+        name: Full name of the layer.
+
+    Returns:
+        `"attention"` or `"mlp"`; `None` outside lists of layers (heads, embeddings).
+    """
     components = re.split(r"\.\d+\.", name, maxsplit=1)[1:]
     components = components[0].split(".") if components else []
     if any(map(FEED_FORWARD.fullmatch, components)) and components[-1] not in ROUTERS:
@@ -211,11 +217,11 @@ def lora_config(
     tokens: Iterable[int] | None = None,
     **options,
 ) -> LoraConfig:
-    """A LoRA configuration that reaches what is named and nothing else, for `peft.get_peft_model` or
-    `model.add_adapter`.
+    """A LoRA configuration that reaches what is named and nothing else.
 
-    Names are read from the model, so every language model of transformers works, quantised ones (QLoRA) too. The vision
-    encoder is left alone. The rows of Flamingo's special tokens are in the bridge and are trained with it.
+    It is for `peft.get_peft_model` or `model.add_adapter`. Names are read from the model, so every language model of
+    transformers works, quantised ones (QLoRA) too. The vision encoder is left alone. The rows of Flamingo's special
+    tokens are in the bridge and are trained with it.
 
     Args:
         model: The model, or a `PeftModel` of it.

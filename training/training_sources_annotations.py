@@ -150,7 +150,7 @@ def load_vqav2(
     prompt="{question}",
     source="vqav2",
 ):
-    """VQAv2: a record per question. The answer is the most frequent of the ten; the column `answers` has all of them.
+    r"""VQAv2: a record per question. The answer is the most frequent of the ten; the column `answers` has all of them.
 
     Args:
         path: The questions' file; or the folder with `v2_OpenEnded_mscoco_{split}_questions.json`,
@@ -162,7 +162,7 @@ def load_vqav2(
         images: Folder of the images.
         image_name: Name of an image's file, with `{image_id}`; by default `COCO_{split}_{image_id:012d}.jpg`.
         prompt: What is asked, with `{question}`; LLaVA-1.5 adds
-            `"\\nAnswer the question using a single word or phrase."`.
+            `"\nAnswer the question using a single word or phrase."`.
         source: What the records' column `source` says.
 
     Raises:

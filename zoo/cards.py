@@ -156,9 +156,9 @@ WHAT = {
 }
 ROLES = {"vision_model": "vision encoder", "language_model": "language model"}
 LIMITS = (
-    "For research and for applications that were tested on data of their own. It describes what it was trained to describe "
-    "and may name things that are not in the picture; it inherits what its parts and its training data get wrong or leave "
-    "out. Not for decisions about people, nor where a wrong answer does harm."
+    "For research and for applications that were tested on data of their own. It describes what it was trained to "
+    "describe and may name things that are not in the picture; it inherits what its parts and its training data get "
+    "wrong or leave out. Not for decisions about people, nor where a wrong answer does harm."
 )
 
 
@@ -335,8 +335,8 @@ def _about_folder(folder: Path, title: str, source: str) -> _About:
     )
     if config.bridge_only:
         description += (
-            "\n\nThe repository holds the bridge alone. Loading fetches the frozen parts from where its configuration says, and "
-            "refuses others."
+            "\n\nThe repository holds the bridge alone. Loading fetches the frozen parts from where its configuration "
+            "says, and refuses others."
         )
     facts = {**_counts(folder), **_geometry(config)}
     if asks_with := _saved(folder / "processor_config.json").get("caption_prompt"):
@@ -490,7 +490,8 @@ def card_of_release(release: Release) -> ModelCard:
             parts=parts_of_release(release),
             relation="finetune",
             claimed=release.licence if release.licence in LICENCES else None,
-            description=f"{release.title}: an official release, `{release.name}`, as a model of vlbridge. Source: [{paper}]({link}).",
+            description=f"{release.title}: an official release, `{release.name}`, as a model of vlbridge. "
+            f"Source: [{paper}]({link}).",
             pipeline_tag=RETRIEVAL if stage1 else GENERATION,
             convert=command or "",
             use=_use(json.dumps(title), RETRIEVAL if stage1 else GENERATION, "t5" in release.name) if command else "",

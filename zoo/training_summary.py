@@ -25,7 +25,8 @@ def read_training_summary(folder: str | os.PathLike) -> dict[str, Any]:
          "description": "...", "notes": "...", "evaluation_notes": "...", "limits": "...",   Markdown, for people
          "license": "mit", "language": "en"}     of the bridge's own weights; of the texts
 
-    An evaluation may also name the `"task"` within the data set that its value is for. Licences are the Hub's identifiers.
+    An evaluation may also name the `"task"` within the data set that its value is for. Licences are the Hub's
+    identifiers.
 
     Returns:
         The summary; empty where there is none.
@@ -57,8 +58,8 @@ def read_training_summary(folder: str | os.PathLike) -> dict[str, Any]:
         missing = {"dataset", "metric", "value"} - set(result if isinstance(result, dict) else ())
         if missing or isinstance(result["value"], bool) or not isinstance(result["value"], (int, float)):
             raise ValueError(
-                f"{path} has the evaluation {result!r}; expected an object with dataset, metric and a number as value, and "
-                "perhaps split and task."
+                f"{path} has the evaluation {result!r}; expected an object with dataset, metric and a number as value, "
+                "and perhaps split and task."
             )
     return summary
 

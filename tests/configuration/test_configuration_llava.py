@@ -55,9 +55,11 @@ def test_best_resolution_is_transformers(height, width, image_size):
 
 
 def test_unpadding_truncates_as_the_official_code_does():
-    """47/1128 of 72 columns are 3 rows, but 47 * (72 / 1128) is 2.9999999999999996 in floats: the official code makes 2 of
-    it and so cuts off 11 rows on each side, transformers rounds to 3 and cuts off 10. One size in 40,000 is concerned;
-    releases were trained with the official code's."""
+    """47/1128 of 72 columns are 3 rows, but 47 * (72 / 1128) is 2.9999999999999996 in floats.
+
+    The official code truncates it to 2 and so cuts off 11 rows on each side, transformers rounds to 3 and cuts off 10.
+    One size in 40,000 is concerned; releases were trained with the official code's.
+    """
     assert 47 * (72 / 1128) < 3
     assert unpadded_span((47, 1128), (24, 72)) == (slice(11, 13), slice(0, 72))
     assert unpad_image(torch.zeros(1, 24, 72), (47, 1128)).shape == (1, 4, 72)
@@ -96,7 +98,8 @@ def test_unpadding_keeps_the_middle(height, width, rows, columns):
         ({"image_grid_pinpoints": PINPOINTS, "patch_merge_type": "spatial"}, (10, 2000), 4 * 576),
         ({"image_grid_pinpoints": PINPOINTS, "patch_merge_type": "flat", "vision_feature_select_strategy": "full"},
          (336, 672), 3 * 577),
-        ({"image_grid_pinpoints": PINPOINTS, "pooling": "pixel_shuffle", "pooling_factor": 2}, (672, 672), 144 + 24 * 25),
+        ({"image_grid_pinpoints": PINPOINTS, "pooling": "pixel_shuffle", "pooling_factor": 2}, (672, 672),
+         144 + 24 * 25),
     ],
 )  # fmt: skip
 def test_counts_of_other_settings(options, size, tokens):

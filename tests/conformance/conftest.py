@@ -1,4 +1,7 @@
-"""Heavy tests: collected only by `run_conformance.py`, which sets VLBRIDGE_CONFORMANCE. Exclusions become strict xfails."""
+"""Heavy tests: collected only by `run_conformance.py`, which sets VLBRIDGE_CONFORMANCE.
+
+Exclusions become strict xfails.
+"""
 
 import os
 import sys

@@ -62,8 +62,8 @@ class Exclusion:
 EXCLUSIONS = [
     Exclusion(
         "test_attention_outputs",
-        "It counts the outputs of an encoder-decoder and finds one more than text models have: image_hidden_states, which "
-        "are returned as Llava returns them.",
+        "It counts the outputs of an encoder-decoder and finds one more than text models have: image_hidden_states, "
+        "which are returned as Llava returns them.",
         languages=("t5",),
     ),
     Exclusion(
@@ -72,8 +72,8 @@ EXCLUSIONS = [
     ),
     Exclusion(
         "test_inputs_embeds",
-        "It gives images with inputs_embeds alone. Placeholders are found by their id, as <image> need not have a row of "
-        "its own in the frozen table, so this is refused with a clear error; inputs_embeds without images work.",
+        "It gives images with inputs_embeds alone. Placeholders are found by their id, as <image> need not have a row "
+        "of its own in the frozen table, so this is refused with a clear error; inputs_embeds without images work.",
     ),
     Exclusion(
         "test_training_overfit",
@@ -100,8 +100,8 @@ EXCLUSIONS = [
     ),
     Exclusion(
         "test_model_base_model_prefix",
-        "It wants a base model below a head. A bridged model is three modules side by side, each with its own keys, and "
-        "AutoModel gives the generating class.",
+        "It wants a base model below a head. A bridged model is three modules side by side, each with its own keys, "
+        "and AutoModel gives the generating class.",
     ),
 ]
 

@@ -2,8 +2,9 @@
 
     python tests/conformance/run_conformance.py [--skips] [pytest's options]
 
-`--skips` lists why the suites themselves skip tests. With options for pytest, such as `-k`, only what was selected is checked.
-Exit status 0: every test passed, was skipped by the suite itself, or is excluded (`exclusions.py`) and failed as expected.
+`--skips` lists why the suites themselves skip tests. With options for pytest, such as `-k`, only what was selected is
+checked. Exit status 0: every test passed, was skipped by the suite itself, or is excluded (`exclusions.py`) and failed
+as expected.
 """
 
 from __future__ import annotations

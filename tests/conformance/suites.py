@@ -1,4 +1,7 @@
-"""transformers' own common test suites: fetched from its sdist at the installed version, cached, never copied into here."""
+"""transformers' own common test suites: fetched from its sdist at the installed version and cached.
+
+They are never copied into this repository.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Perceiver-Flamingo's own: frames and masks, interleaved documents, continued prefixes, language models that it refuses."""
+"""Perceiver-Flamingo alone: frames and masks, interleaved documents, continued prefixes, refused language models."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_all_earlier_images_or_the_latest_only():
         with torch.no_grad():
             logits = {name: model(**inputs_of(processor, ["<image>a<image>b"], seeds)).logits[0, 3]
                       for name, seeds in pictures.items()}  # fmt: skip
-        # one block, in front of the last layer: the last position's self-attention sees conditioned earlier ones
+        # one block, before the last layer: the last position's self-attention sees conditioned earlier ones
         assert not torch.allclose(logits["first"], logits["other"], atol=1e-4)
         block = model.bridge.cross_attention_layers[0]
         outputs = []
@@ -280,7 +280,7 @@ def test_of_a_fresh_bridge_one_layer_learns_first(gate):
 
 
 def test_the_trained_copy_of_the_bridge_is_the_one_that_is_used(composed):
-    """PEFT's `modules_to_save` puts a copy in the bridge's place: hooks that held on to the original would ignore it."""
+    """PEFT's `modules_to_save` puts a copy in the bridge's place: hooks that keep the original would ignore it."""
     from peft import LoraConfig, get_peft_model
 
     model, processor = tiny_model("perceiver")

@@ -1,4 +1,4 @@
-"""MLP-LLaVA: projectors, pooling and any resolution against slow computations and transformers' LLaVA; its two stages."""
+"""MLP-LLaVA: projectors, pooling and any resolution against slow computations and transformers' LLaVA; two stages."""
 
 from __future__ import annotations
 
@@ -319,9 +319,11 @@ def test_transformers_llava_with_other_settings(options):
 
 
 def test_where_transformers_rounds_and_the_official_code_truncates():
-    """A picture 490 wide and 343 high fills exactly 7 of 10 rows of features, but 343 * (10 / 490) is less than 7 in floats:
-    the official code, and ours, makes 6 of it and cuts off 2 rows above and below; transformers rounds first and cuts off
-    1. Its own processor counts as its model does; with our count its model refuses."""
+    """A picture 490 wide and 343 high fills exactly 7 of 10 rows, but 343 * (10 / 490) is less than 7 in floats.
+
+    The official code, and ours, truncates it to 6 and cuts off 2 rows above and below; transformers rounds first and
+    cuts off 1. Its own processor counts as its model does; with our count its model raises an error.
+    """
     assert int(343 * (10 / 490)) == 6
     theirs, model, processor = transformers_pair(True)
     inputs = processor(images=[tiny_image(0, (490, 343))], text=["<image>what?"], return_tensors="pt")

@@ -1,4 +1,4 @@
-"""Q-Former BLIP-2: masks, text side, the three objectives of stage 1, retrieval, stage 3, and how one stage hands over."""
+"""Q-Former BLIP-2: masks, text side, the three objectives of stage 1, retrieval, stage 3, and going between stages."""
 
 from __future__ import annotations
 
@@ -199,8 +199,11 @@ def to_transformers(weights: dict[str, torch.Tensor], embeddings: str = "embeddi
 
 
 class Seen(torch.nn.Module):
-    """Stands for transformers' vision model. Theirs ends with the layer norm, with an epsilon of 1e-6 where LAVIS has 1e-5:
-    it is left out of the comparison."""
+    """Stands for transformers' vision model.
+
+    Theirs ends with the layer norm, with an epsilon of 1e-6 where LAVIS has 1e-5: the norm is left out of the
+    comparison.
+    """
 
     def __init__(self, normed):
         super().__init__()
@@ -696,7 +699,7 @@ def test_trainer(tmp_path):
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=needs_fsdp2)])
 def test_two_processes_are_one_with_the_joint_batch(strategy, tmp_path):
     script = Path(__file__).with_name("stage1_of_two.py")
-    # `--cpu` starts one process unless there is MPI; this starts two, of which `Accelerator(cpu=True)` makes CPU processes
+    # `--cpu` starts one process unless there is MPI; this starts two, and `Accelerator(cpu=True)` keeps them on the CPU
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     done = subprocess.run(

@@ -168,8 +168,10 @@ def test_logits_and_loss(case, bridged):
 
 
 class OfficialPenalty(LogitsProcessor):
-    """Repetition penalty as the official code sees it: the prompt is embeddings, so that only what is generated counts,
-    and the placeholder in front of it."""
+    """Repetition penalty as the official code sees it.
+
+    The prompt is embeddings, so that only generated tokens count, and the placeholder before them.
+    """
 
     def __init__(self, penalty: float, seen: torch.Tensor, prompt_length: int):
         self.penalty, self.seen, self.prompt_length = penalty, seen, prompt_length
@@ -354,7 +356,7 @@ def test_retrieval_scores(case, stage1):
 
 
 def rank_as_transformers_4_26(model, monkeypatch) -> None:
-    """Make beam search count one token more in captions that `max_length` cuts off than in those that end by themselves."""
+    """Make beam search count one token more in captions that `max_length` cuts off than in those that end before."""
 
     def update(self, *, topk_running_sequences, topk_log_probs, cur_len, length_penalty, **kwargs):
         cut_off = topk_running_sequences[:, :, cur_len] != self.config.eos_token_id
@@ -419,7 +421,7 @@ def test_the_port_reads_images_alike(case, converted, port):
 
 
 def test_the_port_speaks_alike(case, bridged, port):
-    """Logits of the port, its eps changed to LAVIS'. Its FlanT5 must have LAVIS's activation, which the Hub's has not."""
+    """Logits of the port, with LAVIS's eps; its FlanT5 must have LAVIS's activation, unlike the one on the Hub."""
     model, processor, _ = bridged
     port.vision_model.post_layernorm.eps = 1e-5
     inputs = inputs_of(case, model, processor, "forward")

@@ -112,8 +112,10 @@ SIZES = [(100, 40), (37, 90), (61, 61), (28, 20), (1, 200)]
 
 @pytest.mark.core
 def test_anyres_is_transformers_up_to_its_resizing():
-    """LlavaNext's image processor resizes tensors with torchvision, as the official code does PIL pictures: a few of 255
-    levels apart, which CLIP's standard deviation makes 1/67 each."""
+    """LlavaNext's image processor resizes tensors with torchvision, the official code resizes PIL pictures.
+
+    They differ by a few of 255 levels; one level is 1/67 after division by CLIP's standard deviation.
+    """
     _, processor = tiny_model("mlp", image_aspect_ratio="anyres")
     theirs = LlavaNextImageProcessor(
         size={"shortest_edge": 30}, crop_size={"height": 30, "width": 30},
@@ -323,7 +325,8 @@ def test_loss_masks_are_on_the_assistants_words_only(tokenizer, name, space, rat
     images = [tiny_image(number, size) for number, size in enumerate([(40, 33), (90, 11), (7, 8)])]
     pictures = iter(images)
     messages = [
-        {**turn, "content": [{**item, "image": next(pictures)} if item["type"] == "image" else item for item in turn["content"]]}
+        {**turn, "content": [{**item, "image": next(pictures)} if item["type"] == "image" else item
+                             for item in turn["content"]]}
         if isinstance(turn["content"], list) else turn
         for turn in TURNS
     ]  # fmt: skip

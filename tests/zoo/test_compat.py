@@ -1,4 +1,4 @@
-"""The one module that touches what other libraries do not promise to keep: a tripwire for each name, and nothing elsewhere."""
+"""Only `vlbridge.compat` uses what other libraries do not promise to keep, and each of these names has a tripwire."""
 
 from __future__ import annotations
 
@@ -142,7 +142,11 @@ def test_only_documented_names_are_imported(path):
 
 
 def private_names(tree: ast.AST) -> tuple[set[str], dict[str, int], dict[str, int]]:
-    """Private names that code makes, that it reads or sets on objects, and that it defines in classes, with their lines."""
+    """Private names that code makes, that it reads or sets on objects, and that it defines in classes.
+
+    Returns:
+        The first as names alone, the others with the lines they are on.
+    """
     own, used, defined = set(), {}, {}
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):

@@ -87,8 +87,8 @@ def test_a_bridge_is_one_commit_and_one_line(bridge, repositories):
     commit = model.push_to_hub("me/bridge", bridge_only=True, processor=processor)
     assert len(hub.history("me/bridge")) == 2 and hub.history("me/bridge")[0] == commit.oid
     files = hub.files("me/bridge")
-    assert {"config.json", "generation_config.json", "model.safetensors", "processor_config.json", "chat_template.jinja",
-            "tokenizer.json", "README.md"} <= files.keys()  # fmt: skip
+    assert {"config.json", "generation_config.json", "model.safetensors", "processor_config.json",
+            "chat_template.jinja", "tokenizer.json", "README.md"} <= files.keys()  # fmt: skip
     pins = json.loads(files["config.json"])["frozen_parts"]
     for part, name in (("vision_model", "clip"), ("language_model", LANGUAGE_OF[bridge])):
         assert pins[part]["source"] == f"lab/{name}"
@@ -546,7 +546,8 @@ for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
 assert type(AutoConfig.from_pretrained(place, trust_remote_code=True)).__name__ == type(model.config).__name__
 
 # saved again, from here
-model.save_pretrained(folder + "/again", bridge_only=True, processor=AutoProcessor.from_pretrained(place, trust_remote_code=True))
+processor = AutoProcessor.from_pretrained(place, trust_remote_code=True)
+model.save_pretrained(folder + "/again", bridge_only=True, processor=processor)
 answers["again"] = answer(AutoModel.from_pretrained(folder + "/again", trust_remote_code=True), folder + "/again")
 print(json.dumps(answers))
 """

@@ -44,8 +44,8 @@ def other_tokenizer() -> PreTrainedTokenizerFast:
 def in_another_basis(old: LlamaForCausalLM, width: int, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """The same function of the same strings, in a rotated residual stream that may be wider, with other token ids.
 
-    An RMS norm is the same in every orthonormal basis once its gain is moved into what reads it, and a wider stream takes
-    a factor for the zeros in it.
+    An RMS norm is the same in every orthonormal basis once its gain is moved into what reads it, and a wider stream
+    takes a factor for the zeros in it.
     """
     config = LlamaConfig(
         **{**SMALL, "hidden_size": width}, **TOKENS, num_key_value_heads=2, head_dim=8, max_position_embeddings=512,
