@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterable
 from typing import ClassVar
 
 import torch
@@ -12,6 +15,29 @@ from transformers.modeling_outputs import ModelOutput
 
 from ..configuration.configuration_bridged import BridgedConfig
 from .modeling_parts import build_part
+
+
+def with_image_arguments(forward: Callable, names: Iterable[str]) -> Callable:
+    """Name a family's image arguments in the signature of `forward`, where `Trainer` and `generate` look for them.
+
+    Args:
+        forward: A `forward` that takes them among its keyword arguments.
+        names: The family's `image_arguments`.
+
+    Returns:
+        The same function under a longer signature.
+    """
+
+    @functools.wraps(forward)
+    def forward_with_names(self, *args, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    signature = inspect.signature(forward)
+    *parameters, rest = signature.parameters.values()  # the last one is **kwargs
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation="torch.Tensor | None")
+            for name in names if name not in signature.parameters]  # fmt: skip
+    forward_with_names.__signature__ = signature.replace(parameters=[*parameters, *more, rest])
+    return forward_with_names
 
 
 class TokenRows(nn.Module):
@@ -184,4 +210,4 @@ def fill_vision_geometry(config: BridgedConfig) -> None:
             setattr(config, name, value)
 
 
-__all__ = ["Bridge", "TokenRows", "fill_vision_geometry", "num_embeddings", "patch_features_of"]
+__all__ = ["Bridge", "TokenRows", "fill_vision_geometry", "num_embeddings", "patch_features_of", "with_image_arguments"]

@@ -20,7 +20,7 @@ from ..compat import build_from_config
 from ..compat import initialization as init
 from ..compat_hooks import HOOKS_ARE_RECOMPUTED
 from ..configuration.configuration_flamingo import PerceiverFlamingoConfig
-from .modeling_bridge import Bridge
+from .modeling_bridge import Bridge, with_image_arguments
 from .modeling_bridged import BridgedModel
 from .modeling_generation import GenerationStates
 from .modeling_hooks import attach
@@ -398,6 +398,7 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
     config: PerceiverFlamingoConfig
     bridge_class = PerceiverBridge
     image_arguments = (*BridgedModel.image_arguments, "patch_mask", "media_index")
+    forward = with_image_arguments(BridgedModel.forward, image_arguments)
     special_tokens = ("<image>", "<|endofchunk|>")
     takes_frames = True
     _no_split_modules = ["PerceiverLayer", "GatedCrossAttentionLayer"]

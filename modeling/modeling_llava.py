@@ -14,7 +14,7 @@ from transformers.modeling_outputs import ModelOutput
 from ..compat import initialization as init
 from ..configuration.configuration_bridged import patch_grid
 from ..configuration.configuration_llava import AnyresLayout, MLPLlavaConfig, anyres_layout
-from .modeling_bridge import Bridge
+from .modeling_bridge import Bridge, with_image_arguments
 from .modeling_bridged import BridgedModel
 
 
@@ -134,6 +134,7 @@ class MLPLlavaForConditionalGeneration(PooledPatchesMixin, BridgedModel):
     config: MLPLlavaConfig
     bridge_class = MLPBridge
     image_arguments = (*BridgedModel.image_arguments, "image_sizes")
+    forward = with_image_arguments(BridgedModel.forward, image_arguments)
 
 
 __all__ = ["MLPBridge", "MLPLlavaForConditionalGeneration", "PooledPatchesMixin", "pool_patches"]

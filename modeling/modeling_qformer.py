@@ -24,7 +24,7 @@ from transformers import (
 from ..configuration.configuration_qformer import QFormerBlip2Config
 from ..processing.processing_qformer import QFormerBlip2Processor
 from .modeling_assembly import assemble
-from .modeling_bridge import Bridge
+from .modeling_bridge import Bridge, with_image_arguments
 from .modeling_bridged import BridgedModel
 from .modeling_parts import Part
 from .modeling_pins import summary
@@ -82,6 +82,7 @@ class QFormerBlip2ForConditionalGeneration(BridgedModel):
     config: QFormerBlip2Config
     bridge_class = QFormerBridge
     image_arguments = (*BridgedModel.image_arguments, "qformer_input_ids", "qformer_attention_mask")
+    forward = with_image_arguments(BridgedModel.forward, image_arguments)
     compose_options = ("qformer_init_from",)
     _no_split_modules = ["QFormerLayer"]
 

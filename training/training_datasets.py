@@ -144,6 +144,7 @@ class Collator:
         self.encoder = encoder
 
     def __call__(self, samples: list[dict]) -> dict:
+        """Collate samples into one batch; a stream that skips batches gives empty ones."""
         if "skip" in samples[0]:
             return {}
         usable = [sample for sample in samples if sample["skipped"] is None]

@@ -222,6 +222,7 @@ class Recipe:
         return {"from" if key == "from_" else key: value for key, value in fields.items()}
 
     def to_yaml(self) -> str:
+        """The recipe as YAML, without fields that have their default values."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
 
     # ------------------------------------------------------------------ checks

@@ -128,11 +128,13 @@ class ResumableTrainer(TrainerHooks, Trainer):
         self._last_logged = self._note.get("last_logged", self.state.global_step)
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
+        """See `Trainer.training_step`; the loss is added up for the log."""
         loss = super().training_step(*args, **kwargs)
         self._loss_sum += loss
         return loss
 
     def get_batch_samples(self, *args, **kwargs):
+        """See `Trainer.get_batch_samples`; a run that was resumed at its end takes no further step."""
         if self.state.global_step >= self.state.max_steps:  # resumed at its end; transformers would take one more step
             logger.info(f"All {self.state.max_steps} steps are done already.")
             self.control.should_training_stop = True
@@ -140,6 +142,7 @@ class ResumableTrainer(TrainerHooks, Trainer):
         return super().get_batch_samples(*args, **kwargs)
 
     def create_optimizer(self, model=None):
+        """See `Trainer.create_optimizer`; the state that is loaded later is checked."""
         made_now = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if made_now and isinstance(optimizer, torch.optim.Optimizer):

@@ -33,6 +33,7 @@ class SampleTable(TrainerCallback):
         self.encoder, self.records, self.every, self.max_new_tokens = encoder, records, every, max_new_tokens
 
     def on_train_begin(self, args, state, control, **kwargs):
+        """Drop tables of steps that a resumed run makes again."""
         file = Path(args.output_dir) / "samples.jsonl"
         if state.is_world_process_zero and file.exists():  # tables after the step of the checkpoint are made again
             lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
@@ -40,6 +41,7 @@ class SampleTable(TrainerCallback):
             write_text(file, "".join(f"{line}\n" for line in kept if state.global_step))
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
+        """Generate and write a table every `every` steps."""
         if state.global_step % self.every:
             return
         generated = generate(model, self.encoder, self.records, self.max_new_tokens)

@@ -104,6 +104,7 @@ class BridgeTrainer(ResumableTrainer):
         return self.accelerator.gather(torch.tensor([counts], device=self.args.device))
 
     def on_train_begin(self) -> None:
+        """Put a resumed stream where it was, and prepare FSDP."""
         super().on_train_begin()
         if isinstance(self.train_dataset, SampleStream):
             seen = 0 if self.args.ignore_data_skip or not self.resumed_from else self.state.global_step
@@ -115,6 +116,7 @@ class BridgeTrainer(ResumableTrainer):
     # ------------------------------------------------------------------ data
 
     def get_train_dataloader(self) -> DataLoader:
+        """See `Trainer.get_train_dataloader`; streams are shared out among processes by themselves."""
         if not isinstance(self.train_dataset, SampleStream):
             return super().get_train_dataloader()
         # not through accelerate.prepare: the stream shares itself out, and rows can't be cut apart (images of all rows
@@ -134,6 +136,7 @@ class BridgeTrainer(ResumableTrainer):
         )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """See `Trainer.get_batch_samples`; skipped records are counted and loss weights added."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         skipped = [record for batch in batches for record in batch.pop("skipped")]
         self._count_skipped(skipped, len(skipped) + sum(len(batch["ids"]) for batch in batches))
@@ -207,6 +210,7 @@ class BridgeTrainer(ResumableTrainer):
             batch["token_weights"] = weights[index]  # (batch,)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """See `Trainer.compute_loss`; tokens are weighted where data sets have loss weights."""
         weights = inputs.pop("token_weights", None)
         if weights is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -221,6 +225,7 @@ class BridgeTrainer(ResumableTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        """See `Trainer.training_step`; a loss that is not finite stops the run."""
         randomness = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
         self._step_batches.append((inputs, num_items_in_batch, randomness))
         loss = super().training_step(model, self._model_inputs(inputs), num_items_in_batch)
@@ -230,6 +235,7 @@ class BridgeTrainer(ResumableTrainer):
         return loss
 
     def prediction_step(self, model, inputs, *args, **kwargs):
+        """See `Trainer.prediction_step`."""
         return super().prediction_step(model, self._model_inputs(inputs), *args, **kwargs)
 
     def _check_grad_norm(self, grad_norm) -> None:
@@ -270,6 +276,7 @@ class BridgeTrainer(ResumableTrainer):
     # ------------------------------------------------------------------ optimizer
 
     def create_optimizer(self, model=None):
+        """See `Trainer.create_optimizer`; learning rates and weight decay differ by parameter."""
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             opt_model = self.model if model is None else model
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, opt_model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import pickle
 import weakref
 
@@ -594,3 +595,13 @@ def test_the_prompts_states_are_let_go_while_decoding(monkeypatch):
     assert states.prompt is None
     one_image = model.config.num_latents
     assert states.decoding.key_states[0].shape[2] == one_image
+
+
+@pytest.mark.parametrize("bridge", vlbridge.FAMILIES)
+def test_forward_names_all_that_the_processor_gives(bridge):
+    """Or plain `Trainer` drops it from the batch."""
+    model, processor = tiny_model(bridge)
+    parameters = inspect.signature(model.forward).parameters
+    assert set(model.image_arguments) <= set(parameters)
+    assert set(batch_of(processor)) <= set(parameters)
+    assert list(parameters)[-1] == "kwargs"
