@@ -242,13 +242,15 @@ class ResumableTrainer(TrainerHooks, Trainer):
                 if self.args.should_save:
                     note = {"loss": self._loss_sum.item(), "last_logged": self._last_logged, "seconds": self.seconds}
                     complete_checkpoint(checkpoint, note)
-                    rotate_checkpoints(folder, limit, self.state.best_model_checkpoint)
         except Exception as error:
             if not is_storage_error(error):
                 raise
-            self._give_up_checkpoint(checkpoint, error)
+            return self._give_up_checkpoint(checkpoint, error)
         finally:
             self.args.save_total_limit = limit
+        with failing_together():
+            if self.args.should_save:
+                rotate_checkpoints(folder, limit, self.state.best_model_checkpoint)
 
     def _give_up_checkpoint(self, checkpoint: Path, error: Exception) -> None:
         problem, step = " ".join(str(error).split())[:300], self.state.global_step
