@@ -86,6 +86,8 @@ class TokenPooling(nn.Module):
 class ClassificationBridge(Bridge):
     """Base of every family's bridge for classification; its own modules make the visual tokens."""
 
+    adapter_targets = r"(?!classifier|pooler).*"  # the head is trained as it is
+
     def add_head(self, width: int, num_labels: int) -> None:
         """Add the modules that turn visual tokens of `width` channels into scores of `num_labels` classes."""
         self.pooler = TokenPooling(width)

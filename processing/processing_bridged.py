@@ -90,7 +90,13 @@ class BridgedProcessor(ProcessorHooks, ProcessorMixin):
     # Text that the family puts between an image and the text that follows it
     image_separator: ClassVar[str] = ""
     # Template for language models that have none
-    plain_chat_template: ClassVar[str] = ""
+    plain_chat_template: ClassVar[str] = (
+        "{%- for message in messages -%}"
+        "{%- if message.role == 'assistant' -%}"
+        "{{ ' ' }}{% generation %}{{ message.content }}{% endgeneration %}{{ '\\n' }}"
+        "{%- else -%}{{ message.content }}{%- endif -%}"
+        "{%- endfor -%}"
+    )
     default_caption_prompt: ClassVar[str] = "Describe the image briefly."
     # Arguments of the class that `compose` accepts and passes on
     compose_options: ClassVar[tuple[str, ...]] = ("caption_prompt",)

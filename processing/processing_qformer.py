@@ -30,13 +30,6 @@ class QFormerBlip2Processor(BridgedProcessor):
 
     # Source: BLIP-2, section 4.2 ("Question: {} Answer:") and section 4.1 ("a photo of").
     default_caption_prompt = "a photo of"
-    plain_chat_template = (
-        "{%- for message in messages -%}"
-        "{%- if message.role == 'assistant' -%}"
-        "{{ ' ' }}{% generation %}{{ message.content }}{% endgeneration %}{{ '\\n' }}"
-        "{%- else -%}{{ message.content }}{%- endif -%}"
-        "{%- endfor -%}"
-    )
 
     def __init__(
         self,

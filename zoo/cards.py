@@ -329,7 +329,8 @@ def _about_folder(folder: Path, title: str, source: str) -> _About:
     task = GENERATION if config.text_config is not None else RETRIEVAL
     if isinstance(config, ClassificationConfigMixin):
         task = CLASSIFICATION
-    what = WHAT.get(config.model_type, f"A {config.model_type} bridge")
+    kind = "classifier on" if isinstance(config, ClassificationConfigMixin) else "bridge,"
+    what = WHAT.get(config.model_type, f"A {kind} {config.model_type}")
     description = summary.get("description") or (
         f"{what}" + (f" for {between}." if between else ".") + (f" Converted from {release.title}." if release else "")
     )

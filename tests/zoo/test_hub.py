@@ -28,7 +28,7 @@ from vlbridge.remote_code import auto_map_of, flat_code
 
 families = pytest.mark.parametrize("bridge", vlbridge.FAMILIES)
 # Flamingo's is one that transformers does not have
-LANGUAGE_OF = {"mlp": "llama", "qformer": "llama", "perceiver": "mosaic_gpt"}
+LANGUAGE_OF = {**dict.fromkeys(vlbridge.FAMILIES, "llama"), "perceiver": "mosaic_gpt"}
 
 
 @pytest.fixture(scope="module")

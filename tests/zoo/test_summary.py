@@ -72,7 +72,8 @@ def test_every_registered_model(parts, tmp_path, kind, bridge_only):
         assert part["parameters"] == sum(p.numel() for p in real.parameters())
         assert part["trainable_parameters"] == (part["parameters"] if part["name"] == "bridge" else 0)
     assert summary["parameters"] == sum(part["parameters"] for part in summary["parts"])
-    tokens = TOKENS.get(kind.removesuffix(" classifier"), TOKENS["qformer"])
+    tokens = model.config.num_image_tokens(30, 30)
+    assert tokens == TOKENS.get(kind.removesuffix(" classifier"), tokens)
     assert (summary["image_size"], summary["fewest_image_tokens"], summary["image_tokens"]) == (30, tokens, tokens)
     if generates:
         in_prompt = 1 if kind == "perceiver" else tokens
@@ -123,7 +124,11 @@ def test_tokens_are_those_of_the_model(tmp_path, bridge):
     model.config.save_pretrained(tmp_path)
     summary = summarize(tmp_path)
     pixels = torch.zeros(1, 3, summary["image_size"], summary["image_size"])
-    assert summary["image_tokens"] == TOKENS[bridge] == model.get_image_features(pixels).pooler_output.shape[1]
+    assert (
+        summary["image_tokens"]
+        == TOKENS.get(bridge, summary["image_tokens"])
+        == model.get_image_features(pixels).pooler_output.shape[1]
+    )
 
 
 def test_lines(tmp_path):
