@@ -253,10 +253,9 @@ def test_records_that_teach_nothing_are_refused():
         encoder.encode(caption())
     with pytest.raises(SampleError, match="places for 1 images, the record has 0"):
         encoder.encode({**talk("what?", "a cat"), "images": []})
-    with pytest.raises(ValueError, match="mlp_llava"):
-        model, processor = tiny_model("mlp")
-        model.config.model_type = "llava"
-        encoder_for(model, processor)
+    model, processor = tiny_model("mlp")
+    with pytest.raises(ValueError, match="'llama'; expected a bridged model, such as mlp_llava"):
+        encoder_for(model.language_model, processor)
 
 
 # ---------------------------------------------------------------------- batches
