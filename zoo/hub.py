@@ -143,7 +143,7 @@ class HubPublisher:
         if path.exists() and not tags:
             return
         card = card_of_folder(folder, repo_id)
-        card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *tags]))
+        card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *(tags or ())]))
         with replacing(path) as temporary:
             card.save(temporary)
 
