@@ -480,7 +480,15 @@ def replace_backend(tokenizer, backend):
 
 
 def unpack_gguf() -> dict[str, Any]:
-    """Arguments of `from_pretrained` that dequantise a GGUF, even if kernels for quantised weights are installed."""
+    """Arguments of `from_pretrained` that dequantise a GGUF, even if kernels for quantised weights are installed.
+
+    On Python 3.10 the standard library does not find the package `gguf` among the installed ones, and transformers then
+    reads its version off the module, which has none: it gets one here.
+    """
+    import gguf
+
+    if not hasattr(gguf, "__version__"):
+        gguf.__version__ = metadata.version("gguf")
     config = find("transformers.GgufConfig")
     return {} if config is _MISSING else {"quantization_config": config(dequantize=True)}
 

@@ -391,3 +391,18 @@ def test_beam_search_is_told_the_width_of_the_logits(monkeypatch):
     with compat.logits_of_width(size + 1):
         assert config.get_text_config().vocab_size == size + 1 and config.text_config.vocab_size == size
     assert config.get_text_config() is config.text_config
+
+
+def test_transformers_finds_gguf_on_python_3_10(monkeypatch):
+    """There `importlib.metadata.packages_distributions` does not list it."""
+    import gguf
+    from transformers.utils import import_utils
+
+    monkeypatch.setattr(import_utils, "PACKAGE_DISTRIBUTION_MAPPING", {}, raising=False)  # 5.24 has none
+    monkeypatch.delattr(gguf, "__version__", raising=False)
+    import_utils.is_gguf_available.cache_clear()
+    compat.unpack_gguf()
+    try:
+        assert import_utils.is_gguf_available()
+    finally:
+        import_utils.is_gguf_available.cache_clear()
