@@ -122,7 +122,7 @@ def _convert_language(checkpoint: Path, folder: Path) -> None:
     """Dequantise the GGUF to bfloat16, and save model and tokenizer as an ordinary folder."""
     import torch
     from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
     from .compat import unpack_gguf
 
@@ -140,14 +140,22 @@ def _convert_language(checkpoint: Path, folder: Path) -> None:
     )
     model.save_pretrained(folder)
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        checkpoint.parent, gguf_file=checkpoint.name, model_max_length=config.max_position_embeddings
-    )
+    read = AutoTokenizer.from_pretrained(checkpoint.parent, gguf_file=checkpoint.name)
     # The GGUF only names its pre-tokenizer ("smollm"), and transformers uses GPT-2's, which splits spaces and line
     # breaks before a digit differently than in training.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    read.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
+    # A tokenizer of its own, since some releases of transformers (5.16) take the wrong special tokens from the GGUF
+    ids = {"bos_token": config.bos_token_id, "eos_token": config.eos_token_id, "pad_token": config.pad_token_id}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=read.backend_tokenizer,
+        **{name: read.convert_ids_to_tokens(number) for name, number in ids.items()},
+        unk_token=read.unk_token,
+        model_max_length=config.max_position_embeddings,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = read.chat_template
     tokenizer.save_pretrained(folder)
 
 
