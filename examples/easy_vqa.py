@@ -96,7 +96,7 @@ class PackedConversations(Dataset):
         examples: What to train on.
         features: `(num_examples, num_patches, vision_dim)`.
         processor: The model's processor.
-        num_questions: Questions of one picture in one row, drawn anew every time: matched pairs, and the picture's own
+        num_questions: Questions of one picture in one row, drawn again every time: matched pairs, and the picture's own
             or its caption.
         curriculum: What is asked when.
         seed: Of the draw.

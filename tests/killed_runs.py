@@ -57,8 +57,8 @@ def forked(work) -> int:
         try:
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-            # makes the thread pool anew, which a fork has lost: two threads that need it at once would both do so, and
-            # one of them finds none ("Invalid thread pool!")
+            # makes a new thread pool, since a fork has lost its own: two threads that need it at once would both make
+            # one, and one of them finds none ("Invalid thread pool!")
             torch.set_num_threads(torch.get_num_threads())
             for bar in (
                 tqdm.std.tqdm,

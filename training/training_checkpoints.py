@@ -148,7 +148,7 @@ def rotate_checkpoints(folder: str | os.PathLike, limit: int | None, best: str |
 def check_launch(checkpoint: str | os.PathLike, needed: str) -> None:
     """Refuse a checkpoint whose optimizer's state this launch would not find.
 
-    Some processes would look for it while others wait for them, or the optimizer would begin anew.
+    Some processes would look for it while others wait for them, or the optimizer would start without its state.
 
     Args:
         checkpoint: The folder.

@@ -1,7 +1,7 @@
 """Packing: several samples in one row, each as if it stood alone.
 
 - Samples stand one after the other, each with its own images. A token sees its own sample only, and positions start
-  anew in each.
+  at zero in each.
 - Questions about one picture share what they have in common, mainly the picture: every question is a branch after the
   shared prefix, and sees the prefix and itself.
 

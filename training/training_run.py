@@ -186,7 +186,7 @@ def train(recipe: Recipe, output: str | os.PathLike, resume: bool = False) -> di
     Args:
         recipe: The recipe.
         output: Folder for checkpoints and results.
-        resume: Resume from the last complete checkpoint in `output`; start anew if there is none.
+        resume: Resume from the last complete checkpoint in `output`; start from the beginning if there is none.
 
     Returns:
         What `training_summary.json` holds.
