@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ from ..compat import MultiModalData, get_image_size
 from ..compat_hooks import ProcessorHooks
 from ..configuration.configuration_bridged import BridgedConfig, num_patches
 from ..extensions import publisher, take_push_options
+from .processing_inputs import check_contents, is_list, pictures, pictures_of_texts, rows_of
 
 
 # Joins lists of text and images to strings, which is what a language model's own template expects.
@@ -29,6 +31,8 @@ FLATTEN_CONTENT = """\
 {%- set content.text = content.text + IMAGE -%}
 {%- elif item.type == 'text' -%}
 {%- set content.text = content.text + item.text -%}
+{%- else -%}
+{{ raise_exception("A message has content of type '" ~ item.type ~ "'; expected 'text' or 'image'.") }}
 {%- endif -%}
 {%- endfor -%}
 {%- set flat.messages = flat.messages + [dict(message, content=content.text)] -%}
@@ -37,6 +41,9 @@ FLATTEN_CONTENT = """\
 {%- set messages = flat.messages -%}
 """
 
+
+# Its `templated` is true while this thread applies a chat template, which has put the images in their places
+_call = threading.local()
 
 TURN_KEYS = ("image", "caption", "question", "answer")
 
@@ -87,6 +94,8 @@ class BridgedProcessor(ProcessorHooks, ProcessorMixin):
         ValueError: The tokenizer does not know `image_token` as one token.
     """
 
+    # Whether an image may be a video, a list of frames
+    takes_videos: ClassVar[bool] = False
     # Text that the family puts between an image and the text that follows it
     image_separator: ClassVar[str] = ""
     # Template for language models that have none
@@ -215,6 +224,112 @@ class BridgedProcessor(ProcessorHooks, ProcessorMixin):
             width: Width of the same image, in pixels.
         """
         return num_patches(self, height, width) if self.num_query_tokens is None else self.num_query_tokens
+
+    # ------------------------------------------------------------------ calls
+
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        """See `ProcessorMixin.apply_chat_template`.
+
+        Raises:
+            ValueError: A message holds something else than text and images, or not one image per placeholder.
+        """
+        check_contents(conversation)
+        before, _call.templated = getattr(_call, "templated", False), True
+        try:
+            return super().apply_chat_template(conversation, *args, **kwargs)
+        finally:
+            _call.templated = before
+
+    def text_with_images(self, text: str, num_images: int) -> str:
+        """Put images in the place that the family's official code gives them: before the text.
+
+        Args:
+            text: Text without placeholders.
+            num_images: Number of images, at least one.
+
+        Returns:
+            Text with one placeholder per image.
+        """
+        return self.image_token * num_images + text
+
+    def lay_out(self, images, text, options: dict) -> tuple[list | None, list[str] | None]:
+        """Find out which images belong to which text, and put them there if the texts don't say where they stand.
+
+        What comes out may go in again: it stays the same.
+
+        Args:
+            images: A picture, a list of the pictures of all texts, or a list with one list per text.
+            text: A text, a list of texts, or `None`, which asks for captions.
+            options: Arguments of the call; those that the texts ask for are added.
+
+        Returns:
+            All images in one list, or `None`; and texts with one placeholder per image.
+
+        Raises:
+            ValueError: The numbers of images and placeholders differ, or a row without images should be captioned.
+        """
+        texts = [text] if isinstance(text, str) else text
+        if images is None or (texts is not None and not all(isinstance(sample, str) for sample in texts)):
+            return images, text
+        images = pictures(images, self.image_processor, options)
+        if texts is None:
+            rows, nested = rows_of(images)
+            rows = rows if nested else [[image] for image in rows]
+            if empty := [number for number, row in enumerate(rows) if not row] or ([0] if not rows else []):
+                raise ValueError(f"Row {empty[0]} of images is empty and has no text: there is nothing to caption.")
+            asked = [self.caption_prompt] * len(rows)
+            if "padding" not in (options.get("text_kwargs") or {}):
+                options.setdefault("padding", True)
+        else:
+            asked = list(texts)
+            counts = [sample.count(self.image_token) for sample in asked]
+            rows = pictures_of_texts(images, counts, self.image_token, places=not getattr(_call, "templated", False))
+        if not self.takes_videos and (lists := [n for n, row in enumerate(rows) if any(map(is_list, row))]):
+            raise ValueError(f"Text {lists[0]} has a list where a picture should be; this model takes no videos.")
+        laid = [
+            self.text_with_images(sample, len(row)) if row and self.image_token not in sample else sample
+            for sample, row in zip(asked, rows)
+        ]
+        if laid != asked:
+            self.begin_once(laid, options)
+        return [image for row in rows for image in row] or None, laid
+
+    def begin_once(self, texts: list[str], options: dict) -> None:
+        """Leave the beginning of sequence to the texts if a template has written it.
+
+        Args:
+            texts: The texts of a call.
+            options: Arguments of the call; `add_special_tokens` is added.
+
+        Raises:
+            ValueError: Some texts begin with it and others don't.
+        """
+        begin = self.tokenizer.bos_token
+        given = {**options, **(options.get("text_kwargs") or {})}
+        if not begin or "add_special_tokens" in given or not any(text.startswith(begin) for text in texts):
+            return
+        if not all(text.startswith(begin) for text in texts):
+            raise ValueError(
+                f"The chat template begins texts with {begin!r}, but only texts that images were put into are in it. "
+                "Call apply_chat_template for all texts, or process texts without images in a call of their own."
+            )
+        options["add_special_tokens"] = False
+
+    def __call__(self, images=None, text=None, **kwargs):
+        """Images and text to model inputs.
+
+        Args:
+            images: A picture, a list of the pictures of all texts, or a list with one list per text: pictures of
+                Pillow, arrays, tensors, files or addresses. They are read as 8-bit RGB, transparency as white.
+            text: A text or a list of texts, with one image token per image, or with none: the images are put where
+                the family's official code has them then. Images alone ask for a caption with `caption_prompt`.
+            kwargs: Passed on to `ProcessorMixin.__call__`.
+
+        Raises:
+            ValueError: The numbers of images and image tokens differ, in all or (for a list of lists) in one text.
+        """
+        images, text = self.lay_out(images, text, kwargs)
+        return super().__call__(images=images, text=text, **kwargs)
 
     # ------------------------------------------------------------------ few-shot prompts
 

@@ -7,15 +7,13 @@ import torch
 from ..compat import MultiModalData
 from ..configuration.configuration_flamingo import PerceiverFlamingoConfig
 from .processing_bridged import BridgedProcessor
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, (list, tuple))
+from .processing_inputs import is_list
 
 
 class PerceiverFlamingoProcessor(BridgedProcessor):
     """Processor of Perceiver-Flamingo. The arguments are those of `BridgedProcessor`."""
 
+    takes_videos = True
     # Source: OpenFlamingo (arXiv 2308.01390), section 3.3: `<image>Output:{caption}<|endofchunk|>`.
     default_caption_prompt = "Output:"
     plain_chat_template = (
@@ -70,7 +68,8 @@ class PerceiverFlamingoProcessor(BridgedProcessor):
         Args:
             images: An image, a list of images, or a list of lists (one per text). In a list of lists, an image may be a
                 video, given as a list of frames: `images=[[[frame, frame], image]]`.
-            text: A text or a list of texts, with one `<image>` per image or video.
+            text: A text or a list of texts, with one `<image>` per image or video, or none, see
+                `BridgedProcessor.__call__`.
             kwargs: Passed on to `ProcessorMixin.__call__`.
 
         Returns:
@@ -80,12 +79,10 @@ class PerceiverFlamingoProcessor(BridgedProcessor):
         Raises:
             ValueError: A video has no frames.
         """
-        slots = (
-            [slot for sample in images for slot in sample] if _is_list(images) and all(map(_is_list, images)) else []
-        )
-        if not any(map(_is_list, slots)):
-            return super().__call__(images=images, text=text, **kwargs)
-        slots = [list(slot) if _is_list(slot) else [slot] for slot in slots]
+        slots, text = self.lay_out(images, text, kwargs)
+        if slots is None or not any(map(is_list, slots)):
+            return super().__call__(images=slots, text=text, **kwargs)
+        slots = [list(slot) if is_list(slot) else [slot] for slot in slots]
         if empty := [number for number, slot in enumerate(slots) if not slot]:
             raise ValueError(f"Image {empty[0]} is a video without frames.")
         kwargs["return_tensors"] = "pt"  # frames are padded as tensors below

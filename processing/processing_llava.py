@@ -308,6 +308,22 @@ class MLPLlavaProcessor(BridgedProcessor):
         """
         return num_llava_tokens(self, height, width)
 
+    def text_with_images(self, text: str, num_images: int) -> str:
+        """See `BridgedProcessor.text_with_images`; here it becomes the user's turn in the model's conversation.
+
+        Raises:
+            ValueError: The chat template leaves out the text or images.
+        """
+        content = [*({"type": "image"} for _ in range(num_images)), {"type": "text", "text": text}]
+        turn = [{"role": "user", "content": content}]
+        prompt = self.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        if prompt.count(self.image_token) != num_images or (text.strip() not in prompt and text != self.caption_prompt):
+            raise ValueError(
+                f"The chat template makes {prompt!r} of {text!r} and {num_images} images, so something is left out. "
+                f"Write {self.image_token} into the text, or set processor.chat_template."
+            )
+        return prompt
+
     def get_text_with_replacements(self, text: list[str], images_replacements=(), *more, **kwargs):
         """See `BridgedProcessor.get_text_with_replacements`."""
         images_replacements = list(images_replacements)

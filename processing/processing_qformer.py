@@ -13,6 +13,7 @@ from ..compat_hooks import ProcessorHooks
 from ..configuration.configuration_bridged import BridgedConfig
 from ..configuration.configuration_qformer import QFormerBlip2Config, QFormerBlip2PreTrainingConfig
 from .processing_bridged import BridgedProcessor
+from .processing_inputs import pictures
 
 
 QFORMER_TOKENIZER = "qformer_tokenizer"  # subfolder of the processor, as for InstructBLIP in transformers
@@ -120,8 +121,8 @@ class QFormerBlip2Processor(BridgedProcessor):
         """Images and text to model inputs.
 
         Args:
-            images: An image, or a flat list of the images of all texts.
-            text: A text or a list of texts, with one image token per image.
+            images: See `BridgedProcessor.__call__`.
+            text: See `BridgedProcessor.__call__`.
             qformer_text: Instruction that the Q-Former reads instead of `text`: one per text.
             kwargs: Passed on to `ProcessorMixin.__call__`.
 
@@ -133,6 +134,7 @@ class QFormerBlip2Processor(BridgedProcessor):
         Raises:
             ValueError: The numbers of `qformer_text` and texts differ, or there is no `qformer_tokenizer` for them.
         """
+        images, text = self.lay_out(images, text, kwargs)
         inputs = super().__call__(images=images, text=text, **kwargs)
         if self.qformer_tokenizer is None:
             if qformer_text is not None:
@@ -265,7 +267,7 @@ class QFormerBlip2PreTrainingProcessor(ProcessorHooks, ProcessorMixin):
         """Images and texts to model inputs.
 
         Args:
-            images: An image or a list of images.
+            images: An image or a list of images; they are read as 8-bit RGB, transparency as white.
             text: A text or a list of texts.
             kwargs: Passed on to `ProcessorMixin.__call__`.
 
@@ -276,6 +278,8 @@ class QFormerBlip2PreTrainingProcessor(ProcessorHooks, ProcessorMixin):
         defaults = {"max_length": self.max_length, **self.text_defaults}
         missing = {name: value for name, value in defaults.items() if name not in kwargs and name not in given}
         kwargs["text_kwargs"] = {**missing, **given}
+        if images is not None:
+            images = pictures(images, self.image_processor, kwargs)
         return super().__call__(images=images, text=text, **kwargs)
 
 

@@ -1,16 +1,21 @@
-"""Reading image files of any kind as 8-bit RGB, and finding them in folders and globs."""
+"""Pictures of any kind as 8-bit RGB: files, addresses, Pillow's modes, arrays; and files in folders and globs."""
 
+import base64
+import binascii
 import glob
+import http.client
 import io
 import os
 import stat
 import threading
+import urllib.request
 import warnings
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 
@@ -102,7 +107,8 @@ def _decode(file: Path | io.BytesIO, name: str | os.PathLike) -> Image.Image:
             image.load()
             # Read after loading: TIFF applies its orientation by itself, and drops the tag.
             orientation = _orientation(image)
-            rgb = _to_rgb(image)
+            rgb = to_rgb(image)
+            rgb = image.copy() if rgb is image else rgb  # without the file
     except UnidentifiedImageError as error:
         raise ImageError(name, "not an image, or not in a format that Pillow can read") from error
     except PermissionError as error:
@@ -127,7 +133,48 @@ def _orientation(image: Image.Image) -> int | None:
         return None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def read_image(source: str | os.PathLike) -> Image.Image:
+    """Read an image from wherever a text says that it is, as `load_image` does.
+
+    Args:
+        source: A file, an address (`http://`, `https://`), or the file's content in base64, with or without
+            `data:image/...;base64,` before it.
+
+    Returns:
+        The image in mode `"RGB"`.
+
+    Raises:
+        ImageError: There is nothing, it is not an image, is damaged or too large.
+    """
+    text = os.fspath(source)
+    if text.startswith(("http://", "https://")):
+        try:
+            request = urllib.request.Request(text, headers={"User-Agent": "vlbridge"})
+            with urllib.request.urlopen(request, timeout=60) as response:
+                data = response.read()
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise ImageError(text, f"cannot be fetched: {error}") from error
+        return decode_image(data, text)
+    if os.path.exists(text) or not isinstance(source, str):
+        return load_image(text)
+    try:
+        data = base64.b64decode("".join(text.partition(",")[2].split()) if text.startswith("data:") else text)
+    except (binascii.Error, ValueError) as error:
+        raise ImageError(text[:80], "no such file, and no picture in base64") from error
+    return decode_image(data, text[:80])
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Bring a picture of any mode of Pillow to 8-bit RGB, see `load_image`.
+
+    Args:
+        image: The picture; its EXIF orientation is left as it is.
+
+    Returns:
+        The picture in mode `"RGB"`; itself if there is nothing to do.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
     if image.mode.startswith("I") or image.mode == "F":
         image = _grayscale_to_8_bit(image)
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
@@ -137,24 +184,90 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _grayscale_to_8_bit(image: Image.Image) -> Image.Image:
-    """Scale 16-bit, 32-bit and floating point grayscale to 8 bits; Pillow's own conversion clips it to white.
+    """Scale 16-bit, 32-bit and floating point grayscale to 8 bits; Pillow's own conversion clips it to white."""
+    whole = image.mode.startswith("I;16") or (image.mode == "I" and image.format in _GRAYSCALE_16_BIT)
+    return Image.fromarray(_to_8_bit(np.asarray(image), 65535.0 if whole else None))
 
-    16-bit files are scaled by their full range. The range of the others is not stored in the file: the smallest of 0..1
+
+def _to_8_bit(values: np.ndarray, full: float | None = None) -> np.ndarray:
+    """Scale values to 0..255.
+
+    16-bit pictures are scaled by their full range. The range of the others is not stored: the smallest of 0..1
     (floats only), 0..255 and 0..65535 that holds all values is used, or else the range of the values themselves.
     """
-    values = np.asarray(image).astype(np.float32)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _GRAYSCALE_16_BIT):
-        low, high = 0.0, 65535.0
+    ranges = (1.0, 255.0, 65535.0) if np.issubdtype(values.dtype, np.floating) else (255.0, 65535.0)
+    values = values.astype(np.float32)
+    if full is not None:
+        low, high = 0.0, full
     else:
         finite = values[np.isfinite(values)]
         low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
-        for full in (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0):
-            if low >= 0 and high <= full:
-                low, high = 0.0, full
+        for whole in ranges:
+            if low >= 0 and high <= whole:
+                low, high = 0.0, whole
                 break
     values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
     values = np.rint((values - low) * (255.0 / ((high - low) or 1.0)))
-    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    return values.clip(0, 255).astype(np.uint8)
+
+
+def array_to_rgb(
+    array: np.ndarray | torch.Tensor, channels_first: bool | None = None, keep_colors: bool = False
+) -> np.ndarray | torch.Tensor:
+    """Bring a picture in an array or tensor to 8-bit RGB, as `to_rgb` does.
+
+    `uint16` is scaled by its full range; for other types than `uint8` the smallest of 0..1 (floats only), 0..255 and
+    0..65535 that holds all values is taken.
+
+    Args:
+        array: `(height, width)`, `(height, width, channels)` or `(channels, height, width)`, with 1 (grayscale), 2
+            (with alpha), 3 (RGB) or 4 channels (with alpha).
+        channels_first: Whether the channels come first; `None` finds out by the shape.
+        keep_colors: Whether values are left alone, for callers that don't rescale: three channels are returned as they
+            are, and floats stay within 0..1.
+
+    Returns:
+        Three channels in the same order of dimensions; the last one is that of the channels if there was none.
+
+    Raises:
+        ValueError: The shape is not a picture's, or values are negative.
+    """
+    shape = tuple(array.shape)
+    if channels_first is None and len(shape) == 3:
+        places = [first for first in (True, False) if shape[0 if first else -1] in (1, 3)]
+        channels_first = [*places, *(first for first in (True, False) if shape[0 if first else -1] in (2, 4)), None][0]
+    channels = 1 if len(shape) == 2 else shape[0 if channels_first else -1] if len(shape) == 3 else None
+    if channels not in (1, 2, 3, 4) or (channels_first is None and len(shape) == 3):
+        raise ValueError(
+            f"An array of shape {shape} is no picture; expected (height, width), (height, width, channels) or "
+            "(channels, height, width) with 1 to 4 channels."
+        )
+    kind = str(array.dtype).removeprefix("torch.")
+    if channels == 3 and (keep_colors or kind == "uint8"):
+        return array
+    is_tensor = isinstance(array, torch.Tensor)
+    values = array
+    if is_tensor:  # numpy has no bfloat16
+        values = (array.float() if array.is_floating_point() else array).detach().cpu().numpy()
+    if kind not in ("uint8", "bool") and values.size and (values < 0).any():
+        raise ValueError(
+            f"A picture has values down to {float(np.nanmin(values)):g}; expected 0..1, 0..255 or 0..65535. If it is "
+            "normalised already, give it to the model as pixel_values."
+        )
+    if kind == "bool":
+        values = values.astype(np.uint8) * 255
+    elif kind != "uint8":
+        values = _to_8_bit(values, 65535.0 if kind == "uint16" else None)
+    if channels_first and len(shape) == 3:
+        values = values.transpose(1, 2, 0)
+    if channels == 1:
+        values = values.reshape(values.shape[:2])
+    rgb = np.array(to_rgb(Image.fromarray(np.ascontiguousarray(values))))
+    if channels_first:
+        rgb = np.ascontiguousarray(rgb.transpose(2, 0, 1))
+    if keep_colors and ("float" in kind):
+        rgb = rgb.astype(np.float32) / 255.0
+    return torch.from_numpy(rgb).to(array.device) if is_tensor else rgb
 
 
 @cache
@@ -222,4 +335,4 @@ def _images_in_folder(folder: str, recursive: bool) -> list[str]:
     return files
 
 
-__all__ = ["ImageError", "decode_image", "expand_paths", "load_image"]
+__all__ = ["ImageError", "array_to_rgb", "decode_image", "expand_paths", "load_image", "read_image", "to_rgb"]
