@@ -233,8 +233,8 @@ class BridgedModel(
         vision_dtype = next(self.vision_model.parameters()).dtype
         if self.config.vision_feature_layer is not None:
             kwargs["output_hidden_states"] = True
-        frozen = self.config.freeze_vision_model and not pixel_values.requires_grad
-        with torch.no_grad() if frozen else nullcontext():
+        trained = pixel_values.requires_grad or any(weight.requires_grad for weight in self.vision_model.parameters())
+        with nullcontext() if trained else torch.no_grad():  # the weights decide: a frozen part may have adapters
             return self.vision_model(pixel_values=pixel_values.to(vision_dtype), return_dict=True, **kwargs)
 
     def _select_patch_features(self, vision_outputs: ModelOutput) -> torch.Tensor:
