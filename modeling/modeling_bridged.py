@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import threading
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
@@ -39,8 +38,8 @@ from .modeling_bridge import Bridge, TokenRows, fill_vision_geometry, num_embedd
 from .modeling_checkpoint import BridgeCheckpointMixin
 from .modeling_freezing import FreezingMixin
 from .modeling_generation import BridgeGenerationMixin, VisualTokens, pad_logits
-from .modeling_hooks import attach
 from .modeling_hot_swap import HotSwapMixin
+from .modeling_output_layer import OutputLayerMixin
 from .modeling_parts import build_part
 
 
@@ -49,7 +48,6 @@ ENCODER_DECODER_FIELDS = (
     "decoder_hidden_states", "decoder_attentions", "cross_attentions", "encoder_last_hidden_state",
     "encoder_hidden_states", "encoder_attentions",
 )  # fmt: skip
-_running = threading.local()  # its `model` runs the language model in this thread; several models may share one
 
 
 @dataclass
@@ -87,6 +85,7 @@ class BridgedModel(
     BridgeCheckpointMixin,
     BridgeGenerationMixin,
     FreezingMixin,
+    OutputLayerMixin,
     ModelHooks,
     PreTrainedModel,
     GenerationMixin,
@@ -141,7 +140,7 @@ class BridgedModel(
         self._language_model_arguments = set(
             inspect.signature(language_model.forward).parameters if language_model is not None else ()
         )
-        self._hook_output_layer(config)
+        self._follow_output_layer()
         self._residents = {self._active_bridge: None}
         given = {"vision_model": vision_model, "language_model": language_model}
         self._record_parts(*(part for part, model in given.items() if model is not None))
@@ -163,10 +162,6 @@ class BridgedModel(
         """Output layer of the language model."""
         return self.language_model.get_output_embeddings()
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Set the language model's output layer."""
-        self.language_model.set_output_embeddings(new_embeddings)
-
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         """See `PreTrainedModel.get_encoder`; by default the encoder of an encoder-decoder language model."""
         if modality is None and self.config.is_encoder_decoder:
@@ -187,25 +182,6 @@ class BridgedModel(
         """Copy the language model's generation defaults."""
         inherited = getattr(self.language_model, "generation_config", None)
         return copy.deepcopy(inherited) if inherited is not None else GenerationConfig.from_model_config(self.config)
-
-    def _hook_output_layer(self, config: BridgedConfig) -> None:
-        """Let the output layer score the bridge's special tokens too, if it has any."""
-        head = self.language_model.get_output_embeddings() if config.special_token_ids else None
-        if head is not None and head is not self.__dict__.get("_hooked_head"):
-            attach(head.register_forward_hook, self, "_score_special_tokens")
-            self.__dict__["_hooked_head"] = head  # bypasses nn.Module, which would register it as a second child
-
-    def _score_special_tokens(self, head: nn.Module, args: tuple, logits: torch.Tensor) -> torch.Tensor:
-        """Forward hook that adds the special tokens' logits, before the language model caps or scales its logits."""
-        token_rows = self.bridge.token_rows  # read at every call: PEFT may have replaced the bridge by a copy
-        if token_rows is None or getattr(_running, "model", None) is not self:
-            return logits
-        scores = token_rows.logits(args[0]).to(logits.dtype)
-        missing = max(token_rows.token_ids) + 1 - logits.shape[-1]
-        if missing > 0:
-            logits = nn.functional.pad(logits, (0, missing), value=torch.finfo(logits.dtype).min)
-        index = torch.tensor(token_rows.token_ids, device=logits.device)
-        return logits.index_copy(-1, index, scores)
 
     @classmethod
     def check_language_model(cls, language_model: PreTrainedModel) -> None:
@@ -380,13 +356,6 @@ class BridgedModel(
     ) -> tuple[dict, ModelOutput | None]:
         """Arguments for the language model, and the visual state; for families that condition decoder layers."""
         return {}, None
-
-    def _run_language_model(self, **kwargs) -> ModelOutput:
-        before, _running.model = getattr(_running, "model", None), self
-        try:
-            return self.language_model(**kwargs)
-        finally:
-            _running.model = before
 
     def _prompt_embeddings(self, input_ids, inputs_embeds, image_features):
         if (input_ids is None) == (inputs_embeds is None):
