@@ -408,8 +408,8 @@ class BridgedModel(
             position_ids: `(batch, tokens)`; by default they are counted from the mask.
             cache: The language model's cache; `past_key_values` is another name for it.
             inputs_embeds: `(batch, tokens, text_dim)` instead of `input_ids`.
-            labels: `(batch, tokens)`, aligned with `input_ids`; -100 is ignored. For an encoder-decoder language model,
-                the ids of the target.
+            labels: `(batch, tokens)`, aligned with `input_ids`; -100 is ignored, and so are placeholders that visual
+                tokens take the places of. For an encoder-decoder language model, the ids of the target.
             logits_to_keep: Number of last positions to compute logits for (0 for all), or the indices of positions.
             patch_features: `(num_images, num_patches, vision_dim)`, the result of `get_patch_features`, instead of
                 `pixel_values`: the encoder does not run again.
@@ -432,6 +432,7 @@ class BridgedModel(
         Raises:
             ValueError: The numbers of placeholders and visual tokens differ, or inputs contradict each other.
         """
+        labels = self._without_placeholders(labels, kwargs.get("num_items_in_batch"))
         images = {"pixel_values": pixel_values, "patch_features": patch_features}
         images.update((name, kwargs.pop(name)) for name in self.image_arguments if name in kwargs)
         if self.config.is_encoder_decoder:
@@ -448,7 +449,8 @@ class BridgedModel(
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -hidden.shape[1] :]
         if "position_ids" in arguments:
             kwargs["position_ids"] = position_ids
-        num_items_in_batch, shift_labels = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        shift_labels = self._without_placeholders(kwargs.pop("shift_labels", None), num_items_in_batch)
         outputs = self._run_language_model(
             inputs_embeds=hidden,
             attention_mask=attention_mask,
@@ -460,7 +462,7 @@ class BridgedModel(
         logits = self._select_kept_logits(outputs.logits, logits_to_keep)
         loss = None
         if labels is not None:
-            self._check_labels(labels, logits)
+            self._check_labels(labels if shift_labels is None else shift_labels, logits)
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,
@@ -489,8 +491,31 @@ class BridgedModel(
             return logits
         return logits[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
 
+    def _without_placeholders(self, labels: torch.Tensor | None, num_items_in_batch) -> torch.Tensor | None:
+        """Labels with -100 for the placeholders, where visual tokens take their places: nobody predicts those."""
+        if labels is None or not self.config.visual_tokens_in_prompt:
+            return labels
+        placeholders = labels == self.config.image_token_id
+        if num_items_in_batch is not None:
+            torch_compilable_check(
+                ~placeholders.any(),
+                lambda: (
+                    f"{int(placeholders.sum())} labels are <image> placeholders, which num_items_in_batch counts, "
+                    "but have no loss: set labels[labels == model.config.image_token_id] = -100 in the "
+                    "collator."
+                ),
+            )
+        return labels.masked_fill(placeholders, -100)
+
     @staticmethod
     def _check_labels(labels: torch.Tensor, logits: torch.Tensor) -> None:
+        torch_compilable_check(
+            ((labels == -100) | (labels >= 0) & (labels < logits.shape[-1])).all(),
+            lambda: (
+                f"labels go from {int(labels.min())} to {int(labels.max())}; expected 0 to {logits.shape[-1] - 1}, the "
+                "columns of the logits, or -100 for tokens to ignore. Use the tokenizer that belongs to this model."
+            ),
+        )
         if logits.shape[1] != labels.shape[1]:
             raise ValueError(
                 f"{labels.shape[1]} labels per row, but logits for {logits.shape[1]} positions: don't combine labels "

@@ -1,4 +1,4 @@
-"""The language model's output layer, which scores the bridge's special tokens too; a hook follows it when it changes."""
+"""The language model's output layer, which scores special tokens too; a hook follows it when it is replaced."""
 
 from __future__ import annotations
 
