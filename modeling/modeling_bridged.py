@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import threading
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
@@ -39,8 +38,8 @@ from .modeling_bridge import Bridge, TokenRows, fill_vision_geometry, num_embedd
 from .modeling_checkpoint import BridgeCheckpointMixin
 from .modeling_freezing import FreezingMixin
 from .modeling_generation import BridgeGenerationMixin, VisualTokens, pad_logits
-from .modeling_hooks import attach
 from .modeling_hot_swap import HotSwapMixin
+from .modeling_output_layer import OutputLayerMixin
 from .modeling_parts import build_part
 
 
@@ -49,7 +48,6 @@ ENCODER_DECODER_FIELDS = (
     "decoder_hidden_states", "decoder_attentions", "cross_attentions", "encoder_last_hidden_state",
     "encoder_hidden_states", "encoder_attentions",
 )  # fmt: skip
-_running = threading.local()  # its `model` runs the language model in this thread; several models may share one
 
 
 @dataclass
@@ -87,6 +85,7 @@ class BridgedModel(
     BridgeCheckpointMixin,
     BridgeGenerationMixin,
     FreezingMixin,
+    OutputLayerMixin,
     ModelHooks,
     PreTrainedModel,
     GenerationMixin,
@@ -141,7 +140,7 @@ class BridgedModel(
         self._language_model_arguments = set(
             inspect.signature(language_model.forward).parameters if language_model is not None else ()
         )
-        self._hook_output_layer(config)
+        self._follow_output_layer()
         self._residents = {self._active_bridge: None}
         given = {"vision_model": vision_model, "language_model": language_model}
         self._record_parts(*(part for part, model in given.items() if model is not None))
@@ -163,10 +162,6 @@ class BridgedModel(
         """Output layer of the language model."""
         return self.language_model.get_output_embeddings()
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Set the language model's output layer."""
-        self.language_model.set_output_embeddings(new_embeddings)
-
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         """See `PreTrainedModel.get_encoder`; by default the encoder of an encoder-decoder language model."""
         if modality is None and self.config.is_encoder_decoder:
@@ -187,25 +182,6 @@ class BridgedModel(
         """Copy the language model's generation defaults."""
         inherited = getattr(self.language_model, "generation_config", None)
         return copy.deepcopy(inherited) if inherited is not None else GenerationConfig.from_model_config(self.config)
-
-    def _hook_output_layer(self, config: BridgedConfig) -> None:
-        """Let the output layer score the bridge's special tokens too, if it has any."""
-        head = self.language_model.get_output_embeddings() if config.special_token_ids else None
-        if head is not None and head is not self.__dict__.get("_hooked_head"):
-            attach(head.register_forward_hook, self, "_score_special_tokens")
-            self.__dict__["_hooked_head"] = head  # bypasses nn.Module, which would register it as a second child
-
-    def _score_special_tokens(self, head: nn.Module, args: tuple, logits: torch.Tensor) -> torch.Tensor:
-        """Forward hook that adds the special tokens' logits, before the language model caps or scales its logits."""
-        token_rows = self.bridge.token_rows  # read at every call: PEFT may have replaced the bridge by a copy
-        if token_rows is None or getattr(_running, "model", None) is not self:
-            return logits
-        scores = token_rows.logits(args[0]).to(logits.dtype)
-        missing = max(token_rows.token_ids) + 1 - logits.shape[-1]
-        if missing > 0:
-            logits = nn.functional.pad(logits, (0, missing), value=torch.finfo(logits.dtype).min)
-        index = torch.tensor(token_rows.token_ids, device=logits.device)
-        return logits.index_copy(-1, index, scores)
 
     @classmethod
     def check_language_model(cls, language_model: PreTrainedModel) -> None:
@@ -233,8 +209,8 @@ class BridgedModel(
         vision_dtype = next(self.vision_model.parameters()).dtype
         if self.config.vision_feature_layer is not None:
             kwargs["output_hidden_states"] = True
-        frozen = self.config.freeze_vision_model and not pixel_values.requires_grad
-        with torch.no_grad() if frozen else nullcontext():
+        trained = pixel_values.requires_grad or any(weight.requires_grad for weight in self.vision_model.parameters())
+        with nullcontext() if trained else torch.no_grad():  # the weights decide: a frozen part may have adapters
             return self.vision_model(pixel_values=pixel_values.to(vision_dtype), return_dict=True, **kwargs)
 
     def _select_patch_features(self, vision_outputs: ModelOutput) -> torch.Tensor:
@@ -381,13 +357,6 @@ class BridgedModel(
         """Arguments for the language model, and the visual state; for families that condition decoder layers."""
         return {}, None
 
-    def _run_language_model(self, **kwargs) -> ModelOutput:
-        before, _running.model = getattr(_running, "model", None), self
-        try:
-            return self.language_model(**kwargs)
-        finally:
-            _running.model = before
-
     def _prompt_embeddings(self, input_ids, inputs_embeds, image_features):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -439,8 +408,8 @@ class BridgedModel(
             position_ids: `(batch, tokens)`; by default they are counted from the mask.
             cache: The language model's cache; `past_key_values` is another name for it.
             inputs_embeds: `(batch, tokens, text_dim)` instead of `input_ids`.
-            labels: `(batch, tokens)`, aligned with `input_ids`; -100 is ignored. For an encoder-decoder language model,
-                the ids of the target.
+            labels: `(batch, tokens)`, aligned with `input_ids`; -100 is ignored, and so are placeholders that visual
+                tokens take the places of. For an encoder-decoder language model, the ids of the target.
             logits_to_keep: Number of last positions to compute logits for (0 for all), or the indices of positions.
             patch_features: `(num_images, num_patches, vision_dim)`, the result of `get_patch_features`, instead of
                 `pixel_values`: the encoder does not run again.
@@ -463,6 +432,7 @@ class BridgedModel(
         Raises:
             ValueError: The numbers of placeholders and visual tokens differ, or inputs contradict each other.
         """
+        labels = self._without_placeholders(labels, kwargs.get("num_items_in_batch"))
         images = {"pixel_values": pixel_values, "patch_features": patch_features}
         images.update((name, kwargs.pop(name)) for name in self.image_arguments if name in kwargs)
         if self.config.is_encoder_decoder:
@@ -479,7 +449,8 @@ class BridgedModel(
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -hidden.shape[1] :]
         if "position_ids" in arguments:
             kwargs["position_ids"] = position_ids
-        num_items_in_batch, shift_labels = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        shift_labels = self._without_placeholders(kwargs.pop("shift_labels", None), num_items_in_batch)
         outputs = self._run_language_model(
             inputs_embeds=hidden,
             attention_mask=attention_mask,
@@ -491,7 +462,7 @@ class BridgedModel(
         logits = self._select_kept_logits(outputs.logits, logits_to_keep)
         loss = None
         if labels is not None:
-            self._check_labels(labels, logits)
+            self._check_labels(labels if shift_labels is None else shift_labels, logits)
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,
@@ -520,8 +491,31 @@ class BridgedModel(
             return logits
         return logits[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
 
+    def _without_placeholders(self, labels: torch.Tensor | None, num_items_in_batch) -> torch.Tensor | None:
+        """Labels with -100 for the placeholders, where visual tokens take their places: nobody predicts those."""
+        if labels is None or not self.config.visual_tokens_in_prompt:
+            return labels
+        placeholders = labels == self.config.image_token_id
+        if num_items_in_batch is not None:
+            torch_compilable_check(
+                ~placeholders.any(),
+                lambda: (
+                    f"{int(placeholders.sum())} labels are <image> placeholders, which num_items_in_batch counts, "
+                    "but have no loss: set labels[labels == model.config.image_token_id] = -100 in the "
+                    "collator."
+                ),
+            )
+        return labels.masked_fill(placeholders, -100)
+
     @staticmethod
     def _check_labels(labels: torch.Tensor, logits: torch.Tensor) -> None:
+        torch_compilable_check(
+            ((labels == -100) | (labels >= 0) & (labels < logits.shape[-1])).all(),
+            lambda: (
+                f"labels go from {int(labels.min())} to {int(labels.max())}; expected 0 to {logits.shape[-1] - 1}, the "
+                "columns of the logits, or -100 for tokens to ignore. Use the tokenizer that belongs to this model."
+            ),
+        )
         if logits.shape[1] != labels.shape[1]:
             raise ValueError(
                 f"{labels.shape[1]} labels per row, but logits for {logits.shape[1]} positions: don't combine labels "

@@ -16,7 +16,7 @@ from transformers import GradientCheckpointingLayer, PreTrainedConfig, PreTraine
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
-from ..compat import build_from_config
+from ..compat import build_from_config, torch_compilable_check
 from ..compat import initialization as init
 from ..compat_hooks import HOOKS_ARE_RECOMPUTED
 from ..configuration.configuration_flamingo import PerceiverFlamingoConfig
@@ -487,11 +487,14 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
             ValueError: The numbers of `<image>` tokens and images differ.
         """
         num_images = (input_ids == self.config.image_token_id).sum(dim=-1)  # (batch,)
-        if int(num_images.sum()) != image_features.shape[0]:
-            raise ValueError(
-                f"{int(num_images.sum())} image tokens in input_ids, but features of {image_features.shape[0]} images: "
+        total = image_features.shape[0]
+        torch_compilable_check(
+            num_images.sum() == total,
+            lambda: (
+                f"{int(num_images.sum())} image tokens in input_ids, but features of {total} images: "
                 "every image needs one <image> where it belongs in the text."
-            )
+            ),
+        )
         num_images = num_images.to(image_features.device)
         taken = torch.zeros_like(num_images)  # slots of the prefix's images
         if before is not None and before.key_states is not None:
@@ -499,10 +502,14 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
             taken = before.num_images - before.num_forgotten
         else:
             before = None
-        slot = torch.arange(max(int((taken + num_images).max()), 1), device=image_features.device)
+        if torch.compiler.is_compiling():  # any row may have all images; slots that stay empty are never seen
+            slots = total if before is None else total + before.key_states[0].shape[2] // self.config.num_latents
+        else:
+            slots = int((taken + num_images).max())
+        slot = torch.arange(max(slots, 1), device=image_features.device)
         new = (slot >= taken[:, None]) & (slot < (taken + num_images)[:, None])  # (batch, max_images)
         padded = image_features.new_zeros(*new.shape, *image_features.shape[1:])
-        padded[new] = image_features  # (batch, max_images, num_latents, vision_dim)
+        padded = padded.masked_scatter(new[..., None, None], image_features)  # (batch, slots, num_latents, vision_dim)
         visual_tokens = padded.flatten(1, 2)
         keys, values = [], []
         for number, layer in enumerate(self.bridge.cross_attention_layers):

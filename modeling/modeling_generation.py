@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationConfig
+from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
 from ..compat import accepts_cache, cache_argument, logits_of_width, masks_for_generate
@@ -21,6 +21,22 @@ def pad_logits(num_logits: int | None, logits: torch.Tensor) -> torch.Tensor:
     """Pad logits `(..., vocabulary)` with minus infinity to at least `num_logits` columns, if it is not `None`."""
     missing = 0 if num_logits is None else num_logits - logits.shape[-1]
     return nn.functional.pad(logits, (0, missing), value=-torch.inf) if missing > 0 else logits
+
+
+class NeverGenerated(LogitsProcessor):
+    """Give a token the probability 0.
+
+    Args:
+        token_id: Id of the token; it may lie beyond the scores' columns.
+    """
+
+    def __init__(self, token_id: int):
+        self.token_id = token_id
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Return new scores, `(rows, columns)`."""
+        columns = torch.arange(scores.shape[-1], device=scores.device)
+        return scores.masked_fill(columns == self.token_id, -torch.inf)
 
 
 @dataclass
@@ -87,15 +103,20 @@ class BridgeGenerationMixin:
         self,
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
         *args,
         cache: Cache | None = None,
         **kwargs,
     ) -> torch.LongTensor | ModelOutput:
         """Generate text for a batch of prompts with images.
 
+        Placeholders are never generated if visual tokens take their places (all families but Perceiver-Flamingo, whose
+        `<image>` is a token that the model reads; the official code generates it like any other).
+
         Args:
             inputs: `(batch, tokens)`, the prompts; `input_ids` is another name for them.
             generation_config: Generation settings, as for `GenerationMixin.generate`.
+            logits_processor: Further processors of the logits, as for `GenerationMixin.generate`.
             args: Further arguments of `GenerationMixin.generate`.
             cache: Cache of a prefix that was run before; `past_key_values` is another name for it.
             kwargs: Arguments of `GenerationMixin.generate`, and the family's `image_arguments` or `mm_encoder_outputs`
@@ -126,8 +147,12 @@ class BridgeGenerationMixin:
                 self._encode_for_generation(inputs, encoded, generation_config, kwargs)
         elif encoded is not None or kwargs.get("visual_states") is not None:
             kwargs["visual_states"] = self._states_for_generation(inputs, encoded, cache, kwargs)
+        if self.config.visual_tokens_in_prompt:
+            own = NeverGenerated(self.config.image_token_id)
+            others = [each for each in logits_processor or () if not isinstance(each, NeverGenerated)]
+            logits_processor = LogitsProcessorList([*others, own])
         with logits_of_width(self.num_logits_to_generate):
-            return super().generate(inputs, generation_config, *args, **kwargs)
+            return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
 
     def _encode_for_generation(self, inputs, encoded, generation_config, kwargs: dict) -> None:
         """Run an encoder-decoder's encoder over text and visual tokens, once."""

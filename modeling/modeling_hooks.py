@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 class ModelHook:
@@ -40,7 +41,7 @@ class ModelHook:
         self._model = weakref.ref(model if model is not None else nn.Identity())
 
 
-def attach(register: Callable, model: nn.Module, method: str, *first, **options) -> None:
+def attach(register: Callable, model: nn.Module, method: str, *first, **options) -> RemovableHandle:
     """Register a hook that calls a model's method; the hook is removed when the model is deleted.
 
     Args:
@@ -49,9 +50,13 @@ def attach(register: Callable, model: nn.Module, method: str, *first, **options)
         method: The method's name.
         first: Arguments that are passed before the hook's own.
         options: Keyword arguments of `register`.
+
+    Returns:
+        The handle that removes the hook earlier.
     """
     handle = register(ModelHook(model, method, *first), **options)
     weakref.finalize(model, handle.remove).atexit = False
+    return handle
 
 
 __all__ = ["ModelHook", "attach"]

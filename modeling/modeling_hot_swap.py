@@ -135,7 +135,6 @@ class HotSwapMixin:
         if dtype is not None:
             resident.bridge.to(dtype)
         self._place(resident.bridge)
-        self._hook_output_layer(config)
         self._residents[name] = resident
 
     def delete_bridge(self, name: str) -> None:
@@ -325,6 +324,7 @@ class HotSwapMixin:
                         set_attention(value, attention_of(before))
                 setattr(self.config, field, value)
         self.bridge = resident.bridge
+        self._follow_output_layer()
         if self.bridge.training != self.training:
             self.bridge.train(self.training)
         self.generation_config = resident.generation_config
