@@ -102,6 +102,7 @@ class MptSettings:
         clip_qkv: Bound of queries, keys and values; `None` or 0 sets none.
         softmax_scale: Factor of the attention scores.
         alibi_bias_max: The flattest slope is `2 ** -alibi_bias_max`.
+        slopes_from_next_power: Which of the two official rules gives ALiBi's slopes, see `alibi_slopes`.
         attention_dropout: Dropout probability of the attention weights.
         residual_dropout: Dropout probability of the outputs of attention and feed-forward.
         embedding_dropout: Dropout probability of the embeddings.
@@ -119,6 +120,7 @@ class MptSettings:
     clip_qkv: float | None
     softmax_scale: float | None
     alibi_bias_max: float
+    slopes_from_next_power: bool
     attention_dropout: float
     residual_dropout: float
     embedding_dropout: float
@@ -173,6 +175,7 @@ class MptSettings:
             clip_qkv=attention.clip_qkv,
             softmax_scale=attention.softmax_scale,
             alibi_bias_max=attention.alibi_bias_max,
+            slopes_from_next_power=True,
             attention_dropout=attention.attn_pdrop,
         )
 
@@ -200,6 +203,7 @@ class MptSettings:
             clip_qkv=config.attn_clip_qkv,
             softmax_scale=config.softmax_scale,
             alibi_bias_max=config.alibi_bias_max,
+            slopes_from_next_power=False,
             attention_dropout=config.attn_pdrop,
         )
 

@@ -1,13 +1,26 @@
-"""Language models in transformers' layout, old ones included, and LoRA adapters that are merged into them."""
+"""Language models in transformers' layout, old ones included, and LoRA adapters merged into them; tokenizers."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
-from transformers import AutoConfig, PreTrainedConfig
+from sentencepiece import SentencePieceProcessor
+from tokenizers import decoders, normalizers
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    LlamaTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    TokenizersBackend,
+)
 
+from ..compat import optional_file
 from .convert_files import dimensions
 from .convert_sources import Change
 from .convert_tables import BUFFER, ConversionError, Drop, Rename, Rule
@@ -154,4 +167,78 @@ def lora_changes(files, settings: Mapping) -> dict[str, Change]:
     return changes
 
 
-__all__ = ["language_table", "lora_changes", "read_text_config", "text_config_of"]
+def load_language_tokenizer(
+    source: str | os.PathLike, config: PreTrainedConfig | None = None
+) -> PreTrainedTokenizerBase:
+    """Load a language model's tokenizer so that it splits text as the official code does.
+
+    transformers 5 chooses a tokenizer's class by the model's kind, and takes a file that does not say `legacy` for
+    one with `legacy=False`. The official code was written for transformers 4, where LLaMA's class read
+    `tokenizer.model` for every kind of model, and was legacy by default: each text between special tokens is split
+    exactly as sentencepiece splits it alone.
+
+    Args:
+        source: Folder or Hub id.
+        config: The language model's configuration, if the one in `source` is not transformers'.
+
+    Raises:
+        ConversionError: transformers can't split texts as the tokenizer's own file does.
+    """
+    files = {name: optional_file(source, name) for name in ("tokenizer_config.json", "tokenizer.model")}
+    path = files["tokenizer_config.json"]
+    fields = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    kind = (fields.get("tokenizer_class") or "").removesuffix("Fast")
+    if kind != "LlamaTokenizer":
+        return AutoTokenizer.from_pretrained(source, **({} if config is None else {"config": config}))
+    if files["tokenizer.model"] is None:  # tokenizer.json is complete
+        return TokenizersBackend.from_pretrained(source)
+    legacy = fields.get("legacy")
+    tokenizer = LlamaTokenizer.from_pretrained(source, legacy=True if legacy is None else legacy)
+    return tokenizer if legacy is False else _like_sentencepiece(tokenizer, files["tokenizer.model"])
+
+
+# spaces in all places, line breaks, what the vocabulary does not have
+_PROBES = (
+    "a",
+    "[INST] What is it? [/INST]",
+    " x",
+    "  two  spaces ",
+    "\nUSER: hello",
+    "x\n\n y\t",
+    "\u00e9\u4f60\U0001f600 1234.5",
+)
+
+
+def _like_sentencepiece(tokenizer: LlamaTokenizer, path: str | os.PathLike) -> TokenizersBackend:
+    """The same tokenizer, in a class that keeps its steps, with sentencepiece's for each text between special tokens.
+
+    Args:
+        tokenizer: LLaMA's tokenizer. It is changed.
+        path: Its `tokenizer.model`.
+    """
+    official = SentencePieceProcessor(model_file=os.fspath(path))
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = None
+    for begin in ("\u2581", ""):
+        prepend = [normalizers.Prepend(begin)] if begin else []
+        backend.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", "\u2581")])
+        if all(tokenizer.encode(text, add_special_tokens=False) == official.encode(text) for text in _PROBES):
+            break
+    else:
+        raise ConversionError(
+            f"{path} splits texts in a way that transformers' LlamaTokenizer can't follow, such as {_PROBES[2]!r} into "
+            f"{official.encode(_PROBES[2])}; expected a byte pair encoding that neither normalises texts nor removes "
+            "spaces. Give a folder with the tokenizer.json that belongs to the checkpoint, without tokenizer.model."
+        )
+    strip = [decoders.Strip(" ", 1, 0)] if begin else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        kept = TokenizersBackend.from_pretrained(folder)  # LLaMA's class would build steps of its own
+    kept.name_or_path = kept.init_kwargs["name_or_path"] = tokenizer.name_or_path
+    return kept
+
+
+__all__ = ["language_table", "load_language_tokenizer", "lora_changes", "read_text_config", "text_config_of"]

@@ -16,6 +16,7 @@ from transformers import (
 
 from ..configuration.configuration_llava import MLPLlavaConfig
 from ..processing.processing_llava import MLPLlavaProcessor
+from .convert_language import load_language_tokenizer
 from .convert_llava_checkpoint import Settings, find_file, image_fields, read_fields
 from .convert_llava_names import IMAGE_BORDERS
 
@@ -38,9 +39,10 @@ def load_tokenizer(
 
     Source: `load_pretrained_model` in `llava/model/builder.py`.
     """
-    tokenizer = AutoTokenizer.from_pretrained(
-        source, config=text_config
-    )  # LLaVA's own configuration is not transformers'
+    if "text_config" in fields:  # one of transformers' own classes, which it knows best
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    else:
+        tokenizer = load_language_tokenizer(source, text_config)  # LLaVA's own configuration is not transformers'
     borders = bool(fields.get("mm_use_im_start_end", False))
     if fields.get("mm_use_im_patch_token", borders and rows >= len(tokenizer) + 3):
         tokenizer.add_tokens(["<im_patch>"], special_tokens=True)

@@ -5,9 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+from pathlib import Path
 
 import torch
-from transformers import AutoConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval
+from transformers import (
+    AutoConfig,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    PreTrainedTokenizerBase,
+)
 
 from ..configuration.configuration_flamingo import PerceiverFlamingoConfig
 from ..configuration.configuration_llava import MLPLlavaConfig
@@ -247,9 +253,19 @@ def write_official_llava(saved: Saved, output: str | os.PathLike, verify: bool =
         (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
         if saved.generation is not None:
             saved.generation.save_pretrained(folder)
-        processor.tokenizer.save_pretrained(folder)
+        _save_tokenizer(processor.tokenizer, folder)
         certify(done, folder, checks)
     return done
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer under the class name that the official code's transformers 4 knows."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    if fields.get("tokenizer_class") == "TokenizersBackend":
+        fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def llava_fields(saved: Saved) -> tuple[dict, list[str]]:

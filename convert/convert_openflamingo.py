@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, CLIPImageProcessor, GenerationConfig, PreTrainedConfig
+from transformers import CLIPImageProcessor, GenerationConfig, PreTrainedConfig
 
 from ..compat import optional_file
 from ..configuration.configuration_flamingo import PerceiverFlamingoConfig
@@ -24,7 +24,7 @@ from ..modeling.modeling_flamingo import PerceiverFlamingoForConditionalGenerati
 from ..processing.processing_flamingo import PerceiverFlamingoProcessor
 from .convert_assembly import Conversion, assemble, expected_tensors
 from .convert_files import ShapeTable, TensorFiles, dimensions, layer_numbers
-from .convert_language import language_table, read_text_config
+from .convert_language import language_table, load_language_tokenizer, read_text_config
 from .convert_sources import Renamed, resized
 from .convert_tables import ConversionError, Rename, Rule, Shapes, dropped, plan
 from .convert_vision import read_vision_config, vision_pieces
@@ -264,7 +264,7 @@ def load_tokenizer(source: str | os.PathLike):
     Args:
         source: Folder or Hub id.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_language_tokenizer(source)
     declared = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = optional_file(source, name)

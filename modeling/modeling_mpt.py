@@ -46,23 +46,30 @@ from ..configuration.configuration_mpt import MosaicGPTConfig, MptSettings
 # ---------------------------------------------------------------------- ALiBi
 
 
-def alibi_slopes(num_heads: int, alibi_bias_max: float = 8, device: torch.device | str | None = None) -> torch.Tensor:
+def alibi_slopes(
+    num_heads: int,
+    alibi_bias_max: float = 8,
+    device: torch.device | str | None = None,
+    from_next_power: bool = True,
+) -> torch.Tensor:
     """Slopes of ALiBi: how fast each head's attention decreases with distance.
 
-    The slopes fall geometrically to `2 ** -alibi_bias_max`. If the number of heads is not a power of two, they are
-    taken from the slopes of the next power: every second one first, then the ones between.
+    The slopes fall geometrically to `2 ** -alibi_bias_max`. The two official rules differ if the number of heads is
+    not a power of two.
 
     Args:
         num_heads: Attention heads.
         alibi_bias_max: The flattest slope is `2 ** -alibi_bias_max`.
         device: Device of the result.
+        from_next_power: Take the slopes from those of the next power of two, every second one first, then the ones
+            between (MPT-7B); else head i of n has `2 ** -(alibi_bias_max * i / n)` for any n (MPT-1B).
 
     Returns:
         `(num_heads,)` in float32.
 
-    Source: ALiBi, section 3; llm-foundry for numbers of heads that are not a power of two.
+    Source: ALiBi, section 3; `gen_slopes` in llm-foundry, and `alibi_bias` in mosaic_gpt's attention.py.
     """
-    power = 1 << (num_heads - 1).bit_length()
+    power = 1 << (num_heads - 1).bit_length() if from_next_power else num_heads
     number = torch.arange(1, power + 1, dtype=torch.float32, device=device)
     if power != num_heads:
         number = torch.cat((number[1::2], number[::2]))[:num_heads]
@@ -364,7 +371,8 @@ class AlibiModel(AlibiPreTrainedModel):
         dtype = inputs_embeds.dtype
         if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)  # the lowest float32 number would be -inf in float16
-        slopes = alibi_slopes(self.settings.num_heads, self.settings.alibi_bias_max, device)
+        settings = self.settings
+        slopes = alibi_slopes(settings.num_heads, settings.alibi_bias_max, device, settings.slopes_from_next_power)
         return alibi_mask(allowed, query_positions, key_positions, slopes, dtype)
 
     @accepts_cache

@@ -35,11 +35,17 @@ SIZE = {"d_model": 48, "n_heads": 4, "n_layers": 2, "vocab_size": VOCAB, "max_se
 MPT = {
     "plain": {},
     "six heads": {"n_heads": 6},
+    "five heads": {"n_heads": 5, "d_model": 40},
+    "twelve heads": {"n_heads": 12},
+    "twenty heads": {"n_heads": 20, "d_model": 80},
     "clipped and scaled": {"attn_config": {"clip_qkv": 0.4, "softmax_scale": 0.5}},
 }
 MOSAIC = {
     "plain": {},
     "six heads": {"n_heads": 6, "mlp_ratio": 3},
+    "five heads": {"n_heads": 5, "d_model": 40},
+    "twelve heads": {"n_heads": 12, "alibi_bias_max": 4},
+    "twenty heads": {"n_heads": 20, "d_model": 80},
     "no layer norm of queries": {"attn_qk_ln": False, "attn_clip_qkv": 0.4},
     "scaled": {"softmax_scale": 0.5, "alibi_bias_max": 4, "logit_scale": "inv_sqrt_d_model"},
 }
@@ -108,6 +114,31 @@ def generate(model, **options):
 def test_slopes_are_those_of_transformers(num_heads, alibi_bias_max):
     expected = build_mpt_alibi_tensor(num_heads, 5, alibi_bias_max)  # (heads, 1, keys)
     torch.testing.assert_close(alibi_slopes(num_heads, alibi_bias_max), expected[:, 0, -1] - expected[:, 0, -2])
+
+
+def official_slopes(num_heads: int, model_type: str, alibi_bias_max: float = 8) -> list[float]:
+    """`gen_slopes` of llm-foundry (MPT-7B), and the lines of `alibi_bias` in mosaic_gpt (MPT-1B), as formulas."""
+    if model_type == "mosaic_gpt":
+        return [1 / 2 ** (head * alibi_bias_max / num_heads) for head in range(1, num_heads + 1)]
+    power = 2 ** math.ceil(math.log2(num_heads))
+    slopes = [1 / 2 ** (head * alibi_bias_max / power) for head in range(1, power + 1)]
+    return slopes if power == num_heads else (slopes[1::2] + slopes[::2])[:num_heads]
+
+
+@pytest.mark.parametrize("num_heads", [4, 5, 6, 12, 20])
+@both
+@torch.no_grad()
+def test_each_class_has_the_slopes_of_its_official_code(make, num_heads):
+    """The mask that the layers get, and the weights that a query of zeros gives the keys."""
+    model = make(n_heads=num_heads, d_model=4 * num_heads)
+    slopes = torch.tensor(official_slopes(num_heads, model.config.model_type))
+    mask = model.transformer.make_attention_mask(torch.zeros(1, 7, 4 * num_heads), None, None, None)
+    distance = torch.arange(-6.0, 1)
+    torch.testing.assert_close(mask[0, :, -1], slopes[:, None] * distance, atol=1e-6, rtol=1e-6)
+    for block in model.transformer.blocks:
+        block.attn.Wqkv.weight.zero_()
+    weights = model(torch.ones(1, 7, dtype=torch.long), output_attentions=True).attentions[0][0, :, -1]
+    torch.testing.assert_close(weights, (slopes[:, None] * distance).softmax(dim=-1), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -193,9 +224,7 @@ def slow_layer_norm(states, weight):
 def slow_mosaic_gpt(weights: dict, config: MosaicGPTConfig, ids: list[int]) -> torch.Tensor:
     """Logits `(tokens, vocab_size)` of one row, token by token and head by head."""
     heads, head_dim = config.n_heads, config.d_model // config.n_heads
-    power = 2 ** math.ceil(math.log2(heads))
-    slopes = [2 ** -(config.alibi_bias_max * number / power) for number in range(1, power + 1)]
-    slopes = slopes if power == heads else (slopes[1::2] + slopes[::2])[:heads]
+    slopes = [1 / 2 ** (number * config.alibi_bias_max / heads) for number in range(1, heads + 1)]  # for any number
     scale = config.softmax_scale or 1 / math.sqrt(head_dim)
     hidden = weights["transformer.wte.weight"][ids]
     for number in range(config.n_layers):
