@@ -10,6 +10,7 @@ A record is a row of a `datasets.Dataset`, or of an `IterableDataset` if data is
   - `caption`: text about the one image;
   - `document`: images and text as they alternate, `[{"type", "text"}, ...]`;
   or none of them in image folders that have classes only.
+- `why_broken`: text, if a field of the record is wrong; it is counted and left out then.
 - more if a source has it: `answers` (VQAv2), `label` and `notes` (image folders).
 
 Items of `content` and `document` have both keys: `{"type": "image", "text": None}` stands for the next of `images`,

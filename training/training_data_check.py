@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from datasets import Dataset, IterableDataset
+from jinja2 import TemplateError
 from tqdm import tqdm
 
 from ..compat import take
@@ -231,7 +232,12 @@ class _RecordCheck:
         self.add_texts(record, turns, images)
         if self.counter is not None and reason is None and kind != "label":
             sizes = [image.size for image in images]
-            self.waiting.append((record["id"], self.counter.text_of(record), sizes, [answer for _, answer in turns]))
+            try:
+                text = self.counter.text_of(record)
+            except TemplateError as error:
+                report.broken_records += 1
+                return self.note("template", record, f"the chat template refuses the conversation: {error}")
+            self.waiting.append((record["id"], text, sizes, [answer for _, answer in turns]))
             if len(self.waiting) >= self.chunk:
                 self.count_tokens()
 
@@ -309,7 +315,18 @@ class _RecordCheck:
     def finish(self, max_broken: float) -> None:
         self.count_tokens()
         report, found = self.report, self.found
-        order = ("missing", "broken", *STRUCTURE, "no_room", "too_long", "encoding", "leaks", "small", "long")
+        order = (
+            "missing",
+            "broken",
+            *STRUCTURE,
+            "template",
+            "no_room",
+            "too_long",
+            "encoding",
+            "leaks",
+            "small",
+            "long",
+        )
         order += ("duplicate_records", "duplicate_images", "duplicate_texts")
         report.findings = {name: found[name] for name in order if name in found}
         report.kinds, report.reasons = dict(self.kinds.most_common()), dict(self.reasons.most_common())
@@ -339,6 +356,7 @@ class _RecordCheck:
             "placeholders": "have other numbers of images than of places for them",
             "roles": "have no proper turns",
             "empty": "have empty texts",
+            "template": "are refused by the chat template",
             "no_room": "have images that alone fill the context window",
         }
         report.errors += [f"{found[name].count:,} records {what}" for name, what in meanings.items() if name in found]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -55,14 +54,20 @@ class _EncodedRecords:
     def _blank_sample(self) -> dict:
         if self._blank is None:
             for _, record in zip(range(100), self.records):
-                with suppress(SampleError, ImageError):
+                try:
                     blank = self.encoder.encode(record)
-                    if "labels" in blank:
-                        blank["labels"] = torch.full_like(blank["labels"], IGNORED)
-                    self._blank = blank
-                    break
+                except (SampleError, ImageError) as error:
+                    reason = f"{record.get('id')}: {error}"
+                    continue
+                if "labels" in blank:
+                    blank["labels"] = torch.full_like(blank["labels"], IGNORED)
+                self._blank = blank
+                break
             else:
-                raise TrainingError("none of the first 100 records can be used: run `vlbridge data check` on the data")
+                raise TrainingError(
+                    "none of the first 100 records can be used: run `vlbridge data check` on the data. The last of "
+                    f"them is {reason}"
+                )
         return self._blank
 
 

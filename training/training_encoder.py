@@ -7,6 +7,7 @@ import re
 from typing import Any, ClassVar
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..compat import render_jinja_template
@@ -18,6 +19,7 @@ from .training_records import kind_of, open_image, structure_problem
 
 IGNORED = -100  # label of what is not learned
 
+REFUSED = "the chat template refuses the conversation"
 Span = tuple[int, int]
 TOKENIZER_OPTIONS = ("add_special_tokens", "padding", "truncation", "max_length", "stride", "pad_to_multiple_of")
 
@@ -122,10 +124,17 @@ class Encoder:
         raise ValueError(f"conversation is {conversation!r}, but only MLP-LLaVA has named conversations. Leave it out.")
 
     def chat(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
-        """A conversation as text."""
-        return self.processor.apply_chat_template(
-            messages, chat_template=self.chat_template, add_generation_prompt=add_generation_prompt
-        )
+        """A conversation as text.
+
+        Raises:
+            SampleError: The chat template refuses it, such as a system message where it has no place for one.
+        """
+        try:
+            return self.processor.apply_chat_template(
+                messages, chat_template=self.chat_template, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            raise SampleError(f"{REFUSED}: {error}") from error
 
     # ------------------------------------------------------------------ records
 
@@ -217,12 +226,15 @@ class Encoder:
             SampleError: The template changes earlier turns when later ones are added, so that answers can't be found.
         """
         if re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template):
-            texts, spans = render_jinja_template(
-                conversations=[messages],
-                chat_template=self.chat_template,
-                return_assistant_tokens_mask=True,
-                **self.tokenizer.special_tokens_map,
-            )
+            try:
+                texts, spans = render_jinja_template(
+                    conversations=[messages],
+                    chat_template=self.chat_template,
+                    return_assistant_tokens_mask=True,
+                    **self.tokenizer.special_tokens_map,
+                )
+            except TemplateError as error:
+                raise SampleError(f"{REFUSED}: {error}") from error
             return texts[0], [tuple(span) for span in spans[0]]
         text = self.chat(messages)
         spans = []

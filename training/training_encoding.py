@@ -250,7 +250,7 @@ class ClassificationEncoder(Encoder):
         label, num_images = record.get("label"), len(record.get("images") or [])
         if label is None or num_images != 1:
             raise SampleError(f"expected one image with a label; the record has {num_images} and the label {label}")
-        if label not in self.names:
+        if not isinstance(label, int) or label not in self.names:
             raise SampleError(f"label is {label}; expected 0 to {len(self.names) - 1}")
         return {**self.image_inputs_of(record, images), "labels": torch.tensor(label)}
 

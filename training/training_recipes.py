@@ -39,6 +39,15 @@ GROUPS = ("bridge", "gates", "resampler", "language_model", "vision_model", "lor
 OWN_ARGUMENTS = ("output_dir", "remove_unused_columns", "resume_from_checkpoint", "push_to_hub", "hub_model_id")
 
 
+def best_metrics(names: list[str]) -> list[str]:
+    """Metrics that every evaluation during training gives.
+
+    Args:
+        names: Of the data sets that are evaluated on.
+    """
+    return ["eval_loss", *(f"eval_{name}_loss" for name in names)]
+
+
 class RecipeError(ValueError):
     """Something is wrong with a recipe: what, and where in the file."""
 
@@ -282,6 +291,35 @@ class Recipe:
             if training_argument(name) not in known:
                 raise RecipeError(_unknown(name, known, "arguments"))
 
+        self._check_evaluation()
+
+    def _check_evaluation(self) -> None:
+        arguments = {training_argument(name): value for name, value in self.arguments.items()}
+        evaluates = str(arguments.get("eval_strategy", "no")) != "no"
+        if evaluates and not self.evaluation:
+            raise RecipeError("arguments.eval_strategy evaluates during training: name a data set in evaluation.")
+        if self.stage == "stage1":
+            if arguments.get("label_smoothing_factor"):
+                raise RecipeError("stage1 has no labels to smooth: leave arguments.label_smoothing_factor out.")
+            if len({data.loss_weight for data in self.data}) > 1:
+                raise RecipeError("stage1 has no tokens to weigh: leave data.*.loss_weight out.")
+        wanted = arguments.get("metric_for_best_model")
+        known = best_metrics(self.evaluation_names())
+        if wanted is not None and f"eval_{str(wanted).removeprefix('eval_')}" not in known:
+            raise RecipeError(f"arguments.metric_for_best_model is {wanted!r}; expected one of {', '.join(known)}.")
+
+    def evaluation_names(self) -> list[str]:
+        """What metrics call the data sets of `evaluation`: name or source, and a number where that is not enough."""
+        names: list[str] = []
+        for data in self.evaluation:
+            name = base = data.name or data.source
+            count = 1
+            while name in names:
+                count += 1
+                name = f"{base}_{count}"
+            names.append(name)
+        return names
+
     def missing_paths(self) -> list[str]:
         """Keys of data sets that have no path yet."""
         named = (("data", self.data), ("evaluation", self.evaluation))
@@ -501,6 +539,7 @@ __all__ = [
     "RECIPES",
     "Recipe",
     "RecipeError",
+    "best_metrics",
     "SamplesRecipe",
     "TextRecipe",
     "read_recipe",

@@ -17,6 +17,7 @@ FEATURES = Features(
         "messages": [{"role": Value("string"), "content": _CONTENT}],
         "caption": Value("string"),
         "document": _CONTENT,
+        "why_broken": Value("string"),
     }
 )
 KINDS = ("messages", "caption", "document")
@@ -83,6 +84,8 @@ def structure_problem(record: dict) -> tuple[str, str] | None:
     Returns:
         The kind of problem, one of `STRUCTURE`, and the reason in one line; or `None`.
     """
+    if record.get("why_broken") is not None:
+        return "form", record["why_broken"]
     try:
         kind, items = kind_of(record), items_of(record)
     except ValueError as error:

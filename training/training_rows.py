@@ -14,12 +14,13 @@ from pathlib import Path
 FORMATS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
+def read_rows(path: Path, checked: bool = True) -> Iterator[tuple[str, dict]]:
     """Rows of a table, in order.
 
     Args:
         path: A file in one of `FORMATS`; JSON holds a list of objects, or one object. All but Parquet may be gzipped
             (`.jsonl.gz`).
+        checked: Refuse rows that are no objects; without, they come as they are, for a caller that names them.
 
     Yields:
         Where the row is, for errors; and the row.
@@ -42,11 +43,12 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     place = f"{path}, line {number}"
-                    yield place, as_object(parse_json(line, place), place)
+                    row = parse_json(line, place)
+                    yield place, as_object(row, place) if checked else row
     elif kind == ".parquet":
         yield from _parquet_rows(path)
     elif kind == ".json":
-        yield from json_rows(read_json(path), path)
+        yield from json_rows(read_json(path), path, checked)
     else:
         raise ValueError(f"{path}: expected {', '.join(FORMATS)}.")
 
@@ -64,19 +66,20 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
         raise ValueError(f"{path} is damaged after {number} rows, or not Parquet: {error}") from error
 
 
-def json_rows(content, path: Path) -> Iterator[tuple[str, dict]]:
+def json_rows(content, path: Path, checked: bool = True) -> Iterator[tuple[str, dict]]:
     """Rows in the content of a JSON file, as `read_rows` gives them.
 
     Args:
         content: A list of objects, or one object.
         path: The file, for errors.
+        checked: Refuse rows that are no objects.
 
     Raises:
         ValueError: A row is not an object.
     """
     for number, row in enumerate(content if isinstance(content, list) else [content]):
         place = f"{path}, row {number}"
-        yield place, as_object(row, place)
+        yield place, as_object(row, place) if checked else row
 
 
 @contextmanager

@@ -129,8 +129,8 @@ def build_trainer(recipe: Recipe, output: str | os.PathLike) -> BridgeTrainer:
     else:
         data = Samples(records, encoder)
     held_out = {
-        f"{number}_{evaluation.name or evaluation.source}": load_data(evaluation, recipe.max_broken, evaluation.name)
-        for number, evaluation in enumerate(recipe.evaluation)
+        name: load_data(evaluation, recipe.max_broken, evaluation.name)
+        for name, evaluation in zip(recipe.evaluation_names(), recipe.evaluation)
     }
     if cache is not None:
         for known in ([] if recipe.data[0].streaming else [records]) + list(held_out.values()):

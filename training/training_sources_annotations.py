@@ -16,6 +16,10 @@ from .training_sources_common import (
     content_of_text,
     field_value,
     find_files,
+    id_value,
+    key_value,
+    list_value,
+    record_or_reason,
     text_message,
     text_value,
 )
@@ -54,16 +58,21 @@ def load_llava(path, split=None, streaming=False, images=None, image_first=False
 def _llava(files, images, image_first, source) -> Iterator[dict]:
     for file in files:
         root = images or os.path.dirname(file)
-        for number, (place, row) in enumerate(read_rows(Path(file))):
-            names = row.get("image") or []
-            names = [names] if isinstance(names, str) else names
-            values = [os.path.join(root, text_value(name, place, "image")) for name in names]
-            yield {
-                "id": str(row.get("id", number)),
+
+        def record(row, number, place, root=root) -> dict:
+            conversations = field_value(row, "conversations", place)
+            names = row.get("image")
+            names = [] if names in (None, "") else [names] if isinstance(names, str) else names
+            names = [text_value(name, place, "image") for name in list_value(names, place, "image")]
+            return {
+                "id": id_value(row, number, place),
                 "source": source,
-                "images": values,
-                "messages": llava_messages(field_value(row, "conversations", place), place, image_first),
+                "images": [os.path.join(root, name) for name in names],
+                "messages": llava_messages(conversations, place, image_first),
             }
+
+        for number, (place, row) in enumerate(read_rows(Path(file), checked=False)):
+            yield record_or_reason(record, row, number, place, number=number, source=source)
 
 
 def llava_messages(conversations, place: str, image_first: bool) -> list[dict]:
@@ -78,9 +87,9 @@ def llava_messages(conversations, place: str, image_first: bool) -> list[dict]:
         ValueError: A turn is not as expected.
     """
     messages = []
-    for turn in conversations:
+    for turn in list_value(conversations, place, "conversations"):
         sender = as_object(turn, f"{place}, conversations").get("from")
-        if sender not in _ROLES:
+        if not isinstance(sender, str) or sender not in _ROLES:
             raise ValueError(f"{place}: 'from' is {sender!r}; expected one of {', '.join(_ROLES)}.")
         role = _ROLES[sender]
         if role == "assistant" and all(message["role"] == "system" for message in messages):
@@ -123,21 +132,36 @@ def _coco_captions(files, images, source) -> Iterator[dict]:
     for file in files:
         content = as_object(read_json(Path(file)), file)
         root = images or os.path.dirname(file)
-        names = {
-            field_value(row, "id", file): field_value(row, "file_name", file)
-            for row in field_value(content, "images", file)
-        }
-        for number, row in enumerate(field_value(content, "annotations", file)):
-            place = f"{file}, annotation {number}"
-            image = field_value(row, "image_id", place)
+        names, wrong = {}, {}  # of files by the images' ids, and what is wrong with others
+        for number, row in enumerate(list_value(field_value(content, "images", file), file, "images")):
+            _add_row(row, "id", f"{file}, image {number}", names, wrong, "file_name")
+
+        def record(row, number, place, root=root, names=names, wrong=wrong) -> dict:
+            image = key_value(field_value(row, "image_id", place), place, "image_id")
             if image not in names:
-                raise ValueError(f"{place} is of image {image}, which is not among the images.")
-            yield {
-                "id": str(row.get("id", number)),
+                raise ValueError(wrong.get(image) or f"{place} is of image {image}, which is not among the images.")
+            return {
+                "id": id_value(row, number, place),
                 "source": source,
                 "images": [os.path.join(root, names[image])],
                 "caption": text_value(field_value(row, "caption", place), place, "caption"),
             }
+
+        for number, row in enumerate(list_value(field_value(content, "annotations", file), file, "annotations")):
+            place = f"{file}, annotation {number}"
+            yield record_or_reason(record, row, number, place, number=number, source=source)
+
+
+def _add_row(row, key: str, place: str, found: dict, wrong: dict, text: str | None = None) -> None:
+    """Note a row, or one of its texts, under its key; rows without a usable key are missed where they are asked for."""
+    try:
+        name = key_value(field_value(row, key, place), place, key)
+    except ValueError:
+        return
+    try:
+        found[name] = row if text is None else text_value(field_value(row, text, place), place, text)
+    except ValueError as error:
+        wrong[name] = str(error)
 
 
 def load_vqav2(
@@ -208,36 +232,50 @@ def _vqav2(files, answers, images, image_name, prompt, source) -> Iterator[dict]
     questions = as_object(read_json(Path(file)), file)
     answered = None
     if answers:
-        rows = field_value(as_object(read_json(Path(answers[0])), answers[0]), "annotations", answers[0])
-        answered = {field_value(row, "question_id", answers[0]): row for row in rows}
-    subtype = _image_split(str(questions.get("data_subtype", "")))
+        answered, rows = {}, field_value(as_object(read_json(Path(answers[0])), answers[0]), "annotations", answers[0])
+        for number, row in enumerate(list_value(rows, answers[0], "annotations")):
+            _add_row(row, "question_id", f"{answers[0]}, annotation {number}", answered, {})
+    subtype = questions.get("data_subtype")
+    subtype = _image_split("" if subtype is None else text_value(subtype, file, "data_subtype"))
     image_name = image_name or f"COCO_{subtype}_{{image_id:012d}}.jpg"
     root = images or os.path.dirname(file)
-    for number, row in enumerate(field_value(questions, "questions", file)):
-        place = f"{file}, question {number}"
-        key, asked = (
-            field_value(row, "question_id", place),
-            text_value(field_value(row, "question", place), place, "question"),
-        )
+
+    def record(row, place) -> dict:
+        key = key_value(field_value(row, "question_id", place), place, "question_id")
+        asked = text_value(field_value(row, "question", place), place, "question")
         messages, given = [text_message("user", prompt.format(question=asked), num_images=1)], []
         if answered is not None:
             if key not in answered:
                 raise ValueError(f"{place} ({key}) has no annotation in {answers[0]}.")
-            annotation = answered[key]
-            given = [
-                text_value(field_value(one, "answer", place), place, "answer") for one in annotation.get("answers", ())
-            ]
-            # the official choice, which also decides between equally frequent answers
-            target = annotation.get("multiple_choice_answer") or (Counter(given).most_common(1) or [("", 0)])[0][0]
-            messages.append(text_message("assistant", text_value(target, place, "answer")))
-        name = image_name.format(image_id=field_value(row, "image_id", place))
-        yield {
+            given, target = _vqav2_answers(answered[key], place)
+            messages.append(text_message("assistant", target))
+        image = key_value(field_value(row, "image_id", place), place, "image_id")
+        try:
+            name = image_name.format(image_id=image)
+        except ValueError as error:
+            raise ValueError(f"{place}: image_id is {image!r}, which {image_name!r} can't name: {error}.") from error
+        return {
             "id": str(key),
             "source": source,
             "images": [os.path.join(root, name)],
             "messages": messages,
             "answers": given,
         }
+
+    for number, row in enumerate(list_value(field_value(questions, "questions", file), file, "questions")):
+        yield record_or_reason(record, row, f"{file}, question {number}", number=number, source=source)
+
+
+def _vqav2_answers(annotation: dict, place: str) -> tuple[list[str], str]:
+    """All answers to a question, and the one to learn."""
+    rows = annotation.get("answers")
+    rows = [] if rows is None else list_value(rows, place, "answers")
+    given = [text_value(field_value(one, "answer", f"{place}, answers"), place, "answer") for one in rows]
+    # the official choice, which also decides between equally frequent answers
+    target = annotation.get("multiple_choice_answer")
+    if target in (None, ""):
+        target = (Counter(given).most_common(1) or [("", 0)])[0][0]
+    return given, text_value(target, place, "multiple_choice_answer")
 
 
 __all__ = ["load_coco_captions", "load_llava", "load_vqav2"]

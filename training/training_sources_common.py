@@ -1,4 +1,8 @@
-"""What the loaders of all layouts share: finding files, building data sets and reading fields."""
+"""What the loaders of all layouts share: finding files, building data sets and reading fields.
+
+Fields are checked where they are read: `text_value`, `list_value`, `key_value`, `field_value`. A record with a wrong
+one is not an error but a record with `why_broken`, see `record_or_reason`; `skip_broken` counts and names it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from datasets import Dataset, Features, IterableDataset
@@ -44,20 +48,45 @@ def build_dataset(
     Raises:
         ValueError: The files hold no records.
     """
-    features = Features({name: FEATURES[name] for name in ("id", "source", "images", kind)} | (extra or {}))
-    kwargs = {"files": files, **arguments}
+    columns = ("id", "source", "images", kind, "why_broken")
+    features = Features({name: FEATURES[name] for name in columns} | (extra or {}))
+    kwargs = {"files": files, "generate": generate, "columns": tuple(features), **arguments}
     if streaming:
-        return IterableDataset.from_generator(generate, features=features, gen_kwargs=kwargs)
+        return IterableDataset.from_generator(_whole_records, features=features, gen_kwargs=kwargs)
     stamps = [(os.path.abspath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
     key = json.dumps([generate.__name__, stamps, arguments, repr(features), CODE], sort_keys=True, default=str)
     try:
         return Dataset.from_generator(
-            generate, features=features, gen_kwargs=kwargs, fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32]
+            _whole_records,
+            features=features,
+            gen_kwargs=kwargs,
+            fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
         )
     except ValueError as error:
         if "corresponds to no data" not in str(error):
             raise
         raise ValueError(f"{', '.join(files)}: there are no records.") from error
+
+
+def _whole_records(files, generate, columns, **arguments) -> Iterator[dict]:
+    """Records with all columns."""
+    for record in generate(files, **arguments):
+        yield {name: record.get(name) for name in columns}
+
+
+def record_or_reason(make: Callable[..., dict], *arguments, number: int | str, source: str) -> dict:
+    """A record, or one that says why it is broken.
+
+    Args:
+        make: Makes the record; its errors say where it is and what is wrong.
+        arguments: Of `make`.
+        number: The broken record's `id`.
+        source: The broken record's `source`.
+    """
+    try:
+        return make(*arguments)
+    except ValueError as error:
+        return {"id": str(number), "source": source, "images": [], "why_broken": " ".join(str(error).split())}
 
 
 def find_files(path: str | os.PathLike | Sequence | None, split: str | None, suffixes: tuple[str, ...]) -> list[str]:
@@ -131,11 +160,53 @@ def field_value(row: dict, key: str, place: str):
         place: Where the row is, for the error.
 
     Raises:
-        ValueError: The row does not have it.
+        ValueError: The row is no object or does not have it.
     """
+    if not isinstance(row, dict):
+        raise ValueError(f"{place} is a {type(row).__name__}; expected an object with {key!r}.")
     if key not in row:
         raise ValueError(f"{place} has {', '.join(map(str, row)) or 'nothing'}; expected {key!r} among them.")
     return row[key]
+
+
+def list_value(value, place: str, what: str) -> list:
+    """A field that has to be a list.
+
+    Args:
+        value: The field's value.
+        place: Where it is, for the error.
+        what: The field's name, for the error.
+
+    Raises:
+        ValueError: It is not a list.
+    """
+    if not isinstance(value, list):
+        raise ValueError(f"{place}: {what} is a {type(value).__name__}; expected a list.")
+    return value
+
+
+def key_value(value, place: str, what: str) -> str | int:
+    """A field that names something: a text or a whole number.
+
+    Args:
+        value: The field's value.
+        place: Where it is, for the error.
+        what: The field's name, for the error.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"{place}: {what} is a {type(value).__name__}; expected a text or a whole number.")
+    return text_value(value, place, what)
+
+
+def id_value(row: dict, number: int, place: str) -> str:
+    """A record's `id`, or its number if it has none."""
+    value = row.get("id")
+    return str(number if value is None else key_value(value, place, "id"))
 
 
 def content_of_text(text: str) -> list[dict]:
@@ -169,6 +240,10 @@ __all__ = [
     "content_of_text",
     "field_value",
     "find_files",
+    "id_value",
+    "key_value",
+    "list_value",
+    "record_or_reason",
     "text_message",
     "text_value",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
+from pathlib import Path
 
 from datasets import (
     ClassLabel,
@@ -19,7 +20,17 @@ from datasets import (
 
 from ..compat import resolve_features
 from .training_records import FEATURES, KINDS
-from .training_sources_common import CODE, content_of_text, field_value, text_message
+from .training_rows import read_rows
+from .training_sources_common import (
+    CODE,
+    content_of_text,
+    field_value,
+    key_value,
+    list_value,
+    record_or_reason,
+    text_message,
+    text_value,
+)
 
 
 CAPTION_KEYS = ("caption", "text")
@@ -48,11 +59,15 @@ def load_imagefolder(path, split=None, streaming=False, caption=None, source="im
     if path is None or not os.path.isdir(os.path.expanduser(path)):
         raise ValueError(f"path is {path!r}; expected a folder of images.")
     folder = os.path.abspath(os.path.expanduser(path))
+    for metadata in sorted(Path(folder).rglob("metadata.jsonl")):
+        _check_metadata(metadata)
     loaded = _without_decoding(
         load_dataset("imagefolder", data_dir=folder, split=split or "train", streaming=streaming)
     )
     columns = loaded.features
     caption = _caption_column(columns, caption, folder)
+    if "label" in columns and not isinstance(columns["label"], (Value, ClassLabel)):
+        raise ValueError(f"{folder}: label is {columns['label']}; expected a text or a whole number per row.")
     kind = next((name for name in ("messages", "document") if name in columns), None)
     kind = kind or ("messages" if {"question", "answer"} <= columns.keys() else "caption" if caption else None)
     if kind is None and "label" not in columns:
@@ -73,28 +88,89 @@ def load_imagefolder(path, split=None, streaming=False, caption=None, source="im
     return _converted(loaded, convert, kind, extra)
 
 
+def _check_metadata(path: Path) -> None:
+    """Refuse what `datasets` would refuse without a word about the row: rows without an image, columns of two types.
+
+    Raises:
+        ValueError: A row is not as expected.
+    """
+    seen = None
+    for place, row in read_rows(path):
+        names = [
+            key for key in row if key in ("file_name", "file_names") or key.endswith(("_file_name", "_file_names"))
+        ]
+        if not names:
+            raise ValueError(f"{place} has {', '.join(row) or 'nothing'}; expected 'file_name' among them.")
+        for key in names:
+            values = list_value(row[key], place, key) if key.endswith("s") else [row[key]]
+            for value in values:
+                name = text_value(value, place, key)
+                if "\0" in name or not (path.parent / name).is_file():
+                    raise ValueError(f"{place}: {key} is {name!r}; there is no such file beside {path.name}.")
+        seen = _same_types(seen, row, place, "the row")
+
+
+def _same_types(seen: dict | None, value, place: str, what: str) -> dict | None:
+    """What is known of a column's types, with one more value; `None` is of every type."""
+    if value is None:
+        return seen
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    kind = "number" if number else type(value).__name__
+    seen = seen or {"kind": kind, "fields": {}, "items": None}
+    if seen["kind"] != kind:
+        raise ValueError(f"{place}: {what} is a {kind}, and a {seen['kind']} in rows before it; expected one type.")
+    if number and abs(value) >= 2**63:
+        raise ValueError(f"{place}: {what} is {value}; expected a number of 64 bits.")
+    if kind == "str" and text_value(value, place, what) != value:
+        raise ValueError(f"{place}: {what} has half of a surrogate pair, which UTF-8 can't encode.")
+    if kind == "dict":
+        for key, inner in value.items():
+            seen["fields"][key] = _same_types(seen["fields"].get(key), inner, place, key)
+    for inner in value if kind == "list" else ():
+        seen["items"] = _same_types(seen["items"], inner, place, f"an item of {what}")
+    return seen
+
+
 def _folder_record(row, index, folder, kind, caption, classes, source, code) -> dict:
     images = _images_of(row)
     name = images[0].get("path") if images else None
     place = f"{folder}, {os.path.relpath(name, folder) if name and '://' not in name else f'row {index}'}"
+    number = os.path.relpath(name, folder) if name and "://" not in name else index
+    extra = {name: row[name] for name in ("label", "notes") if name in row}
+    if classes is not None and extra["label"] is not None:
+        extra["label"] = classes.index(extra["label"])  # a stream does not encode what is given back here
+    if isinstance(extra.get("notes"), (list, dict)):
+        extra["notes"], row = None, {**row, "notes_are_no_text": True}
+    made = record_or_reason(
+        _folder_texts, row, images, number, kind, caption, source, place, number=number, source=source
+    )
+    return {**({} if kind is None else {kind: None}), "why_broken": None, **made, **extra}
+
+
+def _folder_texts(row, images, number, kind, caption, source, place) -> dict:
+    """A record without its further columns."""
+    if "notes_are_no_text" in row:
+        raise ValueError(f"{place}: notes are no text.")
     record = {
-        "id": str(row.get("id") or (os.path.relpath(name, folder) if name and "://" not in name else index)),
-        "source": source,
-        "images": images,
-    }
+        "id": str(key_value(row["id"], place, "id") if row.get("id") else number), "source": source, "images": images,
+    }  # fmt: skip
     if kind == "messages" and "messages" not in row:
-        asked, answer = (str(row[key]) if row[key] is not None else "" for key in ("question", "answer"))
+        asked, answer = (_plain_text(row[key], place, key) for key in ("question", "answer"))
         record["messages"] = [text_message("user", asked, len(images)), text_message("assistant", answer)]
     elif kind == "messages":
         record["messages"] = _normal_messages(row["messages"], place)
     elif kind == "document":
         record["document"] = _normal_content(row["document"], place)
     elif kind == "caption":
-        record["caption"] = "" if row[caption] is None else str(row[caption])
-    record.update({name: row[name] for name in ("label", "notes") if name in row})
-    if classes is not None and record["label"] is not None:
-        record["label"] = classes.index(record["label"])  # a stream does not encode what is given back here
+        record["caption"] = _plain_text(row[caption], place, caption)
     return record
+
+
+def _plain_text(value, place: str, what: str) -> str:
+    """A column as text: numbers are written out, and nothing is an empty text."""
+    if value is None or isinstance(value, (int, float)):
+        return "" if value is None else str(value)
+    return text_value(value, place, what)
 
 
 def load_hub(path, split=None, streaming=False, name=None, caption=None, source=None):
@@ -145,16 +221,25 @@ def load_hub(path, split=None, streaming=False, name=None, caption=None, source=
 
 
 def _saved_record(row, index, kind, caption, source, code) -> dict:
-    place = f"{source}, row {index}"
-    record = {**row, "id": str(row.get("id") if row.get("id") is not None else index), "images": _images_of(row)}
-    record["source"] = row.get("source") or source
-    if kind == "messages":
-        record["messages"] = _normal_messages(row["messages"], place)
-    elif kind == "document":
-        record["document"] = _normal_content(row["document"], place)
-    elif kind == "caption":
-        record["caption"] = "" if row[caption or "caption"] is None else str(row[caption or "caption"])
+    made = record_or_reason(_saved_texts, row, index, kind, caption, source, number=index, source=source)
+    record = {**row, **({} if kind is None else {kind: None}), "why_broken": row.get("why_broken"), **made}
     return {key: value for key, value in record.items() if key not in ("image", caption) or key == kind}
+
+
+def _saved_texts(row, index, kind, caption, source) -> dict:
+    """A record without its further columns."""
+    place = f"{source}, row {index}"
+    key = index if row.get("id") is None else key_value(row["id"], place, "id")
+    record = {"id": str(key), "images": _images_of(row)}
+    record["source"] = text_value(row.get("source") or source, place, "source")
+    broken = row.get("why_broken") is not None
+    if kind == "messages":
+        record["messages"] = None if broken else _normal_messages(row["messages"], place)
+    elif kind == "document":
+        record["document"] = None if broken else _normal_content(row["document"], place)
+    elif kind == "caption":
+        record["caption"] = _plain_text(row[caption or "caption"], place, caption or "caption")
+    return record
 
 
 def _caption_column(columns, wanted: str | None, place: str) -> str | None:
@@ -174,7 +259,7 @@ def _without_decoding(loaded):
 
 def _converted(loaded, convert, kind: str | None, extra: dict):
     """Records made of rows."""
-    names = ("id", "source", "images", *([kind] if kind else []))
+    names = ("id", "source", "images", *([kind] if kind else []), "why_broken")
     features = Features({name: FEATURES[name] for name in names} | extra)
     options = {"with_indices": True, "features": features, "fn_kwargs": {"code": CODE}}
     if isinstance(loaded, Dataset):
@@ -190,10 +275,10 @@ def _images_of(row: dict) -> list[dict]:
 def _normal_messages(messages, place: str) -> list[dict]:
     return [
         {
-            "role": field_value(message, "role", place),
+            "role": text_value(field_value(message, "role", place), place, "role"),
             "content": _normal_content(field_value(message, "content", place), place),
         }
-        for message in messages
+        for message in list_value(messages, place, "messages")
     ]
 
 
@@ -201,7 +286,11 @@ def _normal_content(content, place: str) -> list[dict]:
     """Content with both keys in every item; a text alone may have `<image>` in it."""
     if isinstance(content, str):
         return content_of_text(content)
-    return [{"type": field_value(item, "type", place), "text": item.get("text")} for item in content]
+    items = []
+    for item in list_value(content, place, "content"):
+        kind, text = text_value(field_value(item, "type", place), place, "type"), item.get("text")
+        items.append({"type": kind, "text": None if text is None else text_value(text, place, "text")})
+    return items
 
 
 __all__ = ["CAPTION_KEYS", "load_hub", "load_imagefolder"]

@@ -9,7 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .training_rows import as_object, read_json, read_rows
-from .training_sources_common import absolute_folder, build_dataset, field_value, find_files, text_value
+from .training_sources_common import (
+    absolute_folder,
+    build_dataset,
+    field_value,
+    find_files,
+    id_value,
+    list_value,
+    record_or_reason,
+    text_value,
+)
 
 
 def load_interleaved(
@@ -57,36 +66,46 @@ def _interleaved(files, images, downloaded, min_similarity, source) -> Iterator[
     for file in files:
         root = images or os.path.dirname(file)
 
-        def located(value, root=root):
+        def located(value, place, root=root) -> dict:
             if isinstance(value, dict):
-                return value
-            value = place_of.get(value, value)
+                path, data = value.get("path"), value.get("bytes")
+                if data is not None and not isinstance(data, bytes):
+                    raise ValueError(f"{place}: bytes of an image are a {type(data).__name__}; expected bytes.")
+                return {"path": None if path is None else text_value(path, place, "path"), "bytes": data}
+            value = text_value(value, place, "image")
+            value = text_value(place_of.get(value, value), place, f"what {downloaded} says of {value}")
             return {"path": value if "://" in value else os.path.join(root, value), "bytes": None}
 
-        for number, (place, row) in enumerate(read_rows(Path(file))):
-            if "text_list" in row:
-                parts = _mmc4_parts(row, place, min_similarity)
-            elif {"images", "texts"} <= row.keys():
-                parts = _obelics_parts(row, place)
-            else:
-                raise ValueError(
-                    f"{place} has {', '.join(row)}; expected images and texts (OBELICS) or text_list and image_info "
-                    "(MMC4)."
-                )
+        def record(row, number, place, located=located) -> dict:
             values, document = [], []
-            for image, text in parts:
+            for image, text in _parts(as_object(row, place), place, min_similarity):
                 if image is not None:
-                    values.append(located(image))
+                    values.append(located(image, place))
                     document.append({"type": "image", "text": None})
                 elif document and document[-1]["type"] == "text":
                     document[-1]["text"] += f" {text}"
                 else:
                     document.append({"type": "text", "text": text})
-            yield {"id": str(row.get("id", number)), "source": source, "images": values, "document": document}
+            return {"id": id_value(row, number, place), "source": source, "images": values, "document": document}
+
+        for number, (place, row) in enumerate(read_rows(Path(file), checked=False)):
+            yield record_or_reason(record, row, number, place, number=number, source=source)
+
+
+def _parts(row: dict, place: str, min_similarity: float | None) -> Iterator[tuple]:
+    """Images and texts of a document in their order: `(image, None)` or `(None, text)`."""
+    if "text_list" in row:
+        return _mmc4_parts(row, place, min_similarity)
+    if {"images", "texts"} <= row.keys():
+        return _obelics_parts(row, place)
+    raise ValueError(
+        f"{place} has {', '.join(map(str, row))}; expected images and texts (OBELICS) or text_list and image_info "
+        "(MMC4)."
+    )
 
 
 def _obelics_parts(row: dict, place: str) -> Iterator[tuple]:
-    images, texts = row["images"], row["texts"]
+    images, texts = list_value(row["images"], place, "images"), list_value(row["texts"], place, "texts")
     if len(images) != len(texts):
         raise ValueError(f"{place} has {len(images)} images and {len(texts)} texts; expected lists of one length.")
     for number, (image, text) in enumerate(zip(images, texts)):
@@ -96,18 +115,23 @@ def _obelics_parts(row: dict, place: str) -> Iterator[tuple]:
 
 
 def _mmc4_parts(row: dict, place: str, min_similarity: float | None) -> Iterator[tuple]:
-    sentences = row["text_list"]
+    sentences = list_value(row["text_list"], place, "text_list")
     before: dict[int, list] = {}
-    for image in field_value(row, "image_info", place):
-        index = field_value(image, "matched_text_index", place)
-        if not 0 <= index < len(sentences):
-            raise ValueError(f"{place}: matched_text_index is {index}; expected 0 to {len(sentences) - 1}.")
-        if min_similarity is not None and field_value(image, "matched_sim", place) < min_similarity:
-            continue
+    for image in list_value(field_value(row, "image_info", place), place, "image_info"):
+        index = field_value(image, "matched_text_index", f"{place}, image_info")
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(sentences):
+            raise ValueError(f"{place}: matched_text_index is {index!r}; expected 0 to {len(sentences) - 1}.")
+        if min_similarity is not None:
+            similarity = field_value(image, "matched_sim", f"{place}, image_info")
+            if not isinstance(similarity, (int, float)):
+                raise ValueError(f"{place}: matched_sim is {similarity!r}; expected a number.")
+            if similarity < min_similarity:
+                continue
         if image.get("image_base64"):
             value = {"path": None, "bytes": _base64_bytes(image["image_base64"], place)}
         else:
-            value = image.get("image_name") or field_value(image, "raw_url", place)
+            name = image.get("image_name") or field_value(image, "raw_url", f"{place}, image_info")
+            value = text_value(name, place, "image_name" if image.get("image_name") else "raw_url")
         before.setdefault(index, []).append(value)
     for index, sentence in enumerate(sentences):
         yield from ((image, None) for image in before.get(index, ()))

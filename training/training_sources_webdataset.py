@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import tarfile
 from collections.abc import Container, Iterator
+from contextlib import suppress
+from itertools import islice
 
 from .training_rows import as_object, parse_json
 from .training_sources_annotations import llava_messages
-from .training_sources_common import build_dataset, field_value, find_files, text_value
+from .training_sources_common import build_dataset, field_value, find_files, record_or_reason, text_value
 from .training_sources_datasets import CAPTION_KEYS
 
 
@@ -41,11 +43,7 @@ def load_webdataset(path, split=None, streaming=False, caption=None, image_first
     Source: "The WebDataset Format" in the documentation of webdataset.
     """
     files = find_files(path, split, (".tar", ".tar.gz", ".tgz"))
-    members = next(_samples(files[0], _text_members(caption)), None)
-    if members is None:
-        raise ValueError(f"{files[0]} holds no samples.")
-    about = parse_json(members[1]["json"].decode("utf-8", "replace"), files[0]) if "json" in members[1] else {}
-    kind = "messages" if isinstance(about, dict) and "conversations" in about and caption is None else "caption"
+    kind = "caption" if caption is not None else _kind_of_tar(files[0])
     return build_dataset(
         _webdataset,
         files,
@@ -56,6 +54,25 @@ def load_webdataset(path, split=None, streaming=False, caption=None, image_first
         image_first=image_first,
         source=source,
     )
+
+
+def _kind_of_tar(file: str, first: int = 10) -> str:
+    """What the first samples of a tar are: `"messages"` if one of them is a conversation, since any may be broken."""
+    samples = list(islice(_samples(file, {"json"}), first))
+    if not samples:
+        raise ValueError(f"{file} holds no samples.")
+    for name, members in samples:
+        with suppress(ValueError):
+            if "conversations" in _about(members, name):
+                return "messages"
+    return "caption"
+
+
+def _about(members: dict[str, bytes], place: str) -> dict:
+    """What the member `json` of a sample holds; nothing if there is none."""
+    if "json" not in members:
+        return {}
+    return as_object(parse_json(members["json"].decode("utf-8", "replace"), place), place)
 
 
 class _CheckedHeader(tarfile.TarInfo):
@@ -121,25 +138,23 @@ def _samples(file: str, texts: Container[str]) -> Iterator[tuple[str, dict[str, 
 
 def _webdataset(files, conversations, caption, image_first, source) -> Iterator[dict]:
     for file in files:
+
+        def record(name, members, place, file=file) -> dict:
+            about = _about(members, place)
+            images = [
+                {"path": f"{file}/{name}.{suffix}", "bytes": data}
+                for suffix, data in members.items()
+                if _is_image(suffix)
+            ]
+            made = {"id": name, "source": source, "images": images}
+            if conversations:
+                messages = llava_messages(field_value(about, "conversations", place), place, image_first)
+                return {**made, "messages": messages}
+            return {**made, "caption": _sample_caption(members, about, caption, place)}
+
         for name, members in _samples(file, _text_members(caption)):
             place = f"{file}, sample {name}"
-            about = {}
-            if "json" in members:
-                about = as_object(parse_json(members["json"].decode("utf-8", "replace"), place), place)
-            record = {
-                "id": name,
-                "source": source,
-                "images": [
-                    {"path": f"{file}/{name}.{suffix}", "bytes": data}
-                    for suffix, data in members.items()
-                    if _is_image(suffix)
-                ],
-            }
-            if conversations:
-                record["messages"] = llava_messages(field_value(about, "conversations", place), place, image_first)
-            else:
-                record["caption"] = _sample_caption(members, about, caption, place)
-            yield record
+            yield record_or_reason(record, name, members, place, number=name, source=source)
 
 
 def _sample_caption(members: dict[str, bytes], about: dict, wanted: str | None, place: str) -> str:

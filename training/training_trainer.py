@@ -3,10 +3,16 @@
 Beyond saving and resuming (`training_resumable`) it has learning rates by part, weights of data sets' losses and a
 count of records that can't be used, and it reports the first module whose output is not finite. `training_run` runs
 recipes with it.
+
+Plain `Trainer` works with bridged models too, with two exceptions. `label_smoothing_factor`: `Trainer` knows by a table
+of class names which models predict the next token, and ours are not in it, so that it compares each position with its
+own label; and it hides the labels from encoder-decoders. `evaluate()` with `compute_metrics`: give it
+`ignore_keys=IGNORED_OUTPUTS`. `BridgeTrainer` does both as it should.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from contextlib import suppress
@@ -20,7 +26,9 @@ from torch.utils.data import DataLoader
 from transformers.utils import logging
 
 from ..compat import DataLoaderShard, layers_not_to_split
+from ..configuration.configuration_classification import ClassificationConfigMixin
 from ..files import write_json
+from ..modeling.modeling_bridged import BridgedOutput
 from ..modeling.modeling_flamingo import GatedCrossAttentionLayer
 from .training_datasets import EXTRA_KEYS, Collator, Samples, SampleStream, SkippedRecord
 from .training_encoding import IGNORED, Encoder, Stage1Encoder
@@ -28,11 +36,17 @@ from .training_failures import TrainingError
 from .training_features import FeatureCache
 from .training_nonfinite import NonFiniteError, common_report, first_bad_module, look_into_batches
 from .training_parameters import parameter_groups
+from .training_recipes import best_metrics
 from .training_resumable import ResumableTrainer
 from .training_samples import SampleTable, generate
 
 
 logger = logging.get_logger(__name__)
+
+#: Outputs that are no predictions: some rows have them and others don't, or they are as many as there are images.
+IGNORED_OUTPUTS = sorted(
+    {"cache", "past_key_values", *(field.name for field in dataclasses.fields(BridgedOutput))} - {"loss", "logits"}
+)
 
 
 class BridgeTrainer(ResumableTrainer):
@@ -47,7 +61,11 @@ class BridgeTrainer(ResumableTrainer):
         loss_weights: Weights of data sets by name, if their losses count differently.
         max_broken: Share (of at least 1,000) or number of records that may be left out because they can't be used.
         feature_cache: Where `encoder` takes patch features from.
-        kwargs: Of `Trainer`.
+        kwargs: Of `Trainer`. An `eval_dataset` of several names gives `eval_NAME_loss` of each, and `eval_loss`, their
+            mean.
+
+    Raises:
+        ValueError: Stage 1, which has neither labels nor tokens of its own, with smoothed labels or loss weights.
     """
 
     def __init__(
@@ -61,6 +79,9 @@ class BridgeTrainer(ResumableTrainer):
         self.skipped, self.num_skipped, self.num_seen, self.max_broken = Counter(), 0, 0, max_broken
         self.feature_cache = feature_cache
         self._step_batches: list[tuple] = []
+        if isinstance(encoder, Stage1Encoder) and (args.label_smoothing_factor or self.loss_weights):
+            what = "labels to smooth (label_smoothing_factor)" if args.label_smoothing_factor else "tokens to weigh"
+            raise ValueError(f"stage 1 has no {what}: its objectives make their own losses. Leave it out.")
         use_cache = getattr(model.config, "use_cache", None)
         super().__init__(model=model, args=args, processor=processor, data_collator=Collator(encoder), **kwargs)
         if use_cache is not None:
@@ -143,7 +164,7 @@ class BridgeTrainer(ResumableTrainer):
         if self.args.world_size > 1 and isinstance(self.encoder, Stage1Encoder):
             batches = [self._cut_to_shortest(batch) for batch in batches]
         self._step_batches = []
-        if self.loss_weights is not None and num_items is not None:
+        if self.loss_weights is not None and batches and "labels" in batches[0]:
             self._weigh(batches, device)
         return batches, num_items if num_items is None else num_items.clamp(min=1)
 
@@ -188,7 +209,14 @@ class BridgeTrainer(ResumableTrainer):
     @property
     def _shifts_labels(self) -> bool:
         """Whether the loss compares each position with the next one's label, as decoder-only models do."""
-        return not getattr(self.bare_model.config, "is_encoder_decoder", False)
+        config = self.bare_model.config
+        return not (getattr(config, "is_encoder_decoder", False) or isinstance(config, ClassificationConfigMixin))
+
+    def _targets(self, batch: dict) -> torch.Tensor:
+        """What a batch's logits are compared with: `(batch, tokens)`, or `(batch,)` for classes."""
+        if batch.get("shift_labels") is not None:  # packed rows
+            return batch["shift_labels"]
+        return batch["labels"][:, 1:] if self._shifts_labels else batch["labels"]
 
     def _weigh(self, batches: list[dict], device) -> None:
         """Give every row the weight of each of its tokens, so that the loss is the data sets' means, weighted.
@@ -197,32 +225,50 @@ class BridgeTrainer(ResumableTrainer):
         """
         names = sorted(self.loss_weights)
         counts = torch.zeros(len(names), device=device)
-        shift = 1 if self._shifts_labels else 0
         for batch in batches:
-            rows = (batch["labels"][:, shift:] != IGNORED).sum(dim=1).to(device)
+            learned = self._targets(batch) != IGNORED
+            rows = learned.reshape(len(learned), -1).sum(dim=1).to(device)
             index = torch.tensor([names.index(source) for source in batch["sources"]], device=device)
             counts.index_add_(0, index, rows.to(counts))
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
             counts = self.accelerator.gather(counts[None]).sum(dim=0)
         weights = torch.tensor([self.loss_weights[name] for name in names], device=device) / counts.clamp(min=1)
+        if not self.model_accepts_loss_kwargs:
+            weights *= len(batches)  # `Trainer` divides the loss of such models by the number of batches in a step
         for batch in batches:
             index = torch.tensor([names.index(source) for source in batch["sources"]], device=device)
             batch["token_weights"] = weights[index]  # (batch,)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """See `Trainer.compute_loss`; tokens are weighted where data sets have loss weights."""
+        """See `Trainer.compute_loss`; tokens are weighted where data sets have loss weights, and labels smoothed.
+
+        `Trainer` itself would not shift the labels that it smooths: it knows by their class which models need that.
+        """
         weights = inputs.pop("token_weights", None)
-        if weights is None:
+        smoothed = self.label_smoother is not None and self.compute_loss_func is None and "labels" in inputs
+        if weights is None and not smoothed:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**inputs)
-        logits, labels = outputs.logits.float().transpose(1, 2), inputs["labels"]  # (batch, vocabulary, tokens)
-        if self._shifts_labels:
-            logits, labels = logits[..., :-1], labels[:, 1:]
-        losses = nn.functional.cross_entropy(logits, labels, reduction="none")  # (batch, tokens)
-        loss = (losses.sum(dim=1) * weights).sum()
-        if self.args.average_tokens_across_devices:
+        outputs = model(**inputs)  # with the labels: an encoder-decoder makes its decoder's inputs of them
+        losses, targets = self._losses(outputs.logits.float(), inputs)
+        if weights is not None:
+            loss = (losses.reshape(len(losses), -1).sum(dim=1) * weights).sum()
+        elif num_items_in_batch is None:
+            loss = losses.sum() / (targets != IGNORED).sum().clamp(min=1)
+        else:
+            loss = losses.sum() / num_items_in_batch
+        if self.args.average_tokens_across_devices and (weights is not None or num_items_in_batch is not None):
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         return (loss, outputs) if return_outputs else loss
+
+    def _losses(self, logits: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of each target, 0 where nothing is learned, and the targets."""
+        targets = self._targets(inputs)
+        if self._shifts_labels and inputs.get("shift_labels") is None:
+            logits = logits[:, :-1]
+        losses = nn.functional.cross_entropy(
+            logits.flatten(0, -2), targets.flatten(), reduction="none", label_smoothing=self.args.label_smoothing_factor
+        )
+        return losses.view(targets.shape), targets
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """See `Trainer.training_step`; a loss that is not finite stops the run."""
@@ -234,9 +280,61 @@ class BridgeTrainer(ResumableTrainer):
             self._stop("the loss", self._step_batches[-1:] if bad else [])
         return loss
 
-    def prediction_step(self, model, inputs, *args, **kwargs):
-        """See `Trainer.prediction_step`."""
-        return super().prediction_step(model, self._model_inputs(inputs), *args, **kwargs)
+    # ------------------------------------------------------------------ evaluation
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """See `Trainer.prediction_step`; by default the predictions are the logits alone."""
+        ignore_keys = IGNORED_OUTPUTS if ignore_keys is None else ignore_keys
+        return super().prediction_step(model, self._model_inputs(inputs), prediction_loss_only, ignore_keys)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """See `Trainer.evaluate`; of several data sets `eval_loss` is the mean of their losses."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        datasets, name = self.eval_dataset if eval_dataset is None else eval_dataset, f"{metric_key_prefix}_loss"
+        if isinstance(datasets, dict) and name not in metrics:
+            losses = [metrics.get(f"{metric_key_prefix}_{key}_loss") for key in datasets]
+            losses = [loss for loss in losses if loss is not None]
+            if losses:
+                metrics[name] = sum(losses) / len(losses)
+                mean = {name: metrics[name]}
+                self.log(mean)
+                self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, mean)
+        return metrics
+
+    def train(self, *args, **kwargs):
+        """See `ResumableTrainer.train`; a metric for the best model that no evaluation gives is refused before it.
+
+        Args:
+            args: Of `ResumableTrainer.train`.
+            kwargs: Of `ResumableTrainer.train`.
+
+        Raises:
+            TrainingError: There is no such metric, or the best model can't be loaded at the end.
+        """
+        self._check_best_metric()
+        return super().train(*args, **kwargs)
+
+    def _check_best_metric(self) -> None:
+        args = self.args
+        if args.load_best_model_at_end and self.is_fsdp_enabled:
+            raise TrainingError(
+                "load_best_model_at_end does not work with FSDP, whose checkpoints here hold what is trained alone: "
+                "leave it out, and take the best checkpoint afterwards."
+            )
+        if args.metric_for_best_model is None or args.eval_strategy == "no" or self.compute_metrics is not None:
+            return
+        wanted, sets = args.metric_for_best_model, self.eval_dataset
+        sets = {} if sets is None else sets
+        known = best_metrics(list(sets) if isinstance(sets, dict) else [])
+        if f"eval_{wanted.removeprefix('eval_')}" not in known:
+            raise TrainingError(f"metric_for_best_model is {wanted!r}; expected one of {', '.join(known)}.")
+        full = args.eval_batch_size * args.world_size
+        for data in sets.values() if isinstance(sets, dict) else [sets]:
+            if args.dataloader_drop_last and hasattr(data, "__len__") and len(data) < full:
+                raise TrainingError(
+                    f"there is no loss for metric_for_best_model: an evaluation has {len(data)} records, and batches "
+                    f"of fewer than {full} are dropped. Take a smaller per_device_eval_batch_size."
+                )
 
     def _check_grad_norm(self, grad_norm) -> None:
         scaled = getattr(self.accelerator, "scaler", None) is not None  # fp16: the scaler skips such steps

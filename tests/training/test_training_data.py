@@ -591,8 +591,9 @@ REFUSED = [
 @pytest.mark.parametrize(("source", "name", "content", "message"), REFUSED)
 def test_refused(source, name, content, message, streaming, tmp_path):
     path = write(tmp_path / name, content)
-    with pytest.raises(ValueError, match=message) as raised:
-        list(load(source, path, streaming=streaming))
+    with pytest.raises(ValueError, match=message) as raised:  # the file, or a record that says why it is broken
+        records = list(load(source, path, streaming=streaming))
+        raise ValueError(next(record["why_broken"] for record in records if structure_problem(record)))
     assert str(path) in str(raised.value)
 
 
@@ -948,6 +949,6 @@ def test_features_hold_what_records_have():
     assert FEATURES["id"] == Value("string")
     record = {
         "id": "a", "source": "b", "images": [{"path": "x", "bytes": None}], "messages": None, "caption": None,
-        "document": [IMAGE, text("a")],
+        "document": [IMAGE, text("a")], "why_broken": None,
     }  # fmt: skip
     assert Dataset.from_list([record], features=FEATURES)[0] == record

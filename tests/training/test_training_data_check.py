@@ -406,7 +406,6 @@ def test_command_show(good, tmp_path):
         (["llava", "x.json", "--set", "images"], 2, "--set images: expected KEY=VALUE"),
         (["llava", "x.json", "--set", "images={"], 2, "--set images={"),
         (["llava", "x.json", "--set", "folder=a"], 1, "unexpected keyword argument 'folder'"),
-        (["llava", "x.json"], 1, "row 0 is a int; expected an object"),
         (["llava", "x.json", "--sheet", "sheet.doc"], 2, "--sheet sheet.doc: expected a picture's name"),
         (["llava", "good.json", "--model", "./nowhere"], 1, "cannot load './nowhere'"),
     ],
@@ -418,6 +417,13 @@ def test_command_refuses(arguments, exit_code, message, tmp_path, monkeypatch):
     done = run("check", *arguments)
     assert done.exit_code == exit_code and message in done.stderr
     assert "Traceback" not in done.stderr and done.stdout == ""
+
+
+def test_command_names_a_wrong_record(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.json").write_text("[3]")
+    done = run("check", "llava", "x.json", "--json")
+    assert done.exit_code == 1 and "row 0 is a int; expected an object" in done.stdout
 
 
 def test_families_are_all_here():
