@@ -195,6 +195,7 @@ USED = (
     Name("transformers.Trainer._load_from_checkpoint",
          "FSDP2: looks for files with the frozen parts; otherwise a warning names every frozen tensor",
          ("self", "resume_from_checkpoint", "model")),
+    Name("transformers.Trainer._load_best_model", "the same, of the best checkpoint", ("self",)),
     Name("datasets.IterableDataset._resolve_features", "columns of a stream that does not declare them"),
     Name("torch._subclasses.fake_tensor.FakeTensorMode", "reading a checkpoint's layout without its weights"),
     Name("torch.nn.Module._get_name", "the name that Trainer looks up when it smooths labels", ("self",)),

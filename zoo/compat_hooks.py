@@ -28,7 +28,7 @@ class NextTokenName(str):
     __hash__ = str.__hash__
 
     def __eq__(self, other) -> bool:
-        return str.__eq__(self, other) or (isinstance(other, str) and str.__eq__(other, NEXT_TOKEN_CLASS))
+        return isinstance(other, str) and (str.__eq__(self, other) or str.__eq__(other, NEXT_TOKEN_CLASS))
 
     def __ne__(self, other) -> bool:
         return not self == other
@@ -171,6 +171,9 @@ class TrainerHooks:
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         own = functools.partial(super()._load_from_checkpoint, resume_from_checkpoint, model)
         return self.load_trained(own, resume_from_checkpoint)
+
+    def _load_best_model(self):
+        return self.load_best(super()._load_best_model)
 
 
 __all__ = ["ModelHooks", "ProcessorHooks", "TrainerHooks", "process_images"]
