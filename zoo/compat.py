@@ -185,6 +185,8 @@ USED = (
          ("path_or_repo_id", "revision", "token", "local_files_only", "cache_dir"), since="5.18",
          instead="huggingface_hub's model_info"),
     Name("transformers.PreTrainedTokenizerFast._tokenizer", "tokenizers without some added tokens", set_by="__init__"),
+    Name("transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+         "whether Trainer shifts the labels that it smooths: it looks up a model's `_get_name()` there"),
     Name("transformers.Trainer._save_checkpoint",
          "a full disk is survived, and older checkpoints stay until the new one is complete: no callback sees errors "
          "of saving, or runs before older checkpoints are deleted", ("self", "model", "trial")),
@@ -193,8 +195,10 @@ USED = (
     Name("transformers.Trainer._load_from_checkpoint",
          "FSDP2: looks for files with the frozen parts; otherwise a warning names every frozen tensor",
          ("self", "resume_from_checkpoint", "model")),
+    Name("transformers.Trainer._load_best_model", "the same, of the best checkpoint", ("self",)),
     Name("datasets.IterableDataset._resolve_features", "columns of a stream that does not declare them"),
     Name("torch._subclasses.fake_tensor.FakeTensorMode", "reading a checkpoint's layout without its weights"),
+    Name("torch.nn.Module._get_name", "the name that Trainer looks up when it smooths labels", ("self",)),
     Name("torch.nn.Module._apply", "inactive bridges move with the model", ("self", "fn", "recurse")),
     Name("torch.utils.data._utils.worker._worker_info", "streams shard themselves over a loader's workers"),
 )  # fmt: skip

@@ -18,8 +18,41 @@ from .compat import version_of
 HOOKS_ARE_RECOMPUTED = version_of("transformers") < Version("5.23")
 
 
+# A class in transformers' table of those that predict the next token
+NEXT_TOKEN_CLASS = "LlamaForCausalLM"
+
+
+class NextTokenName(str):
+    """Name of a class that predicts the next token. It equals `NEXT_TOKEN_CLASS` too, so that `Trainer` finds it."""
+
+    __hash__ = str.__hash__
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, str) and (str.__eq__(self, other) or str.__eq__(other, NEXT_TOKEN_CLASS))
+
+    def __ne__(self, other) -> bool:
+        return not self == other
+
+
 class ModelHooks:
     """Mixin before `PreTrainedModel` and `GenerationMixin`."""
+
+    @property
+    def predicts_next_token(self) -> bool:
+        """Whether the logits of a position are those of the next one's label: not so for encoder-decoders."""
+        config = getattr(self, "config", None)
+        if config is None or config.is_encoder_decoder:
+            return False
+        if hasattr(config, "text_config"):  # `None` in classifiers and in stage 1, which have no language model
+            return config.text_config is not None
+        return self.can_generate()
+
+    def _get_name(self) -> str:
+        # `Trainer` shifts the labels that it smooths if this name is in its table. Names of classes in that table would
+        # be too few (subclasses) and too many (encoder-decoders are of the same class), and other readers of the table
+        # would take the models for models of text alone.
+        name = super()._get_name()
+        return NextTokenName(name) if self.predicts_next_token else name
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -138,6 +171,9 @@ class TrainerHooks:
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         own = functools.partial(super()._load_from_checkpoint, resume_from_checkpoint, model)
         return self.load_trained(own, resume_from_checkpoint)
+
+    def _load_best_model(self):
+        return self.load_best(super()._load_best_model)
 
 
 __all__ = ["ModelHooks", "ProcessorHooks", "TrainerHooks", "process_images"]
