@@ -121,9 +121,9 @@ class BridgeGenerationMixin(GenerationHooks):
         Placeholders are never generated if visual tokens take their places (all families but Perceiver-Flamingo, whose
         `<image>` is a token that the model reads; the official code generates it like any other).
 
-        An `assistant_model` may have a bridge, which gets the same images, or be a plain language model, which reads the
-        text alone. With `guidance_scale`, `negative_prompt_ids` may show the images of their prompts, or none; without
-        them the negative prompt is the prompt's last token, as in transformers.
+        An `assistant_model` may have a bridge, which gets the same images, or be a plain language model, which reads
+        the text alone. With `guidance_scale`, `negative_prompt_ids` may show the images of their prompts, or none;
+        without them the negative prompt is the prompt's last token, as in transformers.
 
         Args:
             inputs: `(batch, tokens)`, the prompts; `input_ids` is another name for them.
@@ -208,6 +208,11 @@ class BridgeGenerationMixin(GenerationHooks):
             raise ValueError(
                 f"{asked[0]} can't be used with a {kind} cache, which can't take drafted tokens back. Leave "
                 "cache_implementation out."
+            )
+        if encoded is None and self.config.is_encoder_decoder and given("prefill_chunk_size"):
+            raise ValueError(
+                "prefill_chunk_size can't be used with an encoder-decoder: it would cut the encoder's mask, though "
+                "only the decoder's tokens come in chunks. Leave it out."
             )
         if encoded is None:
             return
