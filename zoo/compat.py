@@ -152,6 +152,16 @@ IMPORTED = (
 # Names that only this module and `compat_hooks` use: overridden, or read and set by functions
 USED = (
     Name("transformers.GenerationMixin.prepare_inputs_for_generation", "the name of the cache (`CACHE`)"),
+    Name("transformers.GenerationMixin._get_logits_processor", "guidance that knows images and beams",
+         ("logits_processor",)),
+    Name("transformers.GenerationMixin._get_candidate_generator", "prompt lookup in prompts with placeholders",
+         ("assistant_model", "logits_processor")),
+    Name("transformers.GenerationMixin._prepare_model_inputs", "encoder-decoder assistants",
+         ("inputs", "bos_token_id", "model_kwargs")),
+    Name("transformers.GenerationMixin._maybe_prepare_encoder_kwargs_for_generation",
+         "encoder-decoder assistants; output_hidden_states", ("inputs_tensor", "model_kwargs"), since="5.18",
+         instead="_prepare_encoder_decoder_kwargs_for_generation, which leaves output_hidden_states alone"),
+    Name("transformers.generation.PromptLookupCandidateGenerator.vocab_size", "prompt lookup", set_by="__init__"),
     Name("transformers.masking_utils.create_causal_mask", "MPT's causal mask",
          ("config", "inputs_embeds", "attention_mask", "position_ids")),
     Name("transformers.masking_utils.create_masks_for_generate", "masks of a static cache", ("config",)),
@@ -364,8 +374,12 @@ _beams = threading.local()
 
 
 @contextmanager
-def logits_of_width(width: int) -> Iterator[None]:
-    """Set the number of columns of the logits for beam search in this thread, see `as_wide_as_logits`."""
+def logits_of_width(width: int | None) -> Iterator[None]:
+    """Set the number of columns of the logits for beam search in this thread, see `as_wide_as_logits`.
+
+    Args:
+        width: Number of columns; `None` leaves the configuration as it is.
+    """
     before = getattr(_beams, "width", None)
     _beams.width = width if BEAMS_READ_VOCAB_SIZE else None
     try:

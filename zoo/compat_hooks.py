@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 from packaging.version import Version
 
-from .compat import version_of
+from .compat import logits_of_width, version_of
 
 
 # Before transformers 5.23, gradient checkpointing recomputes a layer's hooks together with the layer
@@ -83,6 +83,46 @@ class ModelHooks:
 
     def apply_elsewhere(self, fn: Callable) -> None:
         """Apply a function to modules that belong to this model without being its children, see `apply_to`."""
+
+
+class GenerationHooks:
+    """Mixin before `GenerationMixin`."""
+
+    def _get_logits_processor(self, *args, **kwargs):
+        with logits_of_width(None):  # watermarks depend on the size of the vocabulary
+            processors = super()._get_logits_processor(*args, **kwargs)
+        return self.arrange_processors(processors)
+
+    def arrange_processors(self, processors: list) -> list:
+        """Change the logits processors of a call of `generate`; returns them."""
+        return processors
+
+    def _maybe_prepare_encoder_kwargs_for_generation(self, inputs_tensor, model_kwargs, *args, **kwargs):
+        # It removes every argument that `get_image_features` has too: these are for the language model.
+        names = ("output_attentions", "output_hidden_states")
+        wanted = {name: model_kwargs[name] for name in names if name in model_kwargs}
+        prepare = super()._maybe_prepare_encoder_kwargs_for_generation
+        return {**prepare(inputs_tensor, model_kwargs, *args, **kwargs), **wanted}
+
+    def _get_candidate_generator(self, *args, **kwargs):
+        return self.adapt_candidates(super()._get_candidate_generator(*args, **kwargs))
+
+    def adapt_candidates(self, generator):
+        """Change what proposes tokens for assisted decoding; returns it."""
+        return generator
+
+
+class AssistantHooks:
+    """What transformers asks of an encoder-decoder assistant, which has its encoder's outputs already."""
+
+    def _prepare_model_inputs(self, inputs=None, bos_token_id=None, model_kwargs=None):
+        return inputs, "input_ids", model_kwargs
+
+    def _maybe_prepare_encoder_kwargs_for_generation(self, inputs_tensor, model_kwargs, *args, **kwargs):
+        return model_kwargs
+
+    # Its name before transformers 5.18
+    _prepare_encoder_decoder_kwargs_for_generation = _maybe_prepare_encoder_kwargs_for_generation
 
 
 def process_images(processor, images, **kwargs):
@@ -176,4 +216,4 @@ class TrainerHooks:
         return self.load_best(super()._load_best_model)
 
 
-__all__ = ["ModelHooks", "ProcessorHooks", "TrainerHooks", "process_images"]
+__all__ = ["AssistantHooks", "GenerationHooks", "ModelHooks", "ProcessorHooks", "TrainerHooks", "process_images"]
