@@ -50,6 +50,11 @@ def is_quantized(part: nn.Module | None) -> bool:
     return next(quantized_layers(part), None) is not None
 
 
+def _is_linear(layer: nn.Module) -> bool:
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.ndim == 2 and not isinstance(layer, nn.Embedding)
+
+
 def without_bridge(quantization_config: Any) -> Any:
     """A copy of a quantisation configuration whose list of modules to leave as they are, if it has one, names `bridge`.
 
@@ -109,9 +114,12 @@ def _unpack(layer: nn.Module, *_) -> None:
 
 def _unpack_for_gradients(layer: nn.Module, args: tuple) -> None:
     """Forward pre-hook: packed weights have no gradients, so they are unpacked for good when gradients are needed."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not args[0].requires_grad:
-        return
-    keep_unpacked(layer)
+    if (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and any(isinstance(states, torch.Tensor) and states.requires_grad for states in args)
+    ):
+        keep_unpacked(layer)
 
 
 def keep_unpacked(layer: nn.Module) -> None:
@@ -238,8 +246,8 @@ class QuantizationMixin:
         skipped = ["bridge", *(name for name in FROZEN_PARTS if name not in parts)]
         for name, part in parts.items():
             known = {each for each, _ in quantized_layers(part)}
-            left = (each for each, layer in part.named_modules() if each not in known and hasattr(layer, "weight"))
-            skipped += [f"{name}.{each}" for each in left]
+            layers = (each for each, layer in part.named_modules() if each not in known and _is_linear(layer))
+            skipped += [f"{name}.{each}" for each in layers]
         return {**fields[0], field: skipped}
 
     def _set_quantization(self, quantization_config: Any) -> None:
