@@ -174,6 +174,7 @@ USED = (
     Name("transformers.PreTrainedModel._no_split_modules", "declared by models: layers that stay on one device"),
     Name("transformers.PreTrainedModel._skip_keys_device_placement", "declared by models: caches are not moved"),
     Name("transformers.PreTrainedModel._can_compile_fullgraph", "declared by models: generate() may compile"),
+    Name("transformers.PreTrainedModel._keep_in_fp32_modules", "the bridge is not quantised, by any quantiser"),
     Name("transformers.PreTrainedModel._can_record_outputs", "declared by MPT: what capture_outputs records"),
     Name("transformers.PreTrainedModel._input_embed_layer", "declared by MPT: its input embeddings"),
     Name("transformers.PreTrainedModel._supports_sdpa", "declared by models"),
@@ -435,6 +436,16 @@ def mark_initialized(model: nn.Module) -> None:
     """Keep a larger model that a model becomes part of from initialising its weights again."""
     for module in model.modules():
         module._is_hf_initialized = True
+
+
+def keep_unquantized(model: PreTrainedModel, name: str) -> None:
+    """Keep a module from being quantised while its model is loaded, whatever the configuration of the quantisation.
+
+    Args:
+        model: A model under construction.
+        name: Name of the module. It is loaded in float32 if the model is loaded in float16.
+    """
+    model._keep_in_fp32_modules = {*(model._keep_in_fp32_modules or ()), name}
 
 
 def layers_not_to_split(model: PreTrainedModel) -> list[str]:
