@@ -16,7 +16,7 @@ from transformers import (
 
 from ..configuration.configuration_llava import MLPLlavaConfig
 from ..processing.processing_llava import MLPLlavaProcessor
-from .convert_language import load_language_tokenizer
+from .convert_language import load_language_tokenizer, needs_space_after
 from .convert_llava_checkpoint import Settings, find_file, image_fields, read_fields
 from .convert_llava_names import IMAGE_BORDERS
 
@@ -76,17 +76,6 @@ def conversation_of(name: str, config: MLPLlavaConfig, tokenizer: PreTrainedToke
         if re.search(pattern, name):
             return conversation
     return "llava_v1" if config.projector_type == "linear" else "vicuna_v1"
-
-
-def needs_space_after_image(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether text after `<image>` needs a space to be tokenised like separate text, as the official code does.
-
-    Source: `tokenizer_image_token` in `llava/mm_utils.py`.
-    """
-    alone, after, spaced = (
-        tokenizer.encode(text, add_special_tokens=False) for text in ("\nWhat", "<image>\nWhat", "<image> \nWhat")
-    )
-    return after[1:] != alone and spaced[1:] == alone
 
 
 def _chat_template(place: str | os.PathLike) -> str | None:
@@ -154,7 +143,7 @@ def build_processor(
         image_aspect_ratio=settings.image_aspect_ratio,
         conversation=conversation,
         mm_use_im_start_end=bool(settings.borders),
-        space_after_image=not settings.native and needs_space_after_image(tokenizer),
+        space_after_image=not settings.native and needs_space_after(tokenizer, "<image>"),
     )
 
 
@@ -164,5 +153,4 @@ __all__ = [
     "end_tokens",
     "load_image_processor",
     "load_tokenizer",
-    "needs_space_after_image",
 ]
