@@ -353,7 +353,10 @@ def convert_blip2(
     compare_twins(files, checkpoint_table(conversion.model, prefix, tied), conversion)
 
     side = model_config.image_size
-    image_processor = CLIPImageProcessor(size={"height": side, "width": side}, do_center_crop=False)
+    # LAVIS resizes with Pillow, and crops nothing
+    image_processor = CLIPImageProcessor(
+        size={"height": side, "width": side}, do_center_crop=False, image_backend="pil"
+    )
     generation = None
     if prefix is not None:
         generation = generation_config(prefix, bert is not None, language_tokenizer, text_config)

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
-    CLIPImageProcessor,
+    BaseImageProcessor,
+    CLIPImageProcessorPil,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -86,8 +87,8 @@ def _chat_template(place: str | os.PathLike) -> str | None:
     return next((template for template in given if isinstance(template, str)), None)
 
 
-def load_image_processor(place: str | os.PathLike | None, side: int) -> CLIPImageProcessor:
-    """The vision encoder's image processor.
+def load_image_processor(place: str | os.PathLike | None, side: int) -> BaseImageProcessor:
+    """The vision encoder's image processor. Like the official one it resizes with Pillow.
 
     Args:
         place: Folder or Hub id; CLIP's defaults are used if it has none.
@@ -96,12 +97,12 @@ def load_image_processor(place: str | os.PathLike | None, side: int) -> CLIPImag
     fields = {} if place is None or os.path.isfile(place) else image_fields(place)
     kind = str(fields.get("image_processor_type") or fields.get("feature_extractor_type") or "CLIP")
     if not fields:
-        return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+        return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     if kind.startswith(("CLIP", "Llava")):  # LLaVA's own steps are done by MLPLlavaProcessor
         own = ("size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std")
         own += tuple(name for name in fields if name.startswith("do_") and name != "do_pad")
-        return CLIPImageProcessor(**{name: fields[name] for name in own if name in fields})
-    return AutoImageProcessor.from_pretrained(place)
+        return CLIPImageProcessorPil(**{name: fields[name] for name in own if name in fields})
+    return AutoImageProcessor.from_pretrained(place, backend="pil")
 
 
 def end_tokens(text_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | list[int]:
@@ -117,7 +118,7 @@ def end_tokens(text_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 def build_processor(
     config: MLPLlavaConfig,
     settings: Settings,
-    image_processor: CLIPImageProcessor,
+    image_processor: BaseImageProcessor,
     tokenizer: PreTrainedTokenizerBase,
     conversation: str | None,
     name: str,
