@@ -317,7 +317,10 @@ class BridgedModel(
         if input_ids is None:
             if image_features is None:
                 return inputs_embeds
-            raise ValueError("Images need input_ids: placeholders can't be found in inputs_embeds.")
+            raise ValueError(
+                "Images need input_ids: placeholders can't be found in inputs_embeds. Give all that the processor "
+                "returned, as in generate(**inputs)."
+            )
         placeholders = input_ids == self.config.image_token_id  # (batch, tokens)
         if image_features is None:
             # Decoding steps have one token: checking them would only wait for the device.

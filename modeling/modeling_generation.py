@@ -406,7 +406,10 @@ class BridgeGenerationMixin(GenerationHooks):
             return replace(before, begun=False)
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         if input_ids is None and encoded is not None:
-            raise ValueError("Images need input_ids: placeholders can't be found in inputs_embeds.")
+            raise ValueError(
+                "Images need input_ids: placeholders can't be found in inputs_embeds. Give all that the processor "
+                "returned, as in generate(**inputs)."
+            )
         if input_ids is not None:
             # The images of a prefix that was run before are in its visual_states.
             known = 0 if cache is None else int(cache.get_seq_length())
