@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 
 import pytest
 import torch
@@ -242,7 +241,7 @@ def test_saving_leaves_a_model_in_memory_as_it_is(parts, tmp_path):
         weights, expected = dequantised_weights(loaded), logits_of(loaded, processor)
         for part in (loaded, loaded.language_model, loaded.vision_model):
             part.state_dict()
-            read = {name: weight for name, weight in dequantised_weights_of(part, loaded).items()}
+            read = dequantised_weights_of(part, loaded)
             assert read and all(relative_error(weight, weights[name]) < 0.01 for name, weight in read.items())
             assert relative_error(logits_of(loaded, processor), expected) < (0.03 if nested else 1e-6)
 
@@ -479,7 +478,7 @@ def test_a_quantiser_that_takes_the_bridge_is_refused(bridge, rounding, parts, t
     assert AutoModel.from_pretrained(tmp_path, quantization_config=config).bridge.dtype == torch.float32
 
 
-def test_quantised_parts_are_not_trained(parts, tmp_path, caplog):
+def test_quantised_parts_are_not_trained(parts, tmp_path):
     model, processor = compose_from(parts, "mlp")
     model.freeze(language_model=False)
     model.save_pretrained(tmp_path)
@@ -613,4 +612,3 @@ def test_the_saved_bridge_holds_the_bridge(parts, tmp_path):
     loaded.save_pretrained(tmp_path / "again", bridge_only=True)
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "again"))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    logging.getLogger("transformers").setLevel(logging.WARNING)
