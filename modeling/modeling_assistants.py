@@ -68,6 +68,15 @@ class Assistant(AssistantHooks):
         mask[:, -1] = 1
         return {"input_ids": input_ids.masked_fill(hidden, 0), "attention_mask": mask}
 
+    def needs_images(self, input_ids: torch.LongTensor) -> bool:
+        """Whether there are placeholders among tokens `(batch, tokens)`, in whose places visual tokens belong."""
+        config = self.model.config
+        return bool(
+            getattr(config, "visual_tokens_in_prompt", False)
+            and not config.is_encoder_decoder
+            and (input_ids == config.image_token_id).any()
+        )
+
     def encode_text(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None) -> None:
         """Run the encoder of an encoder-decoder assistant without a bridge, once."""
         arguments = self.text_arguments(input_ids.to(self.model.device), attention_mask)
@@ -81,9 +90,11 @@ class Assistant(AssistantHooks):
             kwargs: Arguments of `GenerationMixin.generate`, those of the assisted model among them.
         """
         kwargs.pop("visual_states", None)  # of the assisted model
-        kwargs.update(self.prompt if kwargs.get(CACHE) is None else self.later)
         name = "decoder_input_ids" if self.model.config.is_encoder_decoder else "input_ids"
         input_ids = kwargs[name]
+        if kwargs.get(CACHE) is not None and self.needs_images(input_ids[:, kwargs[CACHE].get_seq_length() :]):
+            del kwargs[CACHE]  # a rejected draft took back the prompt's last token too: begin with the prompt again
+        kwargs.update(self.prompt if kwargs.get(CACHE) is None else self.later)
         if name == "input_ids" and bool(self.hidden(input_ids).any()):
             kwargs.update(self.text_arguments(input_ids, kwargs.get("attention_mask")))
             kwargs.pop("position_ids", None)  # `generate` counts them from the mask
