@@ -14,7 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import PIL
 import pytest
+from packaging.version import Version
 
 
 if TYPE_CHECKING:
@@ -75,12 +77,16 @@ class Case:
     def same_pixels(found: torch.Tensor, official: torch.Tensor) -> bool:
         """Whether pixels differ by at most one grey level of 255; all official code normalises with CLIP's std.
 
+        The cases hold the pixels of Pillow 13. Older releases resized pictures that are higher than wide in another order of
+        passes, so that some pixels differ by up to nine levels.
+
         Args:
             found: Normalised pixels, `(..., 3, height, width)`.
             official: What they should be.
         """
         std = found.new_tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
-        return found.shape == official.shape and ((found - official).abs() * std).max().item() < 1.01 / 255
+        levels = 1 if Version(PIL.__version__) >= Version("13") else 10
+        return found.shape == official.shape and ((found - official).abs() * std).max().item() < 1.01 * levels / 255
 
 
 def load(path: Path) -> dict[str, torch.Tensor]:
