@@ -77,8 +77,8 @@ class Case:
     def same_pixels(found: torch.Tensor, official: torch.Tensor) -> bool:
         """Whether pixels differ by at most one grey level of 255; all official code normalises with CLIP's std.
 
-        The cases hold the pixels of Pillow 13. Older releases resized pictures that are higher than wide in another order of
-        passes, so that some pixels differ by up to nine levels.
+        The cases hold the pixels of Pillow 13. Older releases resized pictures that are higher than wide in another
+        order of passes, so that some pixels differ by up to nine levels.
 
         Args:
             found: Normalised pixels, `(..., 3, height, width)`.
