@@ -227,7 +227,7 @@ class BridgeGenerationMixin(GenerationHooks):
             )
         if given("token_healing"):
             raise ValueError(
-                "token_healing can't be used with images: it writes the prompt anew, without placeholders. Leave it "
+                "token_healing can't be used with images: it rewrites the prompt without placeholders. Leave it "
                 "out, and end the prompt at the end of a word."
             )
 

@@ -35,7 +35,7 @@ class Guidance(LogitsProcessor):
     """Classifier-free guidance: move the scores away from those that a negative prompt gives.
 
     The negative prompt is continued with each row's own tokens. Rows that change places (beams), and tokens that are
-    taken back (prompt lookup), make it run anew.
+    taken back (prompt lookup), make it run again from its beginning.
 
     Args:
         model: The model; it computes the scores of the negative prompt too.

@@ -1,4 +1,4 @@
-"""Generation in the slow, obvious way: the whole model runs anew for every token, without a cache."""
+"""Generation in the slow, obvious way: the whole model runs for every token, without a cache."""
 
 from __future__ import annotations
 

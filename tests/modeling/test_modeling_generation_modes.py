@@ -280,7 +280,7 @@ def test_ways_that_transformers_moved_to_the_hub(composed, name, options):
 
 
 def contrastive(model, input_ids, logits_processor, stopping_criteria, generation_config, alpha=0.6, **model_kwargs):
-    """Of each row's three best tokens the one that is likely and unlike what stands there. It runs all of them anew."""
+    """Of each row's three best tokens the one that is likely and unlike what stands there. All of them run whole."""
     rows, mask = len(input_ids), model_kwargs.pop("attention_mask")
     is_encoder_decoder = model.config.is_encoder_decoder
     name = "decoder_hidden_states" if is_encoder_decoder else "hidden_states"
@@ -381,7 +381,10 @@ def test_custom_code_in_a_folder_sees_the_images(composed, code, tmp_path):
     ("options", "message"),
     [
         ({"cache_implementation": "paged"}, r"'paged' \(continuous batching\) can't be used with images"),
-        ({"token_healing": True}, "token_healing can't be used with images: it writes the prompt anew"),
+        (
+            {"token_healing": True},
+            "token_healing can't be used with images: it rewrites the prompt without placeholders",
+        ),
         ({"assistant_early_exit": 1}, "assistant_early_exit can't be used with .* knows? nothing of the bridge"),
         ({"use_mtp": True}, "use_mtp can't be used with .* know nothing of the bridge"),
     ],
