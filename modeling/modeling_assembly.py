@@ -62,8 +62,7 @@ def assemble(
         TypeError: A part has an unsupported type.
     """
     hub_names = ("revision", "token", "cache_dir", "local_files_only")
-    hub_kwargs = {name: options.pop(name) for name in hub_names if name in options}
-    hub_kwargs = {name: value for name, value in hub_kwargs.items() if value}
+    hub_kwargs = {name: value for name in hub_names if (value := options.pop(name, None))}
     for_processor = {name: options.pop(name) for name in processor_class.compose_options if name in options}
     for_model = {name: options.pop(name) for name in model_class.compose_options if name in options}
     wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype

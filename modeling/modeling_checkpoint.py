@@ -24,7 +24,7 @@ from ..compat import arguments_that_stay, layers_not_to_split, resolve_revision,
 from ..extensions import publisher, take_push_options, where_to_load, write_card
 from ..files import move_into, retried, share_permissions, staging_folder, write_json
 from .modeling_changes import changed_since, changed_tensors, has_adapters, samples_of
-from .modeling_parts import PART_KEYWORDS, auto_class_for, check_part, load_frozen_part, parts_to_quantize
+from .modeling_parts import PART_KEYWORDS, auto_class_for, check_part, load_frozen_part, part_to_quantize
 from .modeling_pins import (
     FROZEN_PARTS,
     HUB_KEYWORDS,
@@ -527,7 +527,7 @@ class BridgeCheckpointMixin:
             set_attention(config, attention)
 
         overlay = config.trained_tensors or []
-        quantized = parts_to_quantize(frozen_parts_of(config), given) if quantization else ()
+        quantized = part_to_quantize(frozen_parts_of(config), given) if quantization else None
         parts = {}
         for part in frozen_parts_of(config):
             part_config = config.vision_config if part == "vision_model" else config.text_config
@@ -540,7 +540,7 @@ class BridgeCheckpointMixin:
                     f"{path}/config.json is bridge_only but names no {part}; pass {part}=<a loaded model>."
                 )
             else:
-                extra = {"quantization_config": quantization} if part in quantized else {}
+                extra = {"quantization_config": quantization} if part == quantized else {}
                 extra.update((name, hub_kwargs[name]) for name in PART_KEYWORDS if name in hub_kwargs)
                 trained = {name.removeprefix(f"{part}.") for name in overlay if name.startswith(f"{part}.")}
                 parts[part] = load_frozen_part(part, pin, part_config, trained, allow_mismatch, dtype=dtype, **extra)

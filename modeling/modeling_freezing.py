@@ -66,7 +66,7 @@ class FreezingMixin:
             if not frozen or part is None:
                 continue
             part.eval()
-            for name, layer in quantized_layers(part):
+            for name, layer in quantized_layers(part) if self._has_quantized_parts else ():
                 layer.training = mode  # they have no dropout, and compute without gradients in eval mode on a CPU
                 if name.endswith("base_layer"):  # PEFT reads and writes the weights when it merges its adapters
                     keep_unpacked(layer)

@@ -128,8 +128,8 @@ def load_frozen_part(
     return model
 
 
-def parts_to_quantize(parts: list[str], given: dict[str, PreTrainedModel | None]) -> tuple[str, ...]:
-    """The parts that `quantization_config` applies to when a bridge checkpoint is loaded.
+def part_to_quantize(parts: list[str], given: dict[str, PreTrainedModel | None]) -> str:
+    """The part that `quantization_config` applies to when a bridge checkpoint is loaded.
 
     That is the language model, or in a model without one the vision encoder.
 
@@ -146,7 +146,7 @@ def parts_to_quantize(parts: list[str], given: dict[str, PreTrainedModel | None]
             f"quantization_config applies to the {part}, which was passed in and is loaded already: load that with "
             "quantization_config, or leave it out here."
         )
-    return (part,)
+    return part
 
 
 def check_part(part: str, model: PreTrainedModel, config: PreTrainedConfig) -> None:
@@ -236,5 +236,5 @@ def resolve_part(
     return model, place, {"source": os.path.abspath(source) if os.path.isdir(source) else source, "revision": revision}
 
 
-__all__ = ["Part", "auto_class_for", "build_part", "check_part", "load_frozen_part", "parts_to_quantize",
+__all__ = ["Part", "auto_class_for", "build_part", "check_part", "load_frozen_part", "part_to_quantize",
            "refuse_zero3", "resolve_part"]  # fmt: skip

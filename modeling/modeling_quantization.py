@@ -166,6 +166,8 @@ def unpack(part: nn.Module | None) -> None:
 class QuantizationMixin:
     """Quantised parts beside a bridge in full precision."""
 
+    _has_quantized_parts = False
+
     def _exclude_bridge(self) -> None:
         """Keep the bridge from being quantised by the loading that builds this model."""
         if getattr(self.config, "quantization_config", None) is not None:
@@ -178,7 +180,9 @@ class QuantizationMixin:
     def _mark_quantization(self) -> None:
         """Mark the model, or its parts if it was loaded as a whole, as transformers marks quantised models."""
         whole = getattr(self, "hf_quantizer", None) is not None
-        for part in self._quantized_parts().values():
+        parts = self._quantized_parts()
+        self._has_quantized_parts = bool(parts)
+        for part in parts.values():
             given, marked = (self, part) if whole else (part, self)
             for mark in MARKS:
                 if getattr(given, mark, None):
