@@ -12,9 +12,12 @@ from functools import lru_cache
 import torch
 from PIL import Image
 
+from ..few_shot import FewShotAnswerer, answer_with, draw, rank_answers
 from ..files import cache_dir
 from ..images import ImageError
 from ..inference import answer_few_shot
+from ..prompts import ImageCache
+from ..retrieval import ImageIndex, encoder_pin
 from .evaluation_metrics import LETTERS
 from .evaluation_models import Subject, in_chat_form
 from .evaluation_samples import Sample
@@ -51,6 +54,8 @@ class Shown:
         shots: How many there are per query.
         how: One of `DEMONSTRATIONS`.
         seed: Of the draw.
+        shared: Those that all queries are shown, where they are drawn at random.
+        index: Of the pool's pictures, for RICES.
     """
 
     pool: Sequence[Sample] = ()
@@ -58,6 +63,7 @@ class Shown:
     how: str = "random"
     seed: int = 0
     shared: list[Sample] = field(default_factory=list)
+    index: ImageIndex | None = None
 
     def __post_init__(self):
         if self.how not in DEMONSTRATIONS:
@@ -67,9 +73,21 @@ class Shown:
         if self.shots > len(self.pool):
             raise TaskError(f"shots is {self.shots}, but there are only {len(self.pool)} samples to show.")
         if self.shots:
-            from ..few_shot import draw
-
             self.shared = [self.pool[number] for number in draw(len(self.pool), self.shots, self.seed)]
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether demonstrations are chosen by the query's picture."""
+        return self.shots > 0 and self.how == "rices"
+
+    def prepare(self, subject: Subject) -> None:
+        """Make the index of the pool's pictures by the model's own frozen encoder, or read it from vlbridge's cache."""
+        if not self.retrieves or self.index is not None:
+            return
+        keys = [sample.image_key for sample in self.pool]
+        about = json.dumps([encoder_pin(subject.model, subject.processor), keys])
+        path = cache_dir() / "rices" / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.safetensors"
+        self.index = ImageIndex.build(subject.model, subject.processor, keys, path, ids=keys)
 
     def describe(self) -> dict | None:
         """What results say about them."""
@@ -113,8 +131,9 @@ class Answerer:
         self.processor = in_chat_form(subject.processor) if asking.form == "chat" else subject.processor
         self.ranks = asking.method == "rank" and not subject.is_classifier
         # what a picture is like must not be told by its neighbours
-        self.retrieves = shown.shots > 0 and shown.how == "rices" and not (blind or grey)
-        self._engine = self._index = self._images = None
+        self.retrieves = shown.retrieves and not (blind or grey)
+        self._engine: FewShotAnswerer | None = None
+        self._images: ImageCache | None = None
         self._picture_of = lru_cache(_KEPT_PICTURES)(lambda number: open_picture(shown.pool[number]))
 
     def __call__(self, samples: Sequence[Sample], numbers: Sequence[int]) -> list[dict]:
@@ -152,12 +171,11 @@ class Answerer:
 
         Source: `open_flamingo/eval/rices.py`.
         """
-        if self._index is None:
-            self._index = _index_of(self.subject, self.shown.pool)
-        pool = self.shown.pool
+        self.shown.prepare(self.subject)
+        pool, index = self.shown.pool, self.shown.index
         return [
             [self._turn(pool[number], self._picture_of(number), pool[number].said) for number in reversed(nearest)]
-            for nearest in self._index.nearest(list(images), self.shown.shots)
+            for nearest in index.nearest(list(images), self.shown.shots)
         ]
 
     # ------------------------------------------------------------------ generating
@@ -168,8 +186,6 @@ class Answerer:
             nothing: list[list[dict]] = [[] for _ in queries]
             texts = answer_few_shot(model, self.processor, nothing, queries, batch_size=len(queries), **options)
         elif self.retrieves:
-            from ..few_shot import answer_with
-
             texts = answer_with(
                 model, self.processor, self._nearest(images), queries, image_cache=self._image_cache(), **options
             )
@@ -177,10 +193,8 @@ class Answerer:
             texts = self._shared_engine().answer(queries)
         return [{"prediction": self.asking.cut(text)} for text in texts]
 
-    def _shared_engine(self):
+    def _shared_engine(self) -> FewShotAnswerer:
         if self._engine is None:
-            from ..few_shot import FewShotAnswerer
-
             self._engine = FewShotAnswerer(self.subject.model, self.processor, self._shared(), **self.asking.generation)
             if self.first is not None:
                 query = self._turn(self.first, self._look_at(self.first))
@@ -190,10 +204,8 @@ class Answerer:
                     self._engine.answer([query])
         return self._engine
 
-    def _image_cache(self):
+    def _image_cache(self) -> ImageCache:
         if self._images is None:
-            from ..few_shot import ImageCache
-
             self._images = ImageCache(self.subject.model, self.processor)
         return self._images
 
@@ -206,8 +218,6 @@ class Answerer:
                 raise ValueError(f"{sample.id} has no choices to rank.")
             choices.append(list(sample.choices))
         if self.retrieves:
-            from ..few_shot import rank_answers
-
             scores = rank_answers(
                 self.subject.model, self.processor, self._nearest(images), queries, choices,
                 image_cache=self._image_cache(),
@@ -251,17 +261,6 @@ def _about(sample: Sample) -> dict:
     return about
 
 
-def _index_of(subject: Subject, pool: Sequence[Sample]):
-    """The index of a pool's pictures by the model's own frozen encoder, built once and kept in vlbridge's cache."""
-    from ..retrieval import ImageIndex
-
-    pin = (subject.model.config.frozen_parts or {}).get("vision_model") or {}
-    key = json.dumps([pin.get("sha256"), subject.name, [sample.image_key for sample in pool]])
-    path = cache_dir() / "rices" / hashlib.sha256(key.encode()).hexdigest()[:32]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return ImageIndex.build(subject.model, subject.processor, [sample.image["path"] for sample in pool], path)
-
-
 # ---------------------------------------------------------------------- baselines
 
 
@@ -275,7 +274,7 @@ def described(name: str, shown: Shown) -> str:
     if name == "shuffled":
         return "Every picture is replaced by another one of the same data."
     too = ", in demonstrations too" if shown.shots else ""
-    if shown.shots and shown.how == "rices":
+    if shown.retrieves:
         too += ", which are drawn at random here: the nearest ones would tell what is in the picture"
     return (
         f"{'The same prompts without pictures' if name == 'blind' else 'A grey picture instead of every picture'}{too}."

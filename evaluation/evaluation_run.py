@@ -229,6 +229,10 @@ def evaluate(
         passes |= {"blind": {"blind": True}} if chosen.blind else {}
         passes |= {"grey": {"grey": True}} if chosen.grey else {}
         passes |= {"shuffled": {"pictures": shuffled_pictures(run.samples, chosen.seed)}} if chosen.shuffled else {}
+    if run.shown.retrieves:
+        with failing_together():
+            if processes.is_main:  # the others read what it has written
+                run.shown.prepare(run.subject)
     rows = {name: run.rows(name, **given) for name, given in passes.items()}
     result = None
     with failing_together():
@@ -259,6 +263,8 @@ def _prepare(task: Task, model, processor, data, output_dir, chosen: Options, pr
     shown = Shown(pool, chosen.shots, chosen.demonstrations, chosen.seed)
     where = chosen.device or (str(processes.device) if processes.count > 1 else None)
     subject = load_subject(model, processor, task, where, chosen.dtype)
+    if subject.is_classifier and chosen.blind:
+        raise TaskError(f"{subject.name} is a classifier, which sees nothing but pictures: use grey instead of blind.")
     given = {name: getattr(chosen, name) for name in ("prompt", "form", "method", "generation", "top_k")}
     return _Run(
         subject=subject, task=task, asking=changed(task.asking(subject.family), **given), samples=samples,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..images import expand_paths
 from ..training.training_records import open_image
 from ..training.training_rows import as_object, parse_json, read_json, read_rows
 from ..training.training_sources import load
@@ -349,20 +350,40 @@ def read_nocaps(folder: Path, split: str) -> Iterator[Sample]:
 
 
 def read_imagefolder(folder: Path, split: str) -> Iterator[Sample]:
-    """A folder of pictures per class, or pictures with `label` in their metadata: `{split}/`, or the folder itself."""
+    """A folder of pictures per class, or pictures with `label` in their metadata: `{split}/`, or the folder itself.
+
+    Not by `datasets`, which guesses splits from names: ImageNet's `ILSVRC2012_val_...` would be a split of their own.
+    """
     place = folder / split if (folder / split).is_dir() else folder
-    records = load("imagefolder", place, streaming=False)
-    names = getattr(records.features.get("label"), "names", None)
-    if not names:
-        raise ValueError(f"{place}: the pictures have no classes; expected a subfolder per class, or 'label'.")
-    words = tuple(name.replace("_", " ") for name in names)
-    for record in records:
-        if record["why_broken"] is not None:
-            raise ValueError(record["why_broken"])
-        if record["label"] is None:
-            raise ValueError(f"{place}, {record['id']} has no class.")
-        word = words[record["label"]]
-        yield Sample(id=record["id"], image=record["images"][0], references=(word,), choices=words, kind=word)
+    metadata = next(
+        (place / name for name in ("metadata.jsonl", "metadata.csv", "metadata.parquet") if (place / name).is_file()),
+        None,
+    )
+    labelled = _of_folders(place) if metadata is None else _of_metadata(place, metadata)
+    words = tuple(sorted({word for _, word in labelled}))
+    if len(words) < 2:
+        raise ValueError(
+            f"{place}: the pictures have {len(words)} classes; expected a subfolder per class, or 'label'."
+        )
+    for file, word in labelled:
+        name = str(file.relative_to(place))
+        yield Sample(id=name, image=_picture(file), references=(word,), choices=words, kind=word)
+
+
+def _of_folders(place: Path) -> list[tuple[Path, str]]:
+    found = []
+    for folder in sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        found += [(Path(file), folder.name.replace("_", " ")) for file in expand_paths([folder], recursive=True)]
+    return found
+
+
+def _of_metadata(place: Path, metadata: Path) -> list[tuple[Path, str]]:
+    found = []
+    for row_place, row in read_rows(metadata):
+        name = text_value(field_value(row, "file_name", row_place), row_place, "file_name")
+        label = key_value(field_value(row, "label", row_place), row_place, "label")
+        found.append((place / name, str(label).replace("_", " ")))
+    return found
 
 
 #: Readers by name: `reader(folder, split)`.

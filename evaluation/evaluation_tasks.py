@@ -221,8 +221,9 @@ def changed(asking: Asking, **given) -> Asking:
     Raises:
         TaskError: A value can't be used.
     """
-    if given.get("generation"):
-        given["generation"] = {**asking.generation, **given["generation"]}
+    changes = given.pop("generation", None)
+    if changes:
+        given["generation"] = {**asking.generation, **changes}
     given = {name: value for name, value in given.items() if value is not None}
     if not given:
         return asking
