@@ -20,9 +20,8 @@ import torch
 
 
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent / "evaluation"))
 
-import layouts  # noqa: E402
+import benchmark_layouts as layouts  # noqa: E402
 from killed_runs import forked  # noqa: E402
 from tiny import tiny_model  # noqa: E402
 

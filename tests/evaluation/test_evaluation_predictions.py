@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import layouts
+import benchmark_layouts as layouts
 import pytest
 from tiny import tiny_model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import layouts
+import benchmark_layouts as layouts
 import pytest
 import torch
 from PIL import Image
