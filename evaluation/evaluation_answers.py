@@ -54,6 +54,7 @@ class Shown:
         shots: How many there are per query.
         how: One of `DEMONSTRATIONS`.
         seed: Of the draw.
+        text_only: Show them without their pictures.
         shared: Those that all queries are shown, where they are drawn at random.
         index: Of the pool's pictures, for RICES.
     """
@@ -62,6 +63,7 @@ class Shown:
     shots: int = 0
     how: str = "random"
     seed: int = 0
+    text_only: bool = False
     shared: list[Sample] = field(default_factory=list)
     index: ImageIndex | None = None
 
@@ -94,7 +96,13 @@ class Shown:
         if not self.shots:
             return None
         ids = [sample.id for sample in self.shared] if self.how == "random" else None
-        return {"how": self.how, "pool": len(self.pool), "seed": self.seed, "ids": ids}
+        return {
+            "how": self.how,
+            "text_only": self.text_only,
+            "pool": len(self.pool),
+            "seed": self.seed,
+            "ids": ids,
+        }
 
 
 # ---------------------------------------------------------------------- answers
@@ -164,7 +172,11 @@ class Answerer:
 
     def _shared(self) -> list[dict]:
         """Demonstrations that all queries share."""
-        return [self._turn(sample, self._look_at(sample), sample.said) for sample in self.shown.shared]
+        text_only = self.shown.text_only
+        return [
+            self._turn(sample, None if text_only else self._look_at(sample), sample.said)
+            for sample in self.shown.shared
+        ]
 
     def _nearest(self, images: Sequence) -> list[list[dict]]:
         """Per query the demonstrations whose pictures are most like its own, the most alike last.
@@ -172,10 +184,13 @@ class Answerer:
         Source: `open_flamingo/eval/rices.py`.
         """
         self.shown.prepare(self.subject)
-        pool, index = self.shown.pool, self.shown.index
+        pool, index, text_only = self.shown.pool, self.shown.index, self.shown.text_only
+
+        def turn(number: int) -> dict:
+            return self._turn(pool[number], None if text_only else self._picture_of(number), pool[number].said)
+
         return [
-            [self._turn(pool[number], self._picture_of(number), pool[number].said) for number in reversed(nearest)]
-            for nearest in index.nearest(list(images), self.shown.shots)
+            [turn(number) for number in reversed(nearest)] for nearest in index.nearest(list(images), self.shown.shots)
         ]
 
     # ------------------------------------------------------------------ generating

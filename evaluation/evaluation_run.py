@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from ..files import read_json, write_json
+from ..files import read_json, write_json, write_text
 from ..training.training_failures import failing_together
 from ..training.training_run import hardware
 from .evaluation_answers import Answerer, Shown, described, shuffled_pictures
@@ -37,6 +37,7 @@ class Options:
         shots: Demonstrations per query.
         demonstrations: `"random"`: the same for all queries, drawn with the seed; `"rices"`: for each query those with
             the pictures most like its own.
+        text_only: Show demonstrations without their pictures.
         demonstration_split: Split that demonstrations are taken from; by default the task's.
         demonstration_data: Folder of that split; by default the folder that is evaluated.
         seed: Of demonstrations, of `limit`, of shuffled pictures and of the confidence intervals.
@@ -60,6 +61,7 @@ class Options:
     split: str | None = None
     shots: int = 0
     demonstrations: str = "random"
+    text_only: bool = False
     demonstration_split: str | None = None
     demonstration_data: str | os.PathLike | None = None
     seed: int = 0
@@ -115,8 +117,6 @@ class _Run:
             return rows
         rows = rank_all(self.subject, self.samples, pictures, self.asking.top_k, self.chosen.batch_size)
         if path is not None:
-            from ..files import write_text
-
             write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return rows
 
@@ -260,7 +260,7 @@ def _prepare(task: Task, model, processor, data, output_dir, chosen: Options, pr
     whole = read_samples(task.reader, place, split)
     samples = _limited(whole, chosen.limit, chosen.seed)
     pool = _pool(task, chosen.demonstration_data or place, split, chosen)
-    shown = Shown(pool, chosen.shots, chosen.demonstrations, chosen.seed)
+    shown = Shown(pool, chosen.shots, chosen.demonstrations, chosen.seed, chosen.text_only)
     where = chosen.device or (str(processes.device) if processes.count > 1 else None)
     subject = load_subject(model, processor, task, where, chosen.dtype)
     if subject.is_classifier and chosen.blind:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,12 +126,14 @@ def _vqa(
             references=tuple(record["answers"]),
             question=record["messages"][0]["content"][-1]["text"],
             kind=types[record["id"]],
-            answer=_most_common(record["answers"]) if not chosen[record["id"]] else chosen[record["id"]],
+            answer=_most_common(record["answers"], chosen[record["id"]]),
         )
 
 
-def _most_common(answers) -> str:
-    return max(dict.fromkeys(answers), key=list(answers).count)
+def _most_common(answers, chosen: str | None = None) -> str:
+    """The most frequent answer; of equally frequent ones the one that the annotation has chosen, else the first."""
+    counts = Counter(answers)
+    return chosen if counts.get(chosen, 0) == max(counts.values()) else counts.most_common(1)[0][0]
 
 
 def read_vqav2(folder: Path, split: str) -> Iterator[Sample]:
@@ -275,7 +278,10 @@ def read_easy_vqa(folder: Path, split: str) -> Iterator[Sample]:
     """easy-VQA: `{split}/questions.json` and `{split}/images/`."""
     from ..training.training_easy_vqa import COLORS, NEGATED, SHAPES, load_split
 
-    _first(folder, f"{split}/questions.json")
+    file = _first(folder, f"{split}/questions.json")
+    for number, row in enumerate(list_value(read_json(file), str(file), "questions")):
+        if not isinstance(row, list) or [type(value) for value in row] != [str, str, int]:
+            raise ValueError(f"{file}, row {number} is {row!r}; expected a question, an answer and a picture's number.")
     for example in load_split(folder, split):
         for number, (question, answer) in enumerate(example.questions):
             shown = (answer == "yes") != bool(NEGATED.search(question))

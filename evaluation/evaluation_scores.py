@@ -185,7 +185,9 @@ def eval_results(result: dict) -> list[EvalResult]:
     """
     shots, kind = result["shots"], result["kind"]
     if shots:
-        setting = f", {shots} shots" + (" (RICES)" if result["demonstrations"]["how"] == "rices" else "")
+        shown = result["demonstrations"]
+        setting = f", {shots} shots" + (" (RICES)" if shown["how"] == "rices" else "")
+        setting += " without pictures" if shown["text_only"] else ""
     else:
         setting = ""
     if result["samples"] < result["samples_of_split"]:

@@ -61,7 +61,8 @@ def write_vizwiz(folder: Path) -> None:
 def write_vizwiz_of_openflamingo(folder: Path) -> None:
     write_picture(folder / "val" / "VizWiz_val_00000000.jpg")
     question = {"question": "What?", "image_id": "VizWiz_val_00000000.jpg", "question_id": 0}
-    row = {"question_id": 0, "image_id": "VizWiz_val_00000000.jpg", "question_type": "other", "answers": answers("no")}
+    row = {"question_id": 0, "image_id": "VizWiz_val_00000000.jpg", "question_type": "other",
+           "answers": answers("no", "yes", "yes"), "multiple_choice_answer": "no"}  # fmt: skip
     write_json(folder / "val_questions_vqa_format.json", {"questions": [question]})
     write_json(folder / "val_annotations_vqa_format.json", {"annotations": [row]})
 

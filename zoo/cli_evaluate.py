@@ -33,6 +33,7 @@ ShotsOption = Annotated[int, typer.Option(min=0, help="Demonstrations per query.
 DemonstrationsOption = Annotated[
     str, typer.Option(help="random: the same for all queries; rices: those with the most similar pictures.")
 ]
+TextOnlyOption = Annotated[bool, typer.Option("--text-only", help="Show demonstrations without their pictures.")]
 ShownSplitOption = Annotated[
     str | None, typer.Option(help="Split that demonstrations are taken from.", show_default="the task's")
 ]
@@ -123,6 +124,7 @@ def evaluate(
     split: SplitOption = None,
     shots: ShotsOption = 0,
     demonstrations: DemonstrationsOption = "random",
+    text_only: TextOnlyOption = False,
     demonstration_split: ShownSplitOption = None,
     demonstration_data: ShownDataOption = None,
     seed: SeedOption = 0,
@@ -158,11 +160,11 @@ def evaluate(
         raise CommandError("name the folder of the data: --data", exit_code=2)
     device_and_dtype(device, dtype)
     options = {
-        "split": split, "shots": shots, "demonstrations": demonstrations, "demonstration_split": demonstration_split,
-        "demonstration_data": demonstration_data, "seed": seed, "blind": blind, "grey": grey, "shuffled": shuffled,
-        "limit": limit, "batch_size": batch_size, "prompt": prompt, "form": form, "method": method,
-        "generation": _settings(settings), "top_k": top_k, "dataset_name": dataset_name, "device": device,
-        "dtype": dtype,
+        "split": split, "shots": shots, "demonstrations": demonstrations, "text_only": text_only,
+        "demonstration_split": demonstration_split, "demonstration_data": demonstration_data, "seed": seed,
+        "blind": blind, "grey": grey, "shuffled": shuffled, "limit": limit, "batch_size": batch_size, "prompt": prompt,
+        "form": form, "method": method, "generation": _settings(settings), "top_k": top_k,
+        "dataset_name": dataset_name, "device": device, "dtype": dtype,
     }  # fmt: skip
     _evaluate(model, task, data, output, options, card, as_json)
 
@@ -208,7 +210,8 @@ def _quiet_datasets() -> None:
 def _default_output(source: str, task, options: dict) -> Path:
     """The folder to write to if none is given: its name says what is evaluated."""
     parts = [task.name, options["split"] or task.split]
-    parts += [f"{options['shots']}-shots-{options['demonstrations']}"] if options["shots"] else []
+    text_only = "-text-only" if options["text_only"] else ""
+    parts += [f"{options['shots']}-shots-{options['demonstrations']}{text_only}"] if options["shots"] else []
     parts += [f"{options['limit']}-samples"] if options["limit"] is not None else []
     parts += [f"seed-{options['seed']}"] if options["seed"] else []
     return Path("results") / Path(source).name / "-".join(parts)
@@ -233,7 +236,7 @@ def _report(result: dict, folder: Path, model: str | None, as_json: bool) -> Non
         path = add_results(model, eval_results(result))
     except (OSError, ValueError) as error:
         raise CommandError(one_line(error)) from error
-    print_line(f"{path}: {len(result['metrics'])} figures", sys.stderr)
+    print_line(f"{path}: figures of {result['dataset']} ({result['split_name']})", sys.stderr)
 
 
 __all__ = ["evaluate"]

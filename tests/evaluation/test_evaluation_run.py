@@ -163,7 +163,9 @@ def test_demonstrations_that_all_share(data, models, family, tmp_path):
     )
     pool = read_samples("easy_vqa", data / "easy_vqa", "train")
     shown = [pool[number] for number in draw(len(pool), 2, 5)]
-    assert result["demonstrations"] == {"how": "random", "pool": 18, "seed": 5, "ids": [one.id for one in shown]}
+    assert result["demonstrations"] == {
+        "how": "random", "text_only": False, "pool": 18, "seed": 5, "ids": [one.id for one in shown],
+    }  # fmt: skip
     turns = [{"image": one.open(), "question": one.question, "answer": one.references[0]} for one in shown]
     blind = [{key: value for key, value in turn.items() if key != "image"} for turn in turns]
     by_id = {sample.id: sample for sample in read_samples("easy_vqa", data / "easy_vqa", "test")}
@@ -176,6 +178,28 @@ def test_demonstrations_that_all_share(data, models, family, tmp_path):
                 del query["image"]
             expected = answer_few_shot(model, in_chat_form(processor), [demonstrations], [query], max_new_tokens=8)
             assert [row["prediction"]] == expected
+
+
+@pytest.mark.parametrize("how", ["random", "rices"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_demonstrations_without_their_pictures(data, models, family, how, tmp_path):
+    model, processor = models(family)
+    evaluate(
+        model, processor, "easy_vqa", data / "easy_vqa", tmp_path / "out", shots=2, demonstrations=how, text_only=True,
+        limit=2,
+    )  # fmt: skip
+    pool = read_samples("easy_vqa", data / "easy_vqa", "train")
+    by_id = {sample.id: sample for sample in read_samples("easy_vqa", data / "easy_vqa", "test")}
+    for row in rows_of(tmp_path / "out"):
+        image = by_id[row["id"]].open()
+        numbers = draw(len(pool), 2, 0)
+        if how == "rices":
+            (nearest,) = ImageIndex.build(model, processor, [one.open() for one in pool]).nearest([image], 2)
+            numbers = nearest[::-1]
+        turns = [{"question": pool[number].question, "answer": pool[number].said} for number in numbers]
+        query = {"image": image, "question": row["question"]}
+        expected = answer_few_shot(model, in_chat_form(processor), [turns], [query], max_new_tokens=8)
+        assert [row["prediction"]] == expected
 
 
 def test_captions_as_demonstrations(data, models, tmp_path):

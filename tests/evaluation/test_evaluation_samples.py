@@ -58,7 +58,8 @@ def test_vizwiz(tmp_path):
 def test_vizwiz_in_the_files_of_openflamingo(tmp_path):
     layouts.write_vizwiz_of_openflamingo(tmp_path)
     (only,) = read(tmp_path, "vizwiz")
-    assert (only.id, only.references, only.kind, only.said) == ("0", ("no",), "other", "no")
+    assert (only.id, only.references, only.kind) == ("0", ("no", "yes", "yes"), "other")
+    assert only.said == "yes"  # not the first one, which these files take
     assert only.open().mode == "RGB"
 
 
@@ -184,6 +185,16 @@ def test_a_wrong_answer_of_scienceqa_is_named(tmp_path):
     path.write_text(path.read_text().replace('"answer": 2', '"answer": 3'))
     with pytest.raises(ValueError, match=r"problems.json, 2: answer is 3; expected the number of one of 3 choices"):
         read(tmp_path, "scienceqa_img")
+
+
+def test_a_wrong_row_of_easy_vqa_is_named(tmp_path):
+    layouts.write_easy_vqa(tmp_path)
+    path = tmp_path / "test" / "questions.json"
+    path.write_text(path.read_text().replace('"yes", 0]', '"yes"]'))
+    with pytest.raises(
+        ValueError, match=r"questions.json, row 1 is \['is there a red shape\?', 'yes'\]; expected a question"
+    ):
+        read(tmp_path, "easy_vqa")
 
 
 def test_missing_files_and_folders_are_named(tmp_path):
