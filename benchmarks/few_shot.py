@@ -44,12 +44,13 @@ from vlbridge.prompts import ImageCache
 
 SHOTS = (4, 8, 16, 32)
 WORDS = [f"w{number}" for number in range(500)]
-# Vision encoder, language model and options of the bridges. "small": CLIP ViT-B/32's width and SmolLM2-135M's.
+# Vision encoder, language model and options of the bridges. "small": ViT-S/32 (49 patches), and SmolLM2-135M's width
+# with 12 of its 30 layers.
 SIZES = {
     "small": (
-        dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, image_size=224,
+        dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536, image_size=224,
              patch_size=32),
-        dict(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        dict(hidden_size=576, num_hidden_layers=12, num_attention_heads=9, num_key_value_heads=3,
              intermediate_size=1536),
         {
             "mlp": {},
