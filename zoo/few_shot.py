@@ -118,10 +118,15 @@ class FewShotAnswerer:
         self._prefix: Prefix | None = None
         self._shares: bool | None = None  # not known before the first queries
 
-    def setting(self, name: str):
-        """A setting of `generate`: from the options, from their configuration, or from the model's."""
-        places = (self.options.get(name), getattr(self.options.get("generation_config"), name, None))
-        return next((value for value in places if value is not None), getattr(self.model.generation_config, name, None))
+    def setting(self, name: str, default: bool = True):
+        """A setting of `generate`: from the options, from their configuration, or by default from the model's."""
+        places = [
+            self.options,
+            self.options.get("generation_config"),
+            self.model.generation_config if default else None,
+        ]
+        values = (place.get(name) if isinstance(place, dict) else getattr(place, name, None) for place in places)
+        return next((value for value in values if value is not None), None)
 
     # ------------------------------------------------------------------ the shared prefix
 
@@ -137,7 +142,7 @@ class FewShotAnswerer:
         if not generating:
             return True
         return (
-            self.setting("use_cache") is not False
+            self.setting("use_cache", default=False) is not False  # MPT's default; it has a cache all the same
             and self.setting("cache_implementation") is None
             and not any(self.setting(name) for name in NOT_SHARED)
         )
@@ -205,7 +210,7 @@ class FewShotAnswerer:
         else:
             copies = max(self.setting("num_beams") or 1, self.setting("num_return_sequences") or 1)
             inputs, known = prefix.continued(self.maker, [prompt.ids for prompt in prompts], copies)
-            known.update(self.maker.image_inputs(prompts, skip=prefix.num_images))
+            known.update(self.maker.image_inputs(prompts, skip=prefix.num_images), use_cache=True)
         texts = generate_texts(self.model, self.processor, BatchFeature(inputs), **{**known, **self.options})
         each = len(texts) // len(prompts)
         return [texts[start : start + each] for start in range(0, len(texts), each)]

@@ -215,6 +215,7 @@ def test_sliding_windows_are_run_whole(language):
     if language == "mistral":
         config = MistralConfig(**{**config.to_dict(), "sliding_window": 24})
     model, processor = few_shot_model("mlp", config)
+    model.float()  # transformers' eager attention has no number for a fully masked row in float64
     demonstrations, queries = shown(2), asked(3)
     expected = full_prompts(model, processor, [demonstrations] * 3, queries)
     answerer = FewShotAnswerer(model, processor, demonstrations, **LENGTH)
@@ -496,6 +497,7 @@ def slow_scores(model, processor, demonstrations, query, choices, mean: bool) ->
 def test_ranks_are_those_of_full_forward_passes(bridge, language):
     """The shared prefix, its absence, and language models whose caches can't be shared."""
     model, processor = few_shot_model(bridge, language)
+    model.to(torch.float32 if language == "gemma2" else torch.float64)
     demonstrations, queries = shown(3), [*asked(4), {"question": "no image?"}]
     for normalize in ("sum", "mean"):
         expected = [
@@ -506,7 +508,7 @@ def test_ranks_are_those_of_full_forward_passes(bridge, language):
         each = rank_answers(model, processor, [demonstrations] * 5, queries, CHOICES, normalize, batch_size=2)
         for found in (shared, each):
             for row, right in zip(found, expected, strict=True):
-                assert row == pytest.approx(right, abs=1e-8)
+                assert row == pytest.approx(right, abs=1e-4 if language == "gemma2" else 1e-8)
     assert len({round(value, 3) for row in expected for value in row}) > 8
 
 
