@@ -108,6 +108,9 @@ def test_the_shared_prefix_gives_the_answers_of_full_prompts(bridge, shots):
     assert seen["images"] == shots + 3
     # The prefix went through the language model once; then queries and answers
     prefix, maker = answerer.prefix, answerer.maker
+    if prefix is None:
+        assert shots == 0, "only without demonstrations two prompts may have nothing in common"
+        return
     prompts = maker.make([demonstrations] * 3, queries)
     assert prefix.num_images == shots and all(prompt.ids[: len(prefix.ids)] == prefix.ids for prompt in prompts)
     rest = max(len(prompt.ids) for prompt in prompts) - len(prefix.ids)
@@ -122,7 +125,7 @@ def test_the_shared_prefix_gives_the_answers_of_full_prompts(bridge, shots):
         without = model(**processor.few_shot([], queries[0])).logits[0, -1]
     width = found.shape[1]
     for row, right in zip(found, first, strict=True):
-        torch.testing.assert_close(row, right[:width], atol=1e-8, rtol=0)
+        torch.testing.assert_close(row.float(), right[:width], atol=1e-5, rtol=0)  # generate gives float32
     assert (found[0] - found[1]).abs().max() > 1e-3, "the queries must matter"
     assert not shots or (found[0] - without).abs().max() > 1e-3, "the demonstrations must matter"
 
