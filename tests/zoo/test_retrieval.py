@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_image, tiny_model, tiny_stage1
+from tiny import BRIDGE_OPTIONS, clip_image_processor, tiny_image, tiny_model, tiny_stage1, tiny_tokenizer
 
 import vlbridge
 from vlbridge import ImageIndex, answer_with
@@ -106,8 +106,6 @@ def test_tiles_sizes_and_videos():
 
 
 def test_a_model_without_a_language_model():
-    from tiny import clip_image_processor
-
     model, processor = tiny_stage1(image_processor=clip_image_processor())
     assert ImageIndex.build(model, processor, PICTURES[:3]).nearest(PICTURES[:3], 1) == [[0], [1], [2]]
 
@@ -200,13 +198,20 @@ def test_another_bridge_on_the_same_encoder_reads_the_same_index(tmp_path, forbi
     model, processor = tiny_model("mlp")
     path = tmp_path / "index.safetensors"
     ImageIndex.build(model, processor, PICTURES, path)
-    other, _ = vlbridge.compose(
-        model.vision_model, model.language_model, "qformer", tokenizer=processor.tokenizer,
-        image_processor=processor.image_processor, **{"qformer_config": {"hidden_size": 32, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "intermediate_size": 48, "num_query_tokens": 5}},
-    )  # fmt: skip
-    forbidden(other)
-    assert len(ImageIndex.build(other, processor, PICTURES, path)) == 9
+    for bridge in vlbridge.FAMILIES:
+        other, its_processor = vlbridge.compose(
+            model.vision_model,
+            model.language_model,
+            bridge,
+            tokenizer=tiny_tokenizer(),
+            image_processor=processor.image_processor,
+            **BRIDGE_OPTIONS[bridge],
+        )
+        forbidden(other)
+        assert len(ImageIndex.build(other, its_processor, PICTURES, path)) == 9
+    pads, its_processor = tiny_model("mlp", image_aspect_ratio="pad")
+    with pytest.raises(ValueError, match="made by another encoder"):
+        ImageIndex.build(pads, its_processor, PICTURES, path)
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path):
