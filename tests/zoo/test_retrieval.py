@@ -198,7 +198,7 @@ def test_another_bridge_on_the_same_encoder_reads_the_same_index(tmp_path, forbi
     model, processor = tiny_model("mlp")
     path = tmp_path / "index.safetensors"
     ImageIndex.build(model, processor, PICTURES, path)
-    for bridge in vlbridge.FAMILIES:
+    for bridge in ("mlp", "perceiver"):  # the Q-Former reads the CLS token too: its features are others
         other, its_processor = vlbridge.compose(
             model.vision_model,
             model.language_model,
