@@ -365,9 +365,12 @@ def test_wrong_demonstrations_are_named():
 # ---------------------------------------------------------------------- the seam, and ids
 
 
-def check_ids(processor, model, demonstrations, query) -> None:
-    (prompt,) = PromptMaker(ImageCache(model, processor)).make([demonstrations], [query])
-    assert prompt.ids == processor.few_shot(demonstrations, query)["input_ids"][0].tolist()
+def check_ids(processor, model, demonstrations, queries) -> None:
+    """Together, again, and after other prompts, where what they begin with is not tokenized again."""
+    maker = PromptMaker(ImageCache(model, processor))
+    for shown_now in (demonstrations, demonstrations, demonstrations[1:], demonstrations):
+        for prompt, query in zip(maker.make([shown_now] * len(queries), queries), queries, strict=True):
+            assert prompt.ids == processor.few_shot(shown_now, query)["input_ids"][0].tolist()
 
 
 @pytest.mark.parametrize("options", [{}, {"conversation": "vicuna_v1"}, {"image_aspect_ratio": "pad"}])
@@ -375,19 +378,19 @@ def test_ids_of_llava(options):
     model, processor = few_shot_model("mlp", **options)
     for space in (False, True):
         processor.space_after_image = space
-        check_ids(processor, model, shown(2), asked(1)[0])
+        check_ids(processor, model, shown(2), asked(3))
 
 
 @families
 def test_ids_of_every_family(bridge):
     model, processor = few_shot_model(bridge)
-    check_ids(processor, model, shown(2), asked(1)[0])
+    check_ids(processor, model, shown(2), asked(3))
     if bridge == "qformer":
         processor.text_start = "</s>"
-        check_ids(processor, model, shown(2), asked(1)[0])
+        check_ids(processor, model, shown(2), asked(3))
     processor.tokenizer.chat_template = None
     processor.chat_template = "<s>" + processor.chat_template
-    check_ids(processor, model, shown(2), asked(1)[0])
+    check_ids(processor, model, shown(2), asked(3))
 
 
 def test_ids_of_a_real_tokenizer_and_template():
@@ -398,9 +401,10 @@ def test_ids_of_a_real_tokenizer_and_template():
     encoded = EncodedImage(placeholders, processor.num_image_tokens(224, 224), torch.empty(0))
     demonstrations = [{"image": picture, "question": "What is it?", "answer": "a circle"}] * 3
     maker = PromptMaker(ImageCache(None, processor))
-    for question in ("Is it red?", " 2 or 3?", "\nwhich", "\u00e9t\u00e9?"):
-        shown_encoded = [{**each, "image": encoded} for each in demonstrations]
-        (prompt,) = maker.make([shown_encoded], [{"image": encoded, "question": question}])
+    questions = ("Is it red?", " 2 or 3?", "\nwhich", "\u00e9t\u00e9?")
+    shown_encoded = [{**each, "image": encoded} for each in demonstrations]
+    asked_encoded = [{"image": encoded, "question": question} for question in questions]
+    for prompt, question in zip(maker.make([shown_encoded] * 4, asked_encoded), questions, strict=True):
         expected = processor.few_shot(demonstrations, {"image": picture, "question": question})
         assert prompt.ids == expected["input_ids"][0].tolist()
 
