@@ -7,7 +7,8 @@
 
 Demonstrations and queries are those of `processor.few_shot`: `{"image", "question", "answer"}` or `{"image",
 "caption"}`, and `{"image", "question"}` or `{"image"}`. All families take them in the same way: Perceiver-Flamingo
-reads them interleaved, the others as several images in one prompt. Answers are those of the full prompts.
+reads them interleaved, the others as several images in one prompt. Answers are those of the full prompts; in half
+precision, as between batches of different size, rounding may decide between tokens that are equally likely.
 
 An encoder-decoder reads its prompt in both directions, so that no part of it can be run once: there only the encoded
 images are used again. So it is for language models with sliding windows and for static caches; and an instruction-aware
