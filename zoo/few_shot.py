@@ -7,7 +7,8 @@
 
 Demonstrations and queries are those of `processor.few_shot`: `{"image", "question", "answer"}` or `{"image",
 "caption"}`, and `{"image", "question"}` or `{"image"}`. All families take them in the same way: Perceiver-Flamingo
-reads them interleaved, the others as several images in one prompt. Answers are those of the full prompts.
+reads them interleaved, the others as several images in one prompt. Answers are those of the full prompts; in half
+precision, as between batches of different size, rounding may decide between tokens that are equally likely.
 
 An encoder-decoder reads its prompt in both directions, so that no part of it can be run once: there only the encoded
 images are used again. So it is for language models with sliding windows and for static caches; and an instruction-aware
@@ -118,10 +119,15 @@ class FewShotAnswerer:
         self._prefix: Prefix | None = None
         self._shares: bool | None = None  # not known before the first queries
 
-    def setting(self, name: str):
-        """A setting of `generate`: from the options, from their configuration, or from the model's."""
-        places = (self.options.get(name), getattr(self.options.get("generation_config"), name, None))
-        return next((value for value in places if value is not None), getattr(self.model.generation_config, name, None))
+    def setting(self, name: str, default: bool = True):
+        """A setting of `generate`: from the options, from their configuration, or by default from the model's."""
+        places = [
+            self.options,
+            self.options.get("generation_config"),
+            self.model.generation_config if default else None,
+        ]
+        values = (place.get(name) if isinstance(place, dict) else getattr(place, name, None) for place in places)
+        return next((value for value in values if value is not None), None)
 
     # ------------------------------------------------------------------ the shared prefix
 
@@ -137,7 +143,7 @@ class FewShotAnswerer:
         if not generating:
             return True
         return (
-            self.setting("use_cache") is not False
+            self.setting("use_cache", default=False) is not False  # MPT's default; it has a cache all the same
             and self.setting("cache_implementation") is None
             and not any(self.setting(name) for name in NOT_SHARED)
         )
@@ -205,7 +211,7 @@ class FewShotAnswerer:
         else:
             copies = max(self.setting("num_beams") or 1, self.setting("num_return_sequences") or 1)
             inputs, known = prefix.continued(self.maker, [prompt.ids for prompt in prompts], copies)
-            known.update(self.maker.image_inputs(prompts, skip=prefix.num_images))
+            known.update(self.maker.image_inputs(prompts, skip=prefix.num_images), use_cache=True)
         texts = generate_texts(self.model, self.processor, BatchFeature(inputs), **{**known, **self.options})
         each = len(texts) // len(prompts)
         return [texts[start : start + each] for start in range(0, len(texts), each)]

@@ -214,6 +214,7 @@ class PromptMaker:
         self._options = {
             name: getattr(self.processor.tokenizer, name, known[name]) for name in TOKENIZER_OPTIONS if name in known
         }
+        self._head: tuple[str, list[int]] | None = None  # the beginning of the last prompts, and its ids
 
     def make(self, demonstrations: Sequence[Sequence[dict]], queries: Sequence[dict]) -> list[Prompt]:
         """Make a prompt per query, with the ids of `processor.few_shot`.
@@ -231,7 +232,22 @@ class PromptMaker:
         images = [[next(encoded) for _ in each] for each in pictures_of]
         replacements = [image.replacement for each in images for image in each]
         texts, _ = self.processor.get_text_with_replacements(list(templates), replacements)
-        return list(map(Prompt, templates, texts, self.tokenize(texts), images))
+        return list(map(Prompt, templates, texts, self._ids(texts), images))
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        """Ids of texts; what they share up to their last image, which is most of them, is tokenized once."""
+        places = [max(text.rfind(self.processor.image_token), 0) for text in texts]
+        heads = {text[:place] for text, place in zip(texts, places)}
+        if len(heads) > 1 or not all(places):
+            return self.tokenize(texts)
+        (head,) = heads
+        tails = self.tokenize([text[len(head) :] for text in texts], add_special_tokens=False)
+        if self._head is None or self._head[0] != head:
+            ids = self.tokenize(texts[:1])[0]
+            if ids[-len(tails[0]) :] != tails[0]:  # this tokenizer reads a part in another way
+                return self.tokenize(texts)
+            self._head = (head, ids[: -len(tails[0])])
+        return [self._head[1] + tail for tail in tails]
 
     def tokenize(self, texts: list[str], **options) -> list[list[int]]:
         """Ids of texts with all placeholders, as the processor's call makes them.

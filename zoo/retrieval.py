@@ -62,8 +62,18 @@ def encoder_facts(model: BridgedModel, processor) -> dict:
 
 
 def encoder_pin(model: BridgedModel, processor) -> str:
-    """Hash of `encoder_facts`."""
-    about = json.dumps(encoder_facts(model, processor), sort_keys=True, default=str)
+    """Hash of `encoder_facts`; families whose options change nothing have the same one.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+    """
+    facts = encoder_facts(model, processor)
+    if facts["features"]["pooling"] is None:
+        del facts["features"]["pooling"], facts["features"]["pooling_factor"]
+    if facts["processor"]["image_grid_pinpoints"] is None:  # images become squares
+        facts["processor"] = {"padded": facts["processor"]["image_aspect_ratio"] == "pad"}
+    about = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(about.encode()).hexdigest()
 
 
