@@ -15,7 +15,6 @@ from PIL import Image
 from ..few_shot import FewShotAnswerer, answer_with, draw, rank_answers
 from ..files import cache_dir
 from ..images import ImageError
-from ..inference import answer_few_shot
 from ..prompts import ImageCache
 from ..retrieval import ImageIndex, encoder_pin
 from .evaluation_metrics import LETTERS
@@ -196,21 +195,21 @@ class Answerer:
     # ------------------------------------------------------------------ generating
 
     def _generated(self, queries: list[dict], images: Sequence) -> list[dict]:
-        model, options = self.subject.model, self.asking.generation
-        if not self.shown.shots:
-            nothing: list[list[dict]] = [[] for _ in queries]
-            texts = answer_few_shot(model, self.processor, nothing, queries, batch_size=len(queries), **options)
-        elif self.retrieves:
+        if self.retrieves:
             texts = answer_with(
-                model, self.processor, self._nearest(images), queries, image_cache=self._image_cache(), **options
-            )
-        else:
-            texts = self._shared_engine().answer(queries)
+                self.subject.model, self.processor, self._nearest(images), queries, batch_size=len(queries),
+                image_cache=self._image_cache(), **self.asking.generation,
+            )  # fmt: skip
+        else:  # without demonstrations too: all questions about a picture share its features
+            texts = self._shared_engine().answer(queries, batch_size=len(queries))
         return [{"prediction": self.asking.cut(text)} for text in texts]
 
     def _shared_engine(self) -> FewShotAnswerer:
         if self._engine is None:
-            self._engine = FewShotAnswerer(self.subject.model, self.processor, self._shared(), **self.asking.generation)
+            self._engine = FewShotAnswerer(
+                self.subject.model, self.processor, self._shared(), image_cache=self._image_cache(),
+                **self.asking.generation,
+            )  # fmt: skip
             if self.first is not None:
                 query = self._turn(self.first, self._look_at(self.first))
                 if self.ranks:
@@ -221,7 +220,9 @@ class Answerer:
 
     def _image_cache(self) -> ImageCache:
         if self._images is None:
-            self._images = ImageCache(self.subject.model, self.processor)
+            # one by one: else a picture's features would depend, in their last digits, on which ones came with it, and
+            # so on where a run was interrupted and on the number of processes
+            self._images = ImageCache(self.subject.model, self.processor, batch_size=1)
         return self._images
 
     # ------------------------------------------------------------------ ranking and classifying

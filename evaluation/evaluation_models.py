@@ -59,14 +59,18 @@ class Subject:
             "family": self.family,
             "class": type(self.model).__name__,
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "bridge_sha256": bridge_sha256(self.model),
+            "trained_sha256": trained_sha256(self.model),
             "frozen_parts": pins,
         }
 
 
-def bridge_sha256(model) -> str:
-    """Hash of the bridge's weights, by names, shapes and values."""
-    tensors = model.bridge.state_dict()
+def trained_sha256(model) -> str:
+    """Hash of the bridge's weights and of what else is trained with it, by names, shapes and values."""
+    tensors = {f"bridge.{name}": tensor for name, tensor in model.bridge.state_dict().items()}
+    others = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if others := others.union(model.config.trained_tensors or ()) - set(tensors):
+        weights = model.state_dict()
+        tensors |= {name: weights[name] for name in others if name in weights}
     return hashlib.sha256(b"".join(tensor_digest(name, tensors[name]) for name in sorted(tensors))).hexdigest()
 
 
@@ -147,4 +151,4 @@ def versions() -> dict[str, str]:
     return found
 
 
-__all__ = ["Subject", "bridge_sha256", "in_chat_form", "load_subject", "versions"]
+__all__ = ["Subject", "in_chat_form", "load_subject", "trained_sha256", "versions"]

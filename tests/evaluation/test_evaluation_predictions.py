@@ -10,6 +10,7 @@ from pathlib import Path
 
 import benchmark_layouts as layouts
 import pytest
+import torch
 from tiny import tiny_model
 
 from vlbridge.evaluation import evaluate, evaluation_answers
@@ -88,8 +89,13 @@ def test_other_settings_need_another_folder(data, tmp_path):
     ):
         with pytest.raises(ValueError, match=rf"out holds a run with other settings: {message}"):
             evaluate(*models, "easy_vqa", data, tmp_path / "out", **options)
-    with pytest.raises(ValueError, match="other settings: model was"):
-        evaluate(*tiny_model("mlp", seed=7), "easy_vqa", data, tmp_path / "out", limit=2)
+    for weight in (next(models[0].bridge.parameters()), models[0].language_model.lm_head.weight.requires_grad_()):
+        with torch.no_grad():
+            weight[0, 0] += 1
+        with pytest.raises(ValueError, match="other settings: model was"):
+            evaluate(*models, "easy_vqa", data, tmp_path / "out", limit=2)
+        with torch.no_grad():
+            weight[0, 0] -= 1
 
 
 def test_a_changed_line_is_answered_again(data, tmp_path):

@@ -398,7 +398,7 @@ def test_a_model_from_its_folder(data, models, tmp_path):
     found = evaluate(tmp_path / "model", None, "easy_vqa", data / "easy_vqa", device="cpu", limit=3)
     expected = evaluate(model, processor, "easy_vqa", data / "easy_vqa", limit=3)
     assert found["metrics"] == expected["metrics"]
-    assert found["model"]["bridge_sha256"] == expected["model"]["bridge_sha256"]
+    assert found["model"]["trained_sha256"] == expected["model"]["trained_sha256"]
 
 
 def test_what_is_refused(data, models, tmp_path):
