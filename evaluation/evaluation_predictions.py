@@ -8,10 +8,12 @@ so the finished file, `NAME.jsonl`, has the bytes of a run that was never interr
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
@@ -22,10 +24,16 @@ from .evaluation_samples import Sample
 
 
 class Processes:
-    """The processes that share an evaluation: one, or those that `accelerate launch` has started."""
+    """The processes that share an evaluation: one, or those that `accelerate launch` or `torchrun` has started.
 
-    def __init__(self):
-        state = PartialState()
+    Args:
+        device: Where the model will be, if that was said: on CPUs, accelerate must be told to look for other processes.
+    """
+
+    def __init__(self, device: str | None = None):
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        on_cpus = device == "cpu" or not torch.accelerator.is_available()
+        state = PartialState(cpu=True) if several and on_cpus else PartialState()
         self.rank, self.count, self.device = state.process_index, state.num_processes, state.device
 
     @property

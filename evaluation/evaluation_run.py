@@ -196,7 +196,7 @@ def evaluate(
 ) -> dict:
     """Evaluate a model on a benchmark that lies in a folder.
 
-    Started by `accelerate launch`, the processes share the samples and agree with one process. With an `output_dir` a
+    Started by `accelerate launch` or `torchrun`, the processes share the samples and agree with one. With an `output_dir` a
     run that was killed goes on where it stopped, and its files get the bytes of a run that was not: `results.json`,
     `settings.json` and the predictions. What differs from run to run is in `timing.json` alone.
 
@@ -217,8 +217,8 @@ def evaluate(
         OSError: A file can't be read or written.
         RuntimeError: Another process failed (`OtherProcessError`), or there is no such device.
     """
-    processes, began = Processes(), time.monotonic()
-    chosen = Options(**options)
+    began, chosen = time.monotonic(), Options(**options)
+    processes = Processes(chosen.device)
     with failing_together():
         task = task if isinstance(task, Task) else load_task(task)
         run = _prepare(task, model, processor, data, output_dir, chosen, processes)

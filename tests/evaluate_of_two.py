@@ -57,7 +57,7 @@ def of_two(rank: int, port: int, work) -> None:
     """Do something as one of two processes."""
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
+        MASTER_PORT=str(port),
     )  # fmt: skip
     work()
     torch.distributed.destroy_process_group()

@@ -148,8 +148,8 @@ def evaluate(
 ) -> None:
     """Evaluate a model on a benchmark: figures with confidence intervals, predictions, and baselines on request.
 
-    An interrupted run goes on where it stopped. Several processes share the samples: accelerate launch -m vlbridge.cli
-    evaluate ...
+    An interrupted run goes on where it stopped. Several processes share the samples: accelerate launch (on CPUs
+    torchrun) -m vlbridge.cli evaluate ...
     """
     if list_tasks:
         _print_tasks()
