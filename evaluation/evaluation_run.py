@@ -196,9 +196,9 @@ def evaluate(
 ) -> dict:
     """Evaluate a model on a benchmark that lies in a folder.
 
-    Started by `accelerate launch` or `torchrun`, the processes share the samples and agree with one. With an `output_dir` a
-    run that was killed goes on where it stopped, and its files get the bytes of a run that was not: `results.json`,
-    `settings.json` and the predictions. What differs from run to run is in `timing.json` alone.
+    Processes that `accelerate launch` or `torchrun` has started share the samples and agree with one process. With an
+    `output_dir` a run that was killed goes on where it stopped, and its files get the bytes of a run that was not:
+    `results.json`, `settings.json` and the predictions. What differs from run to run is in `timing.json` alone.
 
     Args:
         model: A loaded model, folder or Hub id; `None` takes the embedded bridge.
