@@ -82,6 +82,12 @@ class BridgedConfig(PreTrainedConfig):
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
     # Model types used when no configuration was given, or a dict without model_type.
     default_model_types: ClassVar[dict[str, str]] = {"vision_config": "clip_vision_model", "text_config": "llama"}
+    # Outputs that are no predictions for `Trainer`: some rows have them and others don't, or they are one per image
+    keys_to_ignore_at_inference = [
+        "cache", "past_key_values", "hidden_states", "attentions", "decoder_hidden_states", "decoder_attentions",
+        "cross_attentions", "encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions",
+        "image_hidden_states", "visual_states",
+    ]  # fmt: skip
     # Families that put visual tokens into the prompt count them; Flamingo conditions on them instead.
     visual_tokens_in_prompt: ClassVar[bool] = True
 

@@ -110,6 +110,11 @@ class QFormerBlip2PreTrainingConfig(BridgedConfig):
     model_type = "qformer_blip2_pretraining"
     sub_configs = {"vision_config": AutoConfig, "qformer_config": QFormerConfig}
     visual_tokens_in_prompt: ClassVar[bool] = False
+    # What is left are the scores of the captions' tokens and the features of images and texts: a row of each per pair
+    keys_to_ignore_at_inference = [
+        *BridgedConfig.keys_to_ignore_at_inference, "loss_itc", "loss_itm", "loss_itg", "similarities", "itc_scores",
+        "itm_logits", "image_negatives", "text_negatives",
+    ]  # fmt: skip
 
     qformer_config: dict | PreTrainedConfig | None = None
     vision_layer_norm_eps: float = 1e-5

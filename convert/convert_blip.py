@@ -15,7 +15,7 @@ from transformers import (
     BlipConfig,
     BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
-    BlipImageProcessor,
+    BlipImageProcessorPil,
     BlipProcessor,
     PreTrainedModel,
 )
@@ -23,6 +23,7 @@ from transformers import (
 from .convert_assembly import Conversion, assemble, compare_twins, expected_tensors
 from .convert_files import TensorFiles, dimensions, layer_numbers
 from .convert_lavis_names import BLIP_VISION_TABLE, KINDS, blip_bert_table
+from .convert_runs import PILLOW_NOTE
 from .convert_tables import ConversionError, Drop, Rename, Rule, Shapes, Twin, dropped, plan
 from .convert_vision import for_grid
 
@@ -201,7 +202,8 @@ def convert_blip(
     compare_twins(files, table, conversion)
     side = model_config.vision_config.image_size
     # CLIP's mean and standard deviation and bicubic resampling are its defaults
-    processor = BlipProcessor(BlipImageProcessor(size={"height": side, "width": side}), bert)
+    processor = BlipProcessor(BlipImageProcessorPil(size={"height": side, "width": side}), bert)
+    conversion.notes.append(PILLOW_NOTE)
     conversion.write(output, None, processor, verify)
     return conversion
 

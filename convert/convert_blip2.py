@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from transformers import (
-    AutoTokenizer,
     CLIPImageProcessor,
     GenerationConfig,
     PreTrainedConfig,
@@ -29,7 +28,7 @@ from ..modeling.modeling_bridge import fill_vision_geometry
 from .convert_assembly import Conversion, assemble, compare_twins, expected_tensors
 from .convert_blip2_transformers import convert_port, is_port
 from .convert_files import TensorFiles, dimensions, layer_numbers
-from .convert_language import language_table, read_text_config
+from .convert_language import language_table, load_language_tokenizer, read_text_config
 from .convert_lavis_names import BRIDGE_TABLE, LAVIS_LANGUAGE_MODELS
 from .convert_qformer import build_processor, load_qformer_tokenizer, model_class
 from .convert_sources import Constants, Merged, Renamed, resized
@@ -253,7 +252,7 @@ def load_tokenizer(source: str | os.PathLike, language: str) -> PreTrainedTokeni
         source: Folder or Hub id.
         language: See `language_of`.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_language_tokenizer(source)
     if language == "llm":
         tokenizer.add_special_tokens(
             {"pad_token": "[PAD]", "bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>"}
@@ -354,7 +353,10 @@ def convert_blip2(
     compare_twins(files, checkpoint_table(conversion.model, prefix, tied), conversion)
 
     side = model_config.image_size
-    image_processor = CLIPImageProcessor(size={"height": side, "width": side}, do_center_crop=False)
+    # LAVIS resizes with Pillow, and crops nothing
+    image_processor = CLIPImageProcessor(
+        size={"height": side, "width": side}, do_center_crop=False, image_backend="pil"
+    )
     generation = None
     if prefix is not None:
         generation = generation_config(prefix, bert is not None, language_tokenizer, text_config)

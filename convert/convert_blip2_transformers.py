@@ -20,7 +20,6 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
-    AutoProcessor,
     AutoTokenizer,
     Blip2Config,
     Blip2ForConditionalGeneration,
@@ -51,7 +50,7 @@ from .convert_files import TensorFiles
 from .convert_language import language_table
 from .convert_lavis_names import transformers_bridge_table
 from .convert_qformer import build_processor, model_class
-from .convert_runs import run_generation, run_retrieval
+from .convert_runs import PILLOW_NOTE, load_processors, run_generation, run_retrieval
 from .convert_sources import Constants, resized
 from .convert_tables import ConversionError, Missing, Rename, Rule, dropped, invert, plan
 
@@ -283,6 +282,8 @@ def _notes(config: BridgedConfig, processor: ProcessorMixin, rows: int | None) -
             "encoder's. "
             f"In the original it is {ours:g}."
         )
+    if getattr(processor.image_processor, "backend", None) == "pil":
+        yield PILLOW_NOTE
     if rows is None:
         yield "The captioning head and the contrastive temperature are left out: transformers' class has neither."
         return
@@ -324,7 +325,7 @@ def run_port(ours: str | os.PathLike, theirs: str | os.PathLike, config: Bridged
     other, info = PORTS[kind].model_class.from_pretrained(theirs, dtype=torch.float32, output_loading_info=True)
     if any(info.values()):
         raise ConversionError(f"Transformers' class does not find all of its tensors: {info}.")
-    processors = AutoProcessor.from_pretrained(ours), AutoProcessor.from_pretrained(theirs)
+    processors = load_processors(ours, theirs)
     if kind == "retrieval":
         model = QFormerBlip2ForImageTextRetrieval.from_pretrained(ours, dtype=torch.float32)
         texts = ("a red and green gradient", "a dog")
@@ -440,7 +441,7 @@ def convert_port(
     conversion.left_out = dropped(table, files.shapes)
     conversion.direction = ("transformers", "vlbridge")
     model_config.dtype = port.dtype
-    image_processor = AutoImageProcessor.from_pretrained(checkpoint)
+    image_processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")  # as in the original
     generation = None
     if retrieval:
         conversion.notes.append(
@@ -474,6 +475,7 @@ __all__ = [
     "plan_port",
     "port_config",
     "port_of",
+    "port_processor",
     "port_table",
     "run_port",
 ]

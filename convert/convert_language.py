@@ -241,4 +241,28 @@ def _like_sentencepiece(tokenizer: LlamaTokenizer, path: str | os.PathLike) -> T
     return kept
 
 
-__all__ = ["language_table", "load_language_tokenizer", "lora_changes", "read_text_config", "text_config_of"]
+def needs_space_after(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
+    """Whether text after a special token needs a space to be tokenised like separate text, as the official code does.
+
+    LLaMA's class of transformers 5 puts its space only before a whole text, and takes one that is there for it.
+
+    Args:
+        tokenizer: The language model's tokenizer.
+        token: The special token.
+
+    Source: `tokenizer_image_token` in `llava/mm_utils.py`; `generate` of `Blip2VicunaInstruct` in LAVIS.
+    """
+    alone, after, spaced = (
+        tokenizer.encode(text, add_special_tokens=False) for text in ("\nWhat", f"{token}\nWhat", f"{token} \nWhat")
+    )
+    return after[1:] != alone and spaced[1:] == alone
+
+
+__all__ = [
+    "language_table",
+    "load_language_tokenizer",
+    "lora_changes",
+    "needs_space_after",
+    "read_text_config",
+    "text_config_of",
+]

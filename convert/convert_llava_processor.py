@@ -9,14 +9,15 @@ from collections.abc import Mapping
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
-    CLIPImageProcessor,
+    BaseImageProcessor,
+    CLIPImageProcessorPil,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
 from ..configuration.configuration_llava import MLPLlavaConfig
 from ..processing.processing_llava import MLPLlavaProcessor
-from .convert_language import load_language_tokenizer
+from .convert_language import load_language_tokenizer, needs_space_after
 from .convert_llava_checkpoint import Settings, find_file, image_fields, read_fields
 from .convert_llava_names import IMAGE_BORDERS
 
@@ -78,17 +79,6 @@ def conversation_of(name: str, config: MLPLlavaConfig, tokenizer: PreTrainedToke
     return "llava_v1" if config.projector_type == "linear" else "vicuna_v1"
 
 
-def needs_space_after_image(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether text after `<image>` needs a space to be tokenised like separate text, as the official code does.
-
-    Source: `tokenizer_image_token` in `llava/mm_utils.py`.
-    """
-    alone, after, spaced = (
-        tokenizer.encode(text, add_special_tokens=False) for text in ("\nWhat", "<image>\nWhat", "<image> \nWhat")
-    )
-    return after[1:] != alone and spaced[1:] == alone
-
-
 def _chat_template(place: str | os.PathLike) -> str | None:
     """The chat template in a repository of transformers' own classes."""
     if (path := find_file(place, "chat_template.jinja")) is not None:
@@ -97,8 +87,8 @@ def _chat_template(place: str | os.PathLike) -> str | None:
     return next((template for template in given if isinstance(template, str)), None)
 
 
-def load_image_processor(place: str | os.PathLike | None, side: int) -> CLIPImageProcessor:
-    """The vision encoder's image processor.
+def load_image_processor(place: str | os.PathLike | None, side: int) -> BaseImageProcessor:
+    """The vision encoder's image processor. Like the official one it resizes with Pillow.
 
     Args:
         place: Folder or Hub id; CLIP's defaults are used if it has none.
@@ -107,12 +97,12 @@ def load_image_processor(place: str | os.PathLike | None, side: int) -> CLIPImag
     fields = {} if place is None or os.path.isfile(place) else image_fields(place)
     kind = str(fields.get("image_processor_type") or fields.get("feature_extractor_type") or "CLIP")
     if not fields:
-        return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+        return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     if kind.startswith(("CLIP", "Llava")):  # LLaVA's own steps are done by MLPLlavaProcessor
         own = ("size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std")
         own += tuple(name for name in fields if name.startswith("do_") and name != "do_pad")
-        return CLIPImageProcessor(**{name: fields[name] for name in own if name in fields})
-    return AutoImageProcessor.from_pretrained(place)
+        return CLIPImageProcessorPil(**{name: fields[name] for name in own if name in fields})
+    return AutoImageProcessor.from_pretrained(place, backend="pil")
 
 
 def end_tokens(text_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | list[int]:
@@ -128,7 +118,7 @@ def end_tokens(text_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 def build_processor(
     config: MLPLlavaConfig,
     settings: Settings,
-    image_processor: CLIPImageProcessor,
+    image_processor: BaseImageProcessor,
     tokenizer: PreTrainedTokenizerBase,
     conversation: str | None,
     name: str,
@@ -154,7 +144,7 @@ def build_processor(
         image_aspect_ratio=settings.image_aspect_ratio,
         conversation=conversation,
         mm_use_im_start_end=bool(settings.borders),
-        space_after_image=not settings.native and needs_space_after_image(tokenizer),
+        space_after_image=not settings.native and needs_space_after(tokenizer, "<image>"),
     )
 
 
@@ -164,5 +154,4 @@ __all__ = [
     "end_tokens",
     "load_image_processor",
     "load_tokenizer",
-    "needs_space_after_image",
 ]

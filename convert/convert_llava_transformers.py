@@ -24,6 +24,7 @@ from transformers import (
 from ..configuration.configuration_llava import MLPLlavaConfig
 from .convert_assembly import Conversion, assemble, expected_tensors
 from .convert_llava_names import checkpoint_table as llava_checkpoint_table
+from .convert_runs import PILLOW_NOTE
 from .convert_saved import Saved
 from .convert_sources import resized
 from .convert_tables import ConversionError, dropped, invert, plan
@@ -181,6 +182,8 @@ def _llava_notes(config: MLPLlavaConfig, processor: ProcessorMixin, rows: int) -
             "Transformers rounds where the official code truncates: for some image sizes there is one more row or "
             "column of visual tokens."
         )
+    if getattr(processor.image_processor, "backend", None) == "pil":
+        yield PILLOW_NOTE
     if processor.space_after_image:
         yield (
             "The original tokenises the text after an image like the beginning of a text. The chat template does so "

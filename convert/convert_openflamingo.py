@@ -325,9 +325,13 @@ def convert_openflamingo(
     conversion = plan_conversion(checkpoint, vision_files, language_files, model_config)
 
     side = model_config.image_size
+    # open_clip's transforms; CLIP's mean, standard deviation and bicubic resampling are defaults
     image_processor = CLIPImageProcessor(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-    )  # CLIP's mean, standard deviation and bicubic resampling are its defaults
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_backend="pil",
+        crop_rounding="even",
+    )
     processor = PerceiverFlamingoProcessor.from_config(model_config, image_processor, tokenizer)
     end_of_chunk = tokenizer.convert_tokens_to_ids("<|endofchunk|>")
     generation = GenerationConfig(

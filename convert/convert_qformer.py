@@ -12,6 +12,7 @@ from ..configuration.configuration_qformer import QFormerBlip2PreTrainingConfig
 from ..modeling.modeling_qformer import QFormerBlip2ForConditionalGeneration
 from ..modeling.modeling_qformer_pretraining import QFormerBlip2ForPreTraining
 from ..processing.processing_qformer import QFormerBlip2PreTrainingProcessor, QFormerBlip2Processor
+from .convert_language import needs_space_after
 from .convert_tables import ConversionError
 
 
@@ -63,8 +64,8 @@ def build_processor(config: BridgedConfig, language: str | None, image_processor
         # the official order is image, beginning of sequence, text
         tokenizer.add_bos_token = tokenizer.init_kwargs["add_bos_token"] = False
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B")
-        # LLaMA's tokenizer takes this space for the one that it puts before every text
-        options["text_start"] = tokenizer.bos_token + (" " if language == "llm" else "")
+        begin = tokenizer.bos_token
+        options["text_start"] = begin + (" " if needs_space_after(tokenizer, begin) else "")
     return QFormerBlip2Processor.from_config(
         config, image_processor, tokenizer, qformer_tokenizer=qformer_tokenizer, **options
     )

@@ -9,12 +9,18 @@ from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, ProcessorMixin
 
+from ..processing.processing_backends import BACKENDS
 from .convert_tables import ConversionError
 
 
 # of the largest logit: beyond this, two models are not the same
 LARGEST_RELATIVE_DIFFERENCE = 1e-2
 NEW_TOKENS = 8
+PILLOW_NOTE = (
+    "Pixels: the original resizes pictures with Pillow. Transformers' classes do it with torchvision where it is "
+    "installed, and then some pixels differ by a dozen grey levels; AutoProcessor.from_pretrained(..., backend='pil') "
+    "gives the original's."
+)
 
 
 def fixed_image(height: int = 64, width: int = 96) -> Image.Image:
@@ -47,6 +53,18 @@ def compare_outputs(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> dict
             "not the same, and nothing was written."
         )
     return {"what": what, "shape": list(ours.shape), "largest_difference": difference, "largest_value": largest}
+
+
+def load_processors(ours: str | os.PathLike, theirs: str | os.PathLike) -> tuple[ProcessorMixin, ProcessorMixin]:
+    """Load the processors of both models so that they compute pixels in the same way.
+
+    Args:
+        ours: Folder or Hub id of the model of vlbridge.
+        theirs: Folder or Hub id of transformers' model.
+    """
+    processor = AutoProcessor.from_pretrained(ours)
+    backend = getattr(processor.image_processor, "backend", None)
+    return processor, AutoProcessor.from_pretrained(theirs, **({"backend": backend} if backend in BACKENDS else {}))
 
 
 def run_generation(model, processor, other, other_processor, prompts: tuple[str, str]) -> list[dict]:
@@ -163,7 +181,7 @@ def run_llava(ours: str | os.PathLike, theirs: str | os.PathLike, model_class) -
     if any(info.values()):
         raise ConversionError(f"Transformers' class does not find all of its tensors: {info}.")
     model = AutoModel.from_pretrained(ours, dtype=torch.float32)
-    processors = AutoProcessor.from_pretrained(ours), AutoProcessor.from_pretrained(theirs)
+    processors = load_processors(ours, theirs)
     prompts = _llava_prompts(*processors)
     return run_generation(model.eval(), processors[0], other.eval(), processors[1], prompts)
 
@@ -184,4 +202,12 @@ def _llava_prompts(ours: ProcessorMixin, theirs: ProcessorMixin) -> tuple[str, s
     return f"{token}\n{asked}", f"{token}{' ' if ours.space_after_image else ''}\n{asked}"
 
 
-__all__ = ["compare_outputs", "fixed_image", "run_generation", "run_llava", "run_retrieval"]
+__all__ = [
+    "PILLOW_NOTE",
+    "compare_outputs",
+    "fixed_image",
+    "load_processors",
+    "run_generation",
+    "run_llava",
+    "run_retrieval",
+]

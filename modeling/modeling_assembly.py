@@ -102,6 +102,8 @@ def assemble(
     model.eval()
     if device_map is not None:
         model.dispatch(device_map)
+    else:
+        model.place_beside_quantized()
     return model, processor
 
 

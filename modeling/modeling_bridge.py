@@ -101,15 +101,15 @@ class Bridge(nn.Module):
         if config.special_token_ids:
             head = language_model.get_output_embeddings()
             tied = bool(getattr(language_model.config, "tie_word_embeddings", False))
-            # The weight's width instead of `in_features`: some heads are not nn.Linear.
-            self.token_rows = TokenRows(
-                config.special_token_ids, self.text_dim, None if tied or head is None else head.weight.shape[-1]
-            )
+            output_size = None
+            if not tied and head is not None:  # some heads are not nn.Linear; the weight of others is packed in 4 bits
+                output_size = getattr(head, "in_features", None) or head.weight.shape[-1]
+            self.token_rows = TokenRows(config.special_token_ids, self.text_dim, output_size)
 
     @property
     def dtype(self) -> torch.dtype:
         """Data type of the parameters; torch's default for a bridge without parameters."""
-        parameter = next(self.parameters(), None)
+        parameter = next((weight for weight in self.parameters() if weight.is_floating_point()), None)
         return torch.get_default_dtype() if parameter is None else parameter.dtype
 
     def init_parameters(self, config: BridgedConfig) -> None:

@@ -41,6 +41,7 @@ from .modeling_generation import BridgeGenerationMixin, VisualTokens, pad_logits
 from .modeling_hot_swap import HotSwapMixin
 from .modeling_output_layer import OutputLayerMixin
 from .modeling_parts import build_part
+from .modeling_quantization import QuantizationMixin
 
 
 # Output fields of an encoder-decoder language model besides loss, logits and cache
@@ -86,6 +87,7 @@ class BridgedModel(
     BridgeGenerationMixin,
     FreezingMixin,
     OutputLayerMixin,
+    QuantizationMixin,
     ModelHooks,
     PreTrainedModel,
     GenerationMixin,
@@ -145,8 +147,10 @@ class BridgedModel(
         given = {"vision_model": vision_model, "language_model": language_model}
         self._record_parts(*(part for part, model in given.items() if model is not None))
         self.post_init()
+        self._exclude_bridge()
+        self._mark_quantization()
         self.generation_config = self._inherit_generation_config()
-        self.freeze(config.freeze_vision_model, config.freeze_language_model)
+        self._freeze_as_configured()
 
     # ------------------------------------------------------------------ parts
 
@@ -206,7 +210,7 @@ class BridgedModel(
                 "the images of all rows of the batch, concatenated"
                 + (", or (num_images, num_frames, channels, height, width) for videos." if self.takes_frames else ".")
             )
-        vision_dtype = next(self.vision_model.parameters()).dtype
+        vision_dtype = next(weight.dtype for weight in self.vision_model.parameters() if weight.is_floating_point())
         if self.config.vision_feature_layer is not None:
             kwargs["output_hidden_states"] = True
         trained = pixel_values.requires_grad or any(weight.requires_grad for weight in self.vision_model.parameters())
@@ -313,7 +317,10 @@ class BridgedModel(
         if input_ids is None:
             if image_features is None:
                 return inputs_embeds
-            raise ValueError("Images need input_ids: placeholders can't be found in inputs_embeds.")
+            raise ValueError(
+                "Images need input_ids: placeholders can't be found in inputs_embeds. Give all that the processor "
+                "returned, as in generate(**inputs)."
+            )
         placeholders = input_ids == self.config.image_token_id  # (batch, tokens)
         if image_features is None:
             # Decoding steps have one token: checking them would only wait for the device.

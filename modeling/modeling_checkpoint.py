@@ -24,7 +24,7 @@ from ..compat import arguments_that_stay, layers_not_to_split, resolve_revision,
 from ..extensions import publisher, take_push_options, where_to_load, write_card
 from ..files import move_into, retried, share_permissions, staging_folder, write_json
 from .modeling_changes import changed_since, changed_tensors, has_adapters, samples_of
-from .modeling_parts import PART_KEYWORDS, auto_class_for, check_part, load_frozen_part
+from .modeling_parts import PART_KEYWORDS, auto_class_for, check_part, load_frozen_part, parts_to_quantize
 from .modeling_pins import (
     FROZEN_PARTS,
     HUB_KEYWORDS,
@@ -37,6 +37,7 @@ from .modeling_pins import (
     tensors_of,
     weights_sha256,
 )
+from .modeling_quantization import is_quantized_tensor, unpack, without_bridge
 
 
 logger = logging.get_logger(__name__)
@@ -131,6 +132,13 @@ def _load_overlay(parameters: dict[str, nn.Parameter], weights: dict[str, torch.
         raise ValueError(f"The configuration's trained_tensors name {summary(missing)}, but the weights lack them.")
     for name, parameter in parameters.items():
         tensor = weights.pop(name).to(parameter.device)
+        if is_quantized_tensor(parameter):
+            layer = name.partition(".")[2].removesuffix(".weight")
+            raise ValueError(
+                f"This bridge brings a trained {name}, which is quantised here. Leave it in full precision: name "
+                f"{layer!r} in the quantization_config's list of modules to leave out (llm_int8_skip_modules or "
+                "modules_to_not_convert), together with the output layer, which a list of one's own replaces."
+            )
         if tensor.shape != parameter.shape:
             shapes = f"shape {list(tensor.shape)}, expected {list(parameter.shape)}"
             raise ValueError(f"The trained tensor {name} has {shapes}.")
@@ -186,6 +194,7 @@ class BridgeCheckpointMixin:
             fresh = {name for name, *_ in info["mismatched_keys"]} | set(info["missing_keys"])
             theirs = dict(original.named_parameters())
             ours = dict(getattr(self, part).named_parameters())
+            ours = {name: tensor for name, tensor in ours.items() if not is_quantized_tensor(tensor)}
             differ = [
                 name
                 for name, tensor in ours.items()
@@ -212,6 +221,7 @@ class BridgeCheckpointMixin:
             return ["it carries adapters"]
         if part not in self._loaded:
             return ["it was built from a configuration, not loaded"]
+        unpack(getattr(self, part))
         changed = changed_tensors(getattr(self, part), self._loaded[part])
         return [name for name in changed if f"{part}.{name}" not in (self.config.trained_tensors or [])]
 
@@ -312,15 +322,22 @@ class BridgeCheckpointMixin:
         """
         hub = take_push_options(kwargs)
         repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
+        if self._quantized_parts():  # transformers can't undo how it read quantised weights from a checkpoint
+            kwargs.setdefault("save_original_format", False)
         if not bridge_only:
-            was = self.config.bridge_only, self.config.frozen_parts
+            was = self.config.bridge_only, self.config.frozen_parts, getattr(self.config, "quantization_config", None)
+            quantization = self._quantization_to_save()
             # The pin of a part that has changed is no longer valid.
             kept = {part: pin for part, pin in (was[1] or {}).items() if not self._changes_of(part)}
             self.config.bridge_only, self.config.frozen_parts = False, kept or None
+            self._set_quantization(quantization)
             try:
                 super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
             finally:
-                self.config.bridge_only, self.config.frozen_parts = was
+                self.config.bridge_only, self.config.frozen_parts = was[:2]
+                self._set_quantization(was[2])
+            if kwargs.get("is_main_process", True):
+                self._write_quantization(Path(save_directory) / "config.json", whole=True)
             self._save_beside_weights(Path(save_directory), processor, with_code)
         else:
             self._save_bridge(Path(save_directory), *args, state_dict=state_dict, processor=processor,
@@ -333,18 +350,22 @@ class BridgeCheckpointMixin:
     def _save_bridge(self, target: Path, *args, state_dict, processor, with_code: bool, **kwargs) -> None:
         """Save the bridge into a folder: all files, or none."""
         pins = self.pin_frozen_parts()
-        state_dict = self.state_dict() if state_dict is None else state_dict
+        state_dict = self.bridge.state_dict(prefix="bridge.") if state_dict is None else state_dict
         bridge = {name: tensor for name, tensor in state_dict.items() if name.startswith("bridge.")}
         for name, parameter in overlay_of(self, self.config.trained_tensors or []).items():
             bridge[name] = state_dict.get(name, parameter)
         before = self.config.frozen_parts, self.config.bridge_only
+        quantizer = vars(self).pop("hf_quantizer", None)  # it would save all of its model
         with staging_folder(target) as staging:
             try:
                 self.config.frozen_parts, self.config.bridge_only = pins, True
                 super().save_pretrained(staging, *args, state_dict=bridge, **kwargs)
             finally:
                 self.config.frozen_parts, self.config.bridge_only = before
+                if quantizer is not None:
+                    self.hf_quantizer = quantizer
             _replace_local_paths(staging / "config.json", pins)
+            self._write_quantization(staging / "config.json", whole=False)
             share_permissions(staging / "config.json", staging.glob("*.safetensors"))
             self._save_beside_weights(staging, processor, with_code)
             written = move_into(staging, target)
@@ -462,10 +483,13 @@ class BridgeCheckpointMixin:
         # A state_dict is loaded as a whole model.
         if not bridge_only or kwargs.get("state_dict") is not None or pretrained_model_name_or_path is None:
             kwargs.pop("allow_mismatch", None)  # nothing is pinned
+            if kwargs.get("quantization_config") is not None:
+                kwargs["quantization_config"] = without_bridge(kwargs["quantization_config"])
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             # Loading replaces the parameters, and with them `requires_grad`.
-            model.freeze(model.config.freeze_vision_model, model.config.freeze_language_model)
+            model._finish_quantization()
+            model._freeze_as_configured()
             model._record_parts(*frozen_parts_of(model.config))
             return loaded
         return cls._from_bridge_checkpoint(pretrained_model_name_or_path, config, hub_kwargs, **kwargs)
@@ -503,6 +527,7 @@ class BridgeCheckpointMixin:
             set_attention(config, attention)
 
         overlay = config.trained_tensors or []
+        quantized = parts_to_quantize(frozen_parts_of(config), given) if quantization else ()
         parts = {}
         for part in frozen_parts_of(config):
             part_config = config.vision_config if part == "vision_model" else config.text_config
@@ -515,7 +540,7 @@ class BridgeCheckpointMixin:
                     f"{path}/config.json is bridge_only but names no {part}; pass {part}=<a loaded model>."
                 )
             else:
-                extra = {"quantization_config": quantization} if quantization and part == "language_model" else {}
+                extra = {"quantization_config": quantization} if part in quantized else {}
                 extra.update((name, hub_kwargs[name]) for name in PART_KEYWORDS if name in hub_kwargs)
                 trained = {name.removeprefix(f"{part}.") for name in overlay if name.startswith(f"{part}.")}
                 parts[part] = load_frozen_part(part, pin, part_config, trained, allow_mismatch, dtype=dtype, **extra)
@@ -527,7 +552,7 @@ class BridgeCheckpointMixin:
             model.bridge, path, model.all_tied_weights_keys, dtype, overlay_of(model, overlay), shared, **hub_kwargs
         )
         model.tie_weights()  # moving the bridge off the meta device has broken its ties
-        model.freeze(config.freeze_vision_model, config.freeze_language_model).eval()
+        model._freeze_as_configured().eval()
         if generation_config is None:
             try:
                 generation_config = retried(GenerationConfig.from_pretrained, path, **hub_kwargs)
@@ -537,6 +562,8 @@ class BridgeCheckpointMixin:
         model.name_or_path = config.name_or_path = str(path)
         if device_map is not None:
             model.dispatch(device_map, **placement)
+        else:
+            model.place_beside_quantized()
         info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         return (model, info) if output_loading_info else model
 

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 from transformers import GradientCheckpointingLayer
+from transformers.utils import logging
+
+from .modeling_quantization import is_quantized, is_quantized_tensor, keep_unpacked, quantized_layers
+
+
+logger = logging.get_logger(__name__)
 
 
 class FreezingMixin:
@@ -18,14 +24,31 @@ class FreezingMixin:
 
         Returns:
             The model itself.
+
+        Raises:
+            ValueError: A part that should be trained is quantised.
         """
+        for name, frozen in (("vision_model", vision_model), ("language_model", language_model)):
+            if not frozen and is_quantized(getattr(self, name)):
+                raise ValueError(
+                    f"freeze({name}=False): the {name} is quantised, and quantised weights can't be trained. Train "
+                    "adapters (LoRA) on them, or load the part without quantization_config."
+                )
         self.config.freeze_vision_model, self.config.freeze_language_model = vision_model, language_model
         parts = ((vision_model, self.vision_model), (language_model, self.language_model), (False, self.bridge))
         for frozen, part in parts:
             for parameter in part.parameters() if part is not None else ():
-                if parameter.is_floating_point():  # quantised weights are integers and never trained
+                if not is_quantized_tensor(parameter):
                     parameter.requires_grad_(not frozen)
         return self.train(self.training)
+
+    def _freeze_as_configured(self) -> nn.Module:
+        """`freeze()` what the configuration says. Quantised parts are frozen in any case, for they can't be trained."""
+        frozen = {"vision_model": self.config.freeze_vision_model, "language_model": self.config.freeze_language_model}
+        for part in [part for part, already in frozen.items() if not already and is_quantized(getattr(self, part))]:
+            frozen[part] = True
+            logger.info(f"The {part} is quantised and therefore frozen, although it was trained before.")
+        return self.freeze(**frozen)
 
     def train(self, mode: bool = True) -> nn.Module:
         """Set the training mode of the trained parts. Frozen ones stay in eval mode: no dropout, no running statistics.
@@ -43,6 +66,10 @@ class FreezingMixin:
             if not frozen or part is None:
                 continue
             part.eval()
+            for name, layer in quantized_layers(part):
+                layer.training = mode  # they have no dropout, and compute without gradients in eval mode on a CPU
+                if name.endswith("base_layer"):  # PEFT reads and writes the weights when it merges its adapters
+                    keep_unpacked(layer)
             for layer in part.modules() if mode else ():
                 if hasattr(layer, "base_layer"):  # a PEFT adapter around a frozen layer: the adapter is in training
                     layer.training = True

@@ -128,6 +128,27 @@ def load_frozen_part(
     return model
 
 
+def parts_to_quantize(parts: list[str], given: dict[str, PreTrainedModel | None]) -> tuple[str, ...]:
+    """The parts that `quantization_config` applies to when a bridge checkpoint is loaded.
+
+    That is the language model, or in a model without one the vision encoder.
+
+    Args:
+        parts: Names of the model's parts.
+        given: Loaded models that are used as parts, by the parts' names.
+
+    Raises:
+        ValueError: The part is loaded already.
+    """
+    part = "language_model" if "language_model" in parts else "vision_model"
+    if given[part] is not None:
+        raise ValueError(
+            f"quantization_config applies to the {part}, which was passed in and is loaded already: load that with "
+            "quantization_config, or leave it out here."
+        )
+    return (part,)
+
+
 def check_part(part: str, model: PreTrainedModel, config: PreTrainedConfig) -> None:
     """Check that a loaded part has the architecture and shape that a bridge was trained with.
 
@@ -215,4 +236,5 @@ def resolve_part(
     return model, place, {"source": os.path.abspath(source) if os.path.isdir(source) else source, "revision": revision}
 
 
-__all__ = ["Part", "auto_class_for", "build_part", "check_part", "load_frozen_part", "refuse_zero3", "resolve_part"]
+__all__ = ["Part", "auto_class_for", "build_part", "check_part", "load_frozen_part", "parts_to_quantize",
+           "refuse_zero3", "resolve_part"]  # fmt: skip

@@ -15,6 +15,7 @@ from ..compat import MultiModalData, get_image_size
 from ..compat_hooks import ProcessorHooks
 from ..configuration.configuration_bridged import BridgedConfig, num_patches
 from ..extensions import publisher, take_push_options
+from .processing_backends import KeepsBackend, as_described
 from .processing_inputs import check_contents, is_list, pictures, pictures_of_texts, rows_of
 
 
@@ -74,11 +75,12 @@ def _checked_turn(turn: dict, name: str, answered: bool = True) -> dict:
     return given
 
 
-class BridgedProcessor(ProcessorHooks, ProcessorMixin):
+class BridgedProcessor(KeepsBackend, ProcessorHooks, ProcessorMixin):
     """Images and text to model inputs.
 
     Args:
-        image_processor: The vision encoder's image processor.
+        image_processor: The vision encoder's image processor; with `image_backend` or `crop_rounding`, see
+            `vlbridge.processing.processing_backends`, it is replaced by one that computes so.
         tokenizer: The language model's tokenizer; it must know `image_token`.
         chat_template: Jinja template; `None` builds one from the tokenizer's template, or from the family's plain one.
         image_token: Placeholder that stands for one image in the text.
@@ -145,7 +147,11 @@ class BridgedProcessor(ProcessorHooks, ProcessorMixin):
         self.num_query_tokens = num_query_tokens
         self.image_size = image_size
         self.caption_prompt = caption_prompt or self.default_caption_prompt
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or self.build_chat_template(tokenizer))
+        super().__init__(
+            as_described(image_processor),
+            tokenizer,
+            chat_template=chat_template or self.build_chat_template(tokenizer),
+        )
 
     @classmethod
     def from_config(

@@ -15,6 +15,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .processing_backends import as_described
+
 
 def native_image_processor(vision_config: PreTrainedConfig) -> CLIPImageProcessor:
     """Build an image processor of transformers for an encoder that comes without one.
@@ -60,7 +62,8 @@ def load_image_processor(
     """Load the image processor of a vision encoder.
 
     Args:
-        given: An image processor, which is returned as it is, its Hub id or folder, or `None`.
+        given: An image processor, its Hub id or folder, or `None`. One that names its backend computes with it, see
+            `processing_backends`.
         name: Hub id or folder of the vision encoder, used if `given` is `None`.
         vision_config: The vision encoder's configuration.
         hub_kwargs: `revision`, `token` and other arguments of `from_pretrained`.
@@ -69,13 +72,13 @@ def load_image_processor(
         ValueError: The vision encoder comes without an image processor.
     """
     if given is not None:
-        return (
-            AutoImageProcessor.from_pretrained(given, **hub_kwargs) if isinstance(given, (str, os.PathLike)) else given
-        )
+        if isinstance(given, (str, os.PathLike)):
+            given = AutoImageProcessor.from_pretrained(given, **hub_kwargs)
+        return as_described(given)
     if name is None or vision_config.model_type == "timm_wrapper":
         return native_image_processor(vision_config)
     try:
-        return AutoImageProcessor.from_pretrained(name, **hub_kwargs)
+        return as_described(AutoImageProcessor.from_pretrained(name, **hub_kwargs))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"No image processor for the vision encoder in {name!r} ({str(error).splitlines()[0]}); pass "

@@ -12,6 +12,7 @@ from ..compat import optional_file
 from ..compat_hooks import ProcessorHooks
 from ..configuration.configuration_bridged import BridgedConfig
 from ..configuration.configuration_qformer import QFormerBlip2Config, QFormerBlip2PreTrainingConfig
+from .processing_backends import KeepsBackend, as_described
 from .processing_bridged import BridgedProcessor
 from .processing_inputs import pictures
 
@@ -198,7 +199,7 @@ class QFormerBlip2Processor(BridgedProcessor):
         return processor
 
 
-class QFormerBlip2PreTrainingProcessor(ProcessorHooks, ProcessorMixin):
+class QFormerBlip2PreTrainingProcessor(KeepsBackend, ProcessorHooks, ProcessorMixin):
     """Processor of image-text pairs, for stage 1 and retrieval.
 
     Args:
@@ -216,7 +217,7 @@ class QFormerBlip2PreTrainingProcessor(ProcessorHooks, ProcessorMixin):
 
     def __init__(self, image_processor=None, tokenizer=None, max_length=32, **kwargs):
         self.max_length = max_length
-        super().__init__(image_processor, tokenizer)
+        super().__init__(as_described(image_processor), tokenizer)
 
     @classmethod
     def from_config(

@@ -98,7 +98,8 @@ def test_the_wheel_holds_every_file(built):
 def test_the_sdist_holds_what_tests_need(built):
     _, sdist = built
     held = {name.split("/", 1)[-1] for name in tarfile.open(sdist).getnames()}
-    assert {"LICENSE", "README.md", "Makefile", "setup.cfg", "pyproject.toml", "tests/tiny.py", "zoo/cli.py"} <= held
+    assert {"LICENSE", "README.md", "Makefile", "setup.cfg", "pyproject.toml", "tests/tiny.py"} <= held
+    assert "cli/cli_app.py" in held
     assert {"constraints.txt", "noxfile.py", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", ".ci/run"} <= held
 
 
@@ -118,6 +119,6 @@ def test_the_installed_wheel_runs_from_another_folder(built, tmp_path):
     assert module.startswith(str(site)) and (Path(bridge) / "config.json").exists()
     assert (site / "bin" / "vlbridge").exists()
     done = subprocess.run(
-        [sys.executable, "-m", "vlbridge.cli", "--help"], env=environment, cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-m", "vlbridge_cli", "--help"], env=environment, cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0 and "caption" in done.stdout

@@ -111,7 +111,7 @@ def run_bash(block: Block) -> None:
     if not commands or not block.runs:
         return
     interpreter = shlex.quote(sys.executable)  # `vlbridge` of this interpreter, whatever is on the PATH
-    script = [f'vlbridge() {{ {interpreter} -m vlbridge.cli "$@"; }}', "set -euo pipefail", *commands]
+    script = [f'vlbridge() {{ {interpreter} -m vlbridge_cli "$@"; }}', "set -euo pipefail", *commands]
     environment = {**os.environ, "COLUMNS": "120", "TERM": "dumb", "PYTHONIOENCODING": "utf-8"}
     result = subprocess.run(
         [shutil.which("bash"), "-c", "\n".join(script)],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+
+from .training_rows import read_json
+from .training_sources_common import key_value, list_value, text_value
 
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -22,17 +24,50 @@ class Example:
     questions: list[tuple[str, str]]
 
 
-def load_split(folder: Path, split: str) -> list[Example]:
+def read_split(folder: Path, split: str) -> tuple[list[Example], list[str]]:
     """Read a split of easy-VQA.
 
     Args:
         folder: The unpacked data set.
         split: `"train"` or `"test"`.
+
+    Returns:
+        The pictures, and what is wrong with rows that are not `[question, answer, image]`.
+
+    Raises:
+        ValueError: The file is no JSON, or no list.
     """
-    questions = defaultdict(list)
-    for question, answer, image in json.loads((folder / split / "questions.json").read_text()):
-        questions[image].append((question, answer))
-    return [Example(folder / split / "images" / f"{image}.png", asked) for image, asked in sorted(questions.items())]
+    file, questions, problems = folder / split / "questions.json", defaultdict(list), []
+    for number, row in enumerate(list_value(read_json(file), str(file), "its content")):
+        place = f"{file}, row {number}"
+        try:
+            if len(list_value(row, place, "a row")) != 3:
+                raise ValueError(f"{place} has {len(row)} items; expected a question, an answer and an image's number.")
+            question, answer = (text_value(value, place, what) for value, what in zip(row, ("question", "answer")))
+            image = key_value(row[2], place, "image")
+            if "\0" in str(image) or Path(str(image)).name != str(image):
+                raise ValueError(f"{place}: image is {image!r}; expected the name of a file in images/.")
+            questions[image].append((question, answer))
+        except ValueError as error:
+            problems.append(str(error))
+    pictures = sorted(questions.items(), key=lambda item: (isinstance(item[0], str), item[0]))
+    return [Example(folder / split / "images" / f"{image}.png", asked) for image, asked in pictures], problems
+
+
+def load_split(folder: Path, split: str) -> list[Example]:
+    """Read a split of easy-VQA, of which nothing may be wrong.
+
+    Args:
+        folder: The unpacked data set.
+        split: `"train"` or `"test"`.
+
+    Raises:
+        ValueError: A row is not `[question, answer, image]`.
+    """
+    examples, problems = read_split(folder, split)
+    if problems:
+        raise ValueError(problems[0])
+    return examples
 
 
 def properties_of(example: Example) -> dict[str, str]:
@@ -100,5 +135,6 @@ __all__ = [
     "load_split",
     "matched_pair",
     "properties_of",
+    "read_split",
     "yes_no_templates",
 ]

@@ -23,6 +23,7 @@ from ..families import FAMILIES
 from ..modeling import QFormerBlip2ForConditionalGeneration, QFormerBlip2ForPreTraining
 from ..modeling.modeling_pins import FROZEN_PARTS
 from ..modeling.modeling_qformer_pretraining import QFormerBlip2Stage1Model
+from ..processing.processing_backends import as_described
 from ..processing.processing_qformer import bert_tokenizer
 from .training_recipes import Recipe, RecipeError
 
@@ -135,7 +136,8 @@ def build_classifier(recipe: Recipe, options: dict):
         if kind == classifier.config_class.model_type:
             if options.keys() - {"dtype"}:
                 raise RecipeError(f"{recipe.from_} has its classes already: leave {', '.join(sorted(options))} out.")
-            return classifier.from_pretrained(source, **options), AutoImageProcessor.from_pretrained(source)
+            image_processor = as_described(AutoImageProcessor.from_pretrained(source))
+            return classifier.from_pretrained(source, **options), image_processor
         if kind in [model.config_class.model_type for model in classifier.begins_as]:
             return classifier.from_bridge(source, **options)
     raise RecipeError(f"{recipe.from_} holds a {kind!r} model, which has no bridge to classify with.")

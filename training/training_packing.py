@@ -167,8 +167,9 @@ class PackedCollator:
 
         Returns:
             `input_ids`, `position_ids` and `segment_ids`, `(rows, tokens)`; `attention_mask`, `(rows, 1, tokens,
-            tokens)`; `logits_to_keep`, the columns where a row learns something; `shift_labels` and `labels`, what is
-            predicted there, `(rows, columns)`.
+            tokens)`; `logits_to_keep`, the columns where a row learns something, the last one twice; `shift_labels`,
+            what is predicted there, `(rows, columns)`; `labels`, the same one column later: who shifts labels, as
+            `Trainer` does to smooth them, compares the same.
         """
         fillers = {"input_ids": 0, "position_ids": 0, "branch_ids": 0, "segment_ids": -1, "next_ids": IGNORED}
         columns: dict[str, list] = {name: [] for name in fillers}
@@ -187,14 +188,14 @@ class PackedCollator:
         learned = (row["next_ids"] != IGNORED).any(dim=0).nonzero()[:, 0]
         if not len(learned):  # of no columns there would be no mean
             learned = learned.new_zeros(1)
-        next_ids = row["next_ids"][:, learned]
+        next_ids = torch.nn.functional.pad(row["next_ids"][:, learned], (0, 1), value=IGNORED)
         return {
             "input_ids": row["input_ids"],
             "position_ids": row["position_ids"],
             "segment_ids": row["segment_ids"],
             "attention_mask": packed_mask(row["segment_ids"], row["branch_ids"]),
-            "logits_to_keep": learned,
-            "labels": next_ids,
+            "logits_to_keep": torch.cat([learned, learned[-1:]]),
+            "labels": next_ids.roll(1, dims=1),
             "shift_labels": next_ids,
             "use_cache": False,
         }

@@ -24,6 +24,7 @@ from .training_checkpoints import (
     complete_checkpoint,
     delete_checkpoint,
     delete_leftovers,
+    is_complete,
     last_checkpoint,
     note_in,
     rotate_checkpoints,
@@ -170,6 +171,26 @@ class ResumableTrainer(TrainerHooks, Trainer):
         """
         if not load_weights(self.bare_model, checkpoint, self.is_fsdp_enabled):
             default()
+
+    def load_best(self, default) -> None:
+        """Load the trained weights of the best checkpoint, when training has ended.
+
+        Args:
+            default: transformers' own way, which would take a checkpoint of another model.
+
+        Raises:
+            TrainingError: The checkpoint is of another model.
+        """
+        best = self.state.best_model_checkpoint
+        if not is_complete(best):  # it could not be written, see `save_checkpoint`
+            logger.error(f"The best checkpoint, {best}, is not there any more: the last model stays.")
+        elif self.is_deepspeed_enabled:
+            default()
+        else:
+            logger.info(
+                f"Loading the best model, of {best} ({self.args.metric_for_best_model}: {self.state.best_metric})."
+            )
+            self.load_trained(default, best)
 
     # ------------------------------------------------------------------ saving
 

@@ -33,14 +33,14 @@ CODE = _hash_of_code()
 
 
 def build_dataset(
-    generate: Callable, files: list[str], kind: str, streaming: bool, extra: dict | None = None, **arguments
+    generate: Callable, files: list[str], kind: str | None, streaming: bool, extra: dict | None = None, **arguments
 ) -> Dataset | IterableDataset:
     """Make a data set from a generator; it is cached as long as neither the files nor this code change.
 
     Args:
         generate: Yields records without the columns of other kinds; its first argument is a list of files.
         files: The files that it reads; workers of a stream share them out.
-        kind: One of `KINDS`.
+        kind: One of `KINDS`; `None` for records of no kind, which have a class alone.
         streaming: Read the files while the data set is used, instead of once into the cache of `datasets`.
         extra: Further columns.
         arguments: Further arguments of `generate`; no lists, which `datasets` would share out like files.
@@ -48,7 +48,7 @@ def build_dataset(
     Raises:
         ValueError: The files hold no records.
     """
-    columns = ("id", "source", "images", kind, "why_broken")
+    columns = [name for name in ("id", "source", "images", kind, "why_broken") if name is not None]
     features = Features({name: FEATURES[name] for name in columns} | (extra or {}))
     kwargs = {"files": files, "generate": generate, "columns": tuple(features), **arguments}
     if streaming:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -15,14 +17,16 @@ from datasets import (
     IterableDatasetDict,
     Value,
     load_dataset,
+    load_dataset_builder,
     load_from_disk,
 )
 
 from ..compat import resolve_features
 from .training_records import FEATURES, KINDS
-from .training_rows import read_rows
+from .training_rows import as_object, read_rows
 from .training_sources_common import (
     CODE,
+    build_dataset,
     content_of_text,
     field_value,
     key_value,
@@ -41,7 +45,9 @@ def load_imagefolder(path, split=None, streaming=False, caption=None, source="im
 
     Metadata name the image in `file_name` (several in `file_names`). A record is made of the columns `messages` or
     `document` in the record's own form, of `question` and `answer`, or of a caption. `label` (a number, or a text: then
-    a class) and `notes` (text) stay columns; with `label` alone the record is of no kind.
+    a class) and `notes` (text) stay columns; with `label` alone the record is of no kind. A wrong row of
+    `metadata.jsonl` makes a record that says why it is broken; the other two have one type per column, and `datasets`
+    refuses them as a whole.
 
     Args:
         path: The folder.
@@ -59,8 +65,8 @@ def load_imagefolder(path, split=None, streaming=False, caption=None, source="im
     if path is None or not os.path.isdir(os.path.expanduser(path)):
         raise ValueError(f"path is {path!r}; expected a folder of images.")
     folder = os.path.abspath(os.path.expanduser(path))
-    for metadata in sorted(Path(folder).rglob("metadata.jsonl")):
-        _check_metadata(metadata)
+    if files := _lines_of_folder(folder, split or "train"):
+        return _load_lines(files, folder, streaming, caption, source)
     loaded = _without_decoding(
         load_dataset("imagefolder", data_dir=folder, split=split or "train", streaming=streaming)
     )
@@ -68,13 +74,7 @@ def load_imagefolder(path, split=None, streaming=False, caption=None, source="im
     caption = _caption_column(columns, caption, folder)
     if "label" in columns and not isinstance(columns["label"], (Value, ClassLabel)):
         raise ValueError(f"{folder}: label is {columns['label']}; expected a text or a whole number per row.")
-    kind = next((name for name in ("messages", "document") if name in columns), None)
-    kind = kind or ("messages" if {"question", "answer"} <= columns.keys() else "caption" if caption else None)
-    if kind is None and "label" not in columns:
-        raise ValueError(
-            f"{folder}: the metadata have {', '.join(columns)}; expected a caption ({', '.join(CAPTION_KEYS)}, or the "
-            "option caption=COLUMN), question and answer, messages, document, or classes."
-        )
+    form = _form_of(columns, caption, folder)
     extra, classes = {}, None
     if "label" in columns:
         extra["label"] = columns["label"]
@@ -84,54 +84,112 @@ def load_imagefolder(path, split=None, streaming=False, caption=None, source="im
             extra["label"] = ClassLabel(names=classes)
     if "notes" in columns:
         extra["notes"] = Value("string")
-    convert = partial(_folder_record, folder=folder, kind=kind, caption=caption, classes=classes, source=source)
-    return _converted(loaded, convert, kind, extra)
+    convert = partial(_folder_record, folder=folder, form=form, caption=caption, classes=classes, source=source)
+    return _converted(loaded, convert, _kind_of_form(form), extra)
 
 
-def _check_metadata(path: Path) -> None:
-    """Refuse what `datasets` would refuse without a word about the row: rows without an image, columns of two types.
+def _form_of(columns, caption: str | None, folder: str) -> str | None:
+    """What records are made of: messages, a document, a question and its answer, a caption, or nothing but a class.
 
     Raises:
-        ValueError: A row is not as expected.
+        ValueError: There are no columns for any of these.
     """
-    seen = None
-    for place, row in read_rows(path):
-        names = [
-            key for key in row if key in ("file_name", "file_names") or key.endswith(("_file_name", "_file_names"))
-        ]
-        if not names:
-            raise ValueError(f"{place} has {', '.join(row) or 'nothing'}; expected 'file_name' among them.")
-        for key in names:
-            values = list_value(row[key], place, key) if key.endswith("s") else [row[key]]
-            for value in values:
-                name = text_value(value, place, key)
-                if "\0" in name or not (path.parent / name).is_file():
-                    raise ValueError(f"{place}: {key} is {name!r}; there is no such file beside {path.name}.")
-        seen = _same_types(seen, row, place, "the row")
+    form = next((name for name in ("messages", "document") if name in columns), None)
+    form = form or ("question" if {"question", "answer"} <= columns.keys() else "caption" if caption else None)
+    if form is None and "label" not in columns:
+        raise ValueError(
+            f"{folder}: the metadata have {', '.join(columns)}; expected a caption ({', '.join(CAPTION_KEYS)}, or the "
+            "option caption=COLUMN), question and answer, messages, document, or classes."
+        )
+    return form
 
 
-def _same_types(seen: dict | None, value, place: str, what: str) -> dict | None:
-    """What is known of a column's types, with one more value; `None` is of every type."""
-    if value is None:
-        return seen
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    kind = "number" if number else type(value).__name__
-    seen = seen or {"kind": kind, "fields": {}, "items": None}
-    if seen["kind"] != kind:
-        raise ValueError(f"{place}: {what} is a {kind}, and a {seen['kind']} in rows before it; expected one type.")
-    if number and abs(value) >= 2**63:
-        raise ValueError(f"{place}: {what} is {value}; expected a number of 64 bits.")
-    if kind == "str" and text_value(value, place, what) != value:
-        raise ValueError(f"{place}: {what} has half of a surrogate pair, which UTF-8 can't encode.")
-    if kind == "dict":
-        for key, inner in value.items():
-            seen["fields"][key] = _same_types(seen["fields"].get(key), inner, place, key)
-    for inner in value if kind == "list" else ():
-        seen["items"] = _same_types(seen["items"], inner, place, f"an item of {what}")
-    return seen
+def _kind_of_form(form: str | None) -> str | None:
+    return "messages" if form == "question" else form
 
 
-def _folder_record(row, index, folder, kind, caption, classes, source, code) -> dict:
+def _lines_of_folder(folder: str, split: str) -> list[str]:
+    """The files `metadata.jsonl` of a split; none if `datasets` has to read the folder."""
+    if not any(Path(folder).rglob("metadata.jsonl")):
+        return []
+    files = (load_dataset_builder("imagefolder", data_dir=folder).config.data_files or {}).get(split, [])
+    others = [file for file in files if str(file).lower().endswith((".zip", "metadata.csv", "metadata.parquet"))]
+    return [] if others else [str(file) for file in files if os.path.basename(file) == "metadata.jsonl"]
+
+
+def _load_lines(files: list[str], folder: str, streaming: bool, caption: str | None, source: str):
+    """Records of `metadata.jsonl`: `datasets` would refuse all rows for one of another type, without naming it."""
+    columns: dict[str, None] = {}
+    labels: Counter = Counter()
+    for file in files:
+        for _, row in read_rows(Path(file), checked=False):
+            if isinstance(row, dict):
+                columns.update(dict.fromkeys(row))
+                labels.update([row["label"]] if isinstance(row.get("label"), (str, int, float)) else [])
+    if not columns:
+        raise ValueError(f"{', '.join(files)}: there are no records.")
+    caption = _caption_column(columns, caption, folder)
+    form, extra, classes = _form_of(columns, caption, folder), {}, None
+    if "label" in columns:
+        names = {label: count for label, count in labels.items() if isinstance(label, str)}
+        if 2 * sum(names.values()) > labels.total():  # wrong ones among numbers don't make classes of them
+            classes = tuple(sorted({text_value(name, folder, "label") for name in names}))
+        extra["label"] = Value("int64") if classes is None else ClassLabel(names=list(classes))
+    if "notes" in columns:
+        extra["notes"] = Value("string")
+    return build_dataset(
+        _folder_lines, files, _kind_of_form(form), streaming, extra, folder=folder, form=form, caption=caption,
+        classes=classes, source=source,
+    )  # fmt: skip
+
+
+def _folder_lines(files, folder, form, caption, classes, source) -> Iterator[dict]:
+    number = 0
+    for file in files:
+        for place, row in read_rows(Path(file), checked=False):
+            yield record_or_reason(
+                _record_of_line, row, place, number, os.path.dirname(file), folder, form, caption, classes, source,
+                number=f"{os.path.relpath(file, folder)}, {place.rpartition(', ')[2]}", source=source,
+            )  # fmt: skip
+            number += 1
+
+
+def _record_of_line(row, place, number, beside, folder, form, caption, classes, source) -> dict:
+    images = [os.path.join(beside, name) for name in _image_names(row, place)]
+    name = os.path.relpath(images[0], folder) if images else number
+    record = _folder_texts(row, images, name, form, caption, source, place)
+    if row.get("label") is not None:
+        record["label"] = _label_of(row["label"], classes, place)
+    if row.get("notes") is not None:
+        record["notes"] = _plain_text(row["notes"], place, "notes")
+    return record
+
+
+def _image_names(row, place: str) -> list[str]:
+    """Paths of a row's images, below the folder of its metadata."""
+    keys = as_object(row, place).keys()
+    named = [key for key in keys if key in ("file_name", "file_names") or key.endswith(("_file_name", "_file_names"))]
+    if not named:
+        raise ValueError(f"{place} has {', '.join(row) or 'nothing'}; expected 'file_name' among them.")
+    key = "file_names" if row.get("file_names") is not None else "file_name"
+    values = list_value(row[key], place, key) if key == "file_names" else [row[key]] if key in row else []
+    names = [os.path.normpath(text_value(value, place, key) or ".") for value in values]
+    for name, value in zip(names, values):
+        if os.path.isabs(name) or name.split(os.sep)[0] in ("..", ".") or "://" in value or "\0" in value:
+            raise ValueError(f"{place}: {key} is {value!r}; expected the path of a file below the metadata's folder.")
+    return names
+
+
+def _label_of(value, classes: tuple[str, ...] | None, place: str) -> int:
+    if classes is not None:
+        return classes.index(text_value(value, place, "label"))
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if not whole or isinstance(value, bool) or not -(2**63) <= value < 2**63:
+        raise ValueError(f"{place}: label is {value!r}; expected a whole number of 64 bits.")
+    return int(value)
+
+
+def _folder_record(row, index, folder, form, caption, classes, source, code) -> dict:
     images = _images_of(row)
     name = images[0].get("path") if images else None
     place = f"{folder}, {os.path.relpath(name, folder) if name and '://' not in name else f'row {index}'}"
@@ -142,27 +200,27 @@ def _folder_record(row, index, folder, kind, caption, classes, source, code) -> 
     if isinstance(extra.get("notes"), (list, dict)):
         extra["notes"], row = None, {**row, "notes_are_no_text": True}
     made = record_or_reason(
-        _folder_texts, row, images, number, kind, caption, source, place, number=number, source=source
+        _folder_texts, row, images, number, form, caption, source, place, number=number, source=source
     )
-    return {**({} if kind is None else {kind: None}), "why_broken": None, **made, **extra}
+    return {**({} if form is None else {_kind_of_form(form): None}), "why_broken": None, **made, **extra}
 
 
-def _folder_texts(row, images, number, kind, caption, source, place) -> dict:
+def _folder_texts(row, images, number, form, caption, source, place) -> dict:
     """A record without its further columns."""
     if "notes_are_no_text" in row:
         raise ValueError(f"{place}: notes are no text.")
     record = {
         "id": str(key_value(row["id"], place, "id") if row.get("id") else number), "source": source, "images": images,
     }  # fmt: skip
-    if kind == "messages" and "messages" not in row:
-        asked, answer = (_plain_text(row[key], place, key) for key in ("question", "answer"))
+    if form == "question":
+        asked, answer = (_plain_text(row.get(key), place, key) for key in ("question", "answer"))
         record["messages"] = [text_message("user", asked, len(images)), text_message("assistant", answer)]
-    elif kind == "messages":
-        record["messages"] = _normal_messages(row["messages"], place)
-    elif kind == "document":
-        record["document"] = _normal_content(row["document"], place)
-    elif kind == "caption":
-        record["caption"] = _plain_text(row[caption], place, caption)
+    elif form == "messages":
+        record["messages"] = _normal_messages(row.get("messages"), place)
+    elif form == "document":
+        record["document"] = _normal_content(row.get("document"), place)
+    elif form == "caption":
+        record["caption"] = _plain_text(row.get(caption), place, caption)
     return record
 
 

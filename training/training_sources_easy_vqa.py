@@ -48,10 +48,13 @@ def load_easy_vqa(
 def _easy_vqa(
     files, pairs, questions_per_image, multi_turn, captions, caption_question, seed, source
 ) -> Iterator[dict]:
-    from .training_easy_vqa import caption_of, load_split, matched_pair, properties_of, yes_no_templates
+    from .training_easy_vqa import caption_of, matched_pair, properties_of, read_split, yes_no_templates
 
     (file,) = map(Path, files)
-    examples = load_split(file.parent.parent, file.parent.name)
+    examples, problems = read_split(file.parent.parent, file.parent.name)
+    for problem in problems:
+        row = problem.removeprefix(f"{file}, ").partition(":")[0]
+        yield {"id": row, "source": source, "images": [], "why_broken": problem}
     templates = yes_no_templates(examples) if pairs else []
     for example in examples:
         record = {"id": example.image.stem, "source": source, "images": [str(example.image)]}

@@ -4,15 +4,14 @@ Beyond saving and resuming (`training_resumable`) it has learning rates by part,
 count of records that can't be used, and it reports the first module whose output is not finite. `training_run` runs
 recipes with it.
 
-Plain `Trainer` works with bridged models too, with two exceptions. `label_smoothing_factor`: `Trainer` knows by a table
-of class names which models predict the next token, and ours are not in it, so that it compares each position with its
-own label; and it hides the labels from encoder-decoders. `evaluate()` with `compute_metrics`: give it
-`ignore_keys=IGNORED_OUTPUTS`. `BridgeTrainer` does both as it should.
+Plain `Trainer` works with bridged models too. Where it smooths labels (`label_smoothing_factor`) it does not show them
+to the model: the collator then has to set the labels of `<image>` placeholders to -100, and to give an encoder-decoder
+its `decoder_input_ids` (`model.language_model.prepare_decoder_input_ids_from_labels(labels)`). `BridgeTrainer` needs
+neither.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import Counter
 from contextlib import suppress
@@ -28,7 +27,6 @@ from transformers.utils import logging
 from ..compat import DataLoaderShard, layers_not_to_split
 from ..configuration.configuration_classification import ClassificationConfigMixin
 from ..files import write_json
-from ..modeling.modeling_bridged import BridgedOutput
 from ..modeling.modeling_flamingo import GatedCrossAttentionLayer
 from .training_datasets import EXTRA_KEYS, Collator, Samples, SampleStream, SkippedRecord
 from .training_encoding import IGNORED, Encoder, Stage1Encoder
@@ -42,11 +40,6 @@ from .training_samples import SampleTable, generate
 
 
 logger = logging.get_logger(__name__)
-
-#: Outputs that are no predictions: some rows have them and others don't, or they are as many as there are images.
-IGNORED_OUTPUTS = sorted(
-    {"cache", "past_key_values", *(field.name for field in dataclasses.fields(BridgedOutput))} - {"loss", "logits"}
-)
 
 
 class BridgeTrainer(ResumableTrainer):
@@ -242,7 +235,7 @@ class BridgeTrainer(ResumableTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """See `Trainer.compute_loss`; tokens are weighted where data sets have loss weights, and labels smoothed.
 
-        `Trainer` itself would not shift the labels that it smooths: it knows by their class which models need that.
+        `Trainer` itself would hide the labels that it smooths from the model, and encoder-decoders need them.
         """
         weights = inputs.pop("token_weights", None)
         smoothed = self.label_smoother is not None and self.compute_loss_func is None and "labels" in inputs
@@ -283,8 +276,7 @@ class BridgeTrainer(ResumableTrainer):
     # ------------------------------------------------------------------ evaluation
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """See `Trainer.prediction_step`; by default the predictions are the logits alone."""
-        ignore_keys = IGNORED_OUTPUTS if ignore_keys is None else ignore_keys
+        """See `Trainer.prediction_step`; the model gets its inputs alone."""
         return super().prediction_step(model, self._model_inputs(inputs), prediction_loss_only, ignore_keys)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):

@@ -152,6 +152,16 @@ IMPORTED = (
 # Names that only this module and `compat_hooks` use: overridden, or read and set by functions
 USED = (
     Name("transformers.GenerationMixin.prepare_inputs_for_generation", "the name of the cache (`CACHE`)"),
+    Name("transformers.GenerationMixin._get_logits_processor", "guidance that knows images and beams",
+         ("logits_processor",)),
+    Name("transformers.GenerationMixin._get_candidate_generator", "prompt lookup in prompts with placeholders",
+         ("assistant_model", "logits_processor")),
+    Name("transformers.GenerationMixin._prepare_model_inputs", "encoder-decoder assistants",
+         ("inputs", "bos_token_id", "model_kwargs")),
+    Name("transformers.GenerationMixin._maybe_prepare_encoder_kwargs_for_generation",
+         "encoder-decoder assistants; output_hidden_states", ("inputs_tensor", "model_kwargs"), since="5.18",
+         instead="_prepare_encoder_decoder_kwargs_for_generation, which leaves output_hidden_states alone"),
+    Name("transformers.generation.PromptLookupCandidateGenerator.vocab_size", "prompt lookup", set_by="__init__"),
     Name("transformers.masking_utils.create_causal_mask", "MPT's causal mask",
          ("config", "inputs_embeds", "attention_mask", "position_ids")),
     Name("transformers.masking_utils.create_masks_for_generate", "masks of a static cache", ("config",)),
@@ -164,6 +174,7 @@ USED = (
     Name("transformers.PreTrainedModel._no_split_modules", "declared by models: layers that stay on one device"),
     Name("transformers.PreTrainedModel._skip_keys_device_placement", "declared by models: caches are not moved"),
     Name("transformers.PreTrainedModel._can_compile_fullgraph", "declared by models: generate() may compile"),
+    Name("transformers.PreTrainedModel._keep_in_fp32_modules", "the bridge is not quantised, by any quantiser"),
     Name("transformers.PreTrainedModel._can_record_outputs", "declared by MPT: what capture_outputs records"),
     Name("transformers.PreTrainedModel._input_embed_layer", "declared by MPT: its input embeddings"),
     Name("transformers.PreTrainedModel._supports_sdpa", "declared by models"),
@@ -185,6 +196,8 @@ USED = (
          ("path_or_repo_id", "revision", "token", "local_files_only", "cache_dir"), since="5.18",
          instead="huggingface_hub's model_info"),
     Name("transformers.PreTrainedTokenizerFast._tokenizer", "tokenizers without some added tokens", set_by="__init__"),
+    Name("transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+         "whether Trainer shifts the labels that it smooths: it looks up a model's `_get_name()` there"),
     Name("transformers.Trainer._save_checkpoint",
          "a full disk is survived, and older checkpoints stay until the new one is complete: no callback sees errors "
          "of saving, or runs before older checkpoints are deleted", ("self", "model", "trial")),
@@ -193,8 +206,10 @@ USED = (
     Name("transformers.Trainer._load_from_checkpoint",
          "FSDP2: looks for files with the frozen parts; otherwise a warning names every frozen tensor",
          ("self", "resume_from_checkpoint", "model")),
+    Name("transformers.Trainer._load_best_model", "the same, of the best checkpoint", ("self",)),
     Name("datasets.IterableDataset._resolve_features", "columns of a stream that does not declare them"),
     Name("torch._subclasses.fake_tensor.FakeTensorMode", "reading a checkpoint's layout without its weights"),
+    Name("torch.nn.Module._get_name", "the name that Trainer looks up when it smooths labels", ("self",)),
     Name("torch.nn.Module._apply", "inactive bridges move with the model", ("self", "fn", "recurse")),
     Name("torch.utils.data._utils.worker._worker_info", "streams shard themselves over a loader's workers"),
 )  # fmt: skip
@@ -360,8 +375,12 @@ _beams = threading.local()
 
 
 @contextmanager
-def logits_of_width(width: int) -> Iterator[None]:
-    """Set the number of columns of the logits for beam search in this thread, see `as_wide_as_logits`."""
+def logits_of_width(width: int | None) -> Iterator[None]:
+    """Set the number of columns of the logits for beam search in this thread, see `as_wide_as_logits`.
+
+    Args:
+        width: Number of columns; `None` leaves the configuration as it is.
+    """
     before = getattr(_beams, "width", None)
     _beams.width = width if BEAMS_READ_VOCAB_SIZE else None
     try:
@@ -417,6 +436,16 @@ def mark_initialized(model: nn.Module) -> None:
     """Keep a larger model that a model becomes part of from initialising its weights again."""
     for module in model.modules():
         module._is_hf_initialized = True
+
+
+def keep_unquantized(model: PreTrainedModel, name: str) -> None:
+    """Keep a module from being quantised while its model is loaded, whatever the configuration of the quantisation.
+
+    Args:
+        model: A model under construction.
+        name: Name of the module. It is loaded in float32 if the model is loaded in float16.
+    """
+    model._keep_in_fp32_modules = {*(model._keep_in_fp32_modules or ()), name}
 
 
 def layers_not_to_split(model: PreTrainedModel) -> list[str]:

@@ -11,15 +11,48 @@ from collections.abc import Callable, Iterable
 
 from packaging.version import Version
 
-from .compat import version_of
+from .compat import logits_of_width, version_of
 
 
 # Before transformers 5.23, gradient checkpointing recomputes a layer's hooks together with the layer
 HOOKS_ARE_RECOMPUTED = version_of("transformers") < Version("5.23")
 
 
+# A class in transformers' table of those that predict the next token
+NEXT_TOKEN_CLASS = "LlamaForCausalLM"
+
+
+class NextTokenName(str):
+    """Name of a class that predicts the next token. It equals `NEXT_TOKEN_CLASS` too, so that `Trainer` finds it."""
+
+    __hash__ = str.__hash__
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, str) and (str.__eq__(self, other) or str.__eq__(other, NEXT_TOKEN_CLASS))
+
+    def __ne__(self, other) -> bool:
+        return not self == other
+
+
 class ModelHooks:
     """Mixin before `PreTrainedModel` and `GenerationMixin`."""
+
+    @property
+    def predicts_next_token(self) -> bool:
+        """Whether the logits of a position are those of the next one's label: not so for encoder-decoders."""
+        config = getattr(self, "config", None)
+        if config is None or config.is_encoder_decoder:
+            return False
+        if hasattr(config, "text_config"):  # `None` in classifiers and in stage 1, which have no language model
+            return config.text_config is not None
+        return self.can_generate()
+
+    def _get_name(self) -> str:
+        # `Trainer` shifts the labels that it smooths if this name is in its table. Names of classes in that table would
+        # be too few (subclasses) and too many (encoder-decoders are of the same class), and other readers of the table
+        # would take the models for models of text alone.
+        name = super()._get_name()
+        return NextTokenName(name) if self.predicts_next_token else name
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -50,6 +83,46 @@ class ModelHooks:
 
     def apply_elsewhere(self, fn: Callable) -> None:
         """Apply a function to modules that belong to this model without being its children, see `apply_to`."""
+
+
+class GenerationHooks:
+    """Mixin before `GenerationMixin`."""
+
+    def _get_logits_processor(self, *args, **kwargs):
+        with logits_of_width(None):  # watermarks depend on the size of the vocabulary
+            processors = super()._get_logits_processor(*args, **kwargs)
+        return self.arrange_processors(processors)
+
+    def arrange_processors(self, processors: list) -> list:
+        """Change the logits processors of a call of `generate`; returns them."""
+        return processors
+
+    def _maybe_prepare_encoder_kwargs_for_generation(self, inputs_tensor, model_kwargs, *args, **kwargs):
+        # It removes every argument that `get_image_features` has too: these are for the language model.
+        names = ("output_attentions", "output_hidden_states")
+        wanted = {name: model_kwargs[name] for name in names if name in model_kwargs}
+        prepare = super()._maybe_prepare_encoder_kwargs_for_generation
+        return {**prepare(inputs_tensor, model_kwargs, *args, **kwargs), **wanted}
+
+    def _get_candidate_generator(self, *args, **kwargs):
+        return self.adapt_candidates(super()._get_candidate_generator(*args, **kwargs))
+
+    def adapt_candidates(self, generator):
+        """Change what proposes tokens for assisted decoding; returns it."""
+        return generator
+
+
+class AssistantHooks:
+    """What transformers asks of an encoder-decoder assistant, which has its encoder's outputs already."""
+
+    def _prepare_model_inputs(self, inputs=None, bos_token_id=None, model_kwargs=None):
+        return inputs, "input_ids", model_kwargs
+
+    def _maybe_prepare_encoder_kwargs_for_generation(self, inputs_tensor, model_kwargs, *args, **kwargs):
+        return model_kwargs
+
+    # Its name before transformers 5.18
+    _prepare_encoder_decoder_kwargs_for_generation = _maybe_prepare_encoder_kwargs_for_generation
 
 
 def process_images(processor, images, **kwargs):
@@ -139,5 +212,8 @@ class TrainerHooks:
         own = functools.partial(super()._load_from_checkpoint, resume_from_checkpoint, model)
         return self.load_trained(own, resume_from_checkpoint)
 
+    def _load_best_model(self):
+        return self.load_best(super()._load_best_model)
 
-__all__ = ["ModelHooks", "ProcessorHooks", "TrainerHooks", "process_images"]
+
+__all__ = ["AssistantHooks", "GenerationHooks", "ModelHooks", "ProcessorHooks", "TrainerHooks", "process_images"]

@@ -20,6 +20,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 
 # Formats that Pillow recognises by their first bytes but cannot decode.
+MAX_DOWNLOAD = 256 << 20  # bytes that are read from an address
 _NOT_DECODABLE = {"BUFR", "GRIB", "HDF5", "MPEG"}
 _GRAYSCALE_16_BIT = {"PNG", "PPM"}  # formats whose mode "I" (32-bit integers) holds 16-bit values
 _ORIENTATIONS = {
@@ -151,9 +152,11 @@ def read_image(source: str | os.PathLike) -> Image.Image:
         try:
             request = urllib.request.Request(text, headers={"User-Agent": "vlbridge"})
             with urllib.request.urlopen(request, timeout=60) as response:
-                data = response.read()
+                data = response.read(MAX_DOWNLOAD + 1)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise ImageError(text, f"cannot be fetched: {error}") from error
+        if len(data) > MAX_DOWNLOAD:
+            raise ImageError(text, f"has more than {MAX_DOWNLOAD >> 20} MiB; download it first, and pass the file")
         return decode_image(data, text)
     if os.path.exists(text) or not isinstance(source, str):
         return load_image(text)

@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-from tiny import tiny_image, tiny_tokenizer
+from tiny import QFORMER, bert_like_tokenizer, tiny_image, tiny_model, tiny_tokenizer
 from transformers import AutoProcessor, AutoTokenizer
 
 from vlbridge.convert import ConversionError, convert_llava, export
+from vlbridge.convert.convert_blip2 import load_tokenizer as load_blip2_tokenizer
+from vlbridge.convert.convert_blip2_transformers import port_processor
 from vlbridge.convert.convert_language import load_language_tokenizer
 from vlbridge.convert.convert_openflamingo import load_tokenizer as load_flamingo_tokenizer
+from vlbridge.convert.convert_qformer import build_processor
 from vlbridge.processing.processing_llava import CONVERSATIONS
+from vlbridge.processing.processing_qformer import bert_tokenizer
 
 
 CASE = Path(__file__).parents[1] / "parity" / "cases" / "llava" / "v16_anyres"
@@ -112,6 +116,52 @@ def test_prompts_are_split_as_sentencepiece_does(kind, legacy, tmp_path):
                 if legacy is not False or not text.startswith(" "):
                     expected = official_ids(place / "tokenizer.model", text, legacy is not False)
                     assert all(tokenizer(text)["input_ids"] == expected for tokenizer in tokenizers), (name, text)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("legacy", [True, None, False])
+def test_vicuna_in_instructblip(legacy, tmp_path):
+    """Queries, `</s>`, and the text as a whole: after conversion, saving, in transformers' processor, and back.
+
+    Source: `generate` of `lavis/models/blip2_models/blip2_vicuna_instruct.py`, whose tokenizer is LLaMA's.
+    """
+    place = checkpoint(tmp_path / "llm", "llama", legacy)
+    (place / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    tokenizer = load_blip2_tokenizer(place, "llm")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
+    bert = bert_tokenizer(bert_like_tokenizer())
+    model, plain = tiny_model("qformer", qformer_config={**QFORMER, "use_text": True, "vocab_size": len(bert)})
+    config, queries = model.config, QFORMER["num_query_tokens"]
+    config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    converted = build_processor(config, "llm", plain.image_processor, tokenizer, bert)
+    converted.save_pretrained(tmp_path / "saved")
+    processors = {"converted": converted, "saved": AutoProcessor.from_pretrained(tmp_path / "saved")}
+    processors["saved"].save_pretrained(tmp_path / "again")
+    processors["again"] = AutoProcessor.from_pretrained(tmp_path / "again")
+    port_processor(config, processors["again"]).save_pretrained(tmp_path / "native")
+    native = AutoProcessor.from_pretrained(tmp_path / "native")
+    assert type(native).__name__ == "InstructBlipProcessor"
+    back = AutoTokenizer.from_pretrained(tmp_path / "native")
+    processors["back"] = build_processor(config, "llm", plain.image_processor, back, bert)
+    whole = SentencePieceProcessor(model_file=str(place / "tokenizer.model"))
+    questions = [*QUESTIONS, "describe the image", "What is the color of the car? Short answer:", "\u00e9\u4f60 1234.5"]
+    for question in [*questions, *([""] if legacy is not False else [])]:
+        expected = [config.image_token_id] * queries + [2, *whole.encode(question)]
+        for where, processor in processors.items():
+            for text in (f"<image>{question}", question):
+                [ids] = processor(images=[tiny_image()], text=[text])["input_ids"]
+                assert list(ids) == expected, (where, text)
+            assert processor.decode(whole.encode("a  dog\nb")) == "a  dog\nb"
+        if legacy is not False or not question.startswith(" "):
+            [ids] = native(images=[tiny_image()], text=[question])["input_ids"]
+            assert list(ids) == expected, question
+    answers = native(images=[tiny_image()] * 2, text=["a dog", "what is it"], padding=True)
+    pad, begin = native.tokenizer.pad_token_id, [config.image_token_id] * queries
+    short, long = whole.encode("a dog"), whole.encode("what is it")
+    assert answers["input_ids"] == [
+        [*begin, *[pad] * (len(long) - len(short)), 2, *short],
+        [*begin, 2, *long],
+    ]  # as in the official code, padding stands behind the queries
 
 
 @pytest.mark.parametrize("legacy", [True, None])

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from vlbridge.convert import convert_blip2
-from vlbridge.convert.convert_blip2_transformers import PORTS, port_config, port_of, port_table
+from vlbridge.convert.convert_blip2_transformers import PORTS, port_config, port_of, port_processor, port_table
 from vlbridge.convert.convert_tables import invert, plan
 from vlbridge.modeling import QFormerBlip2ForConditionalGeneration
 from vlbridge.modeling.modeling_contrastive import similarities_of
@@ -97,14 +97,18 @@ def test_query_output(case, converted):
         torch.testing.assert_close(projected, case.outputs[name], **case.tolerance)
 
 
-def test_images_through_the_processor(case, converted):
-    """From the picture files on: both resize bicubically, torchvision to integers and PIL with another rounding."""
-    _, processor, _ = converted
+def test_images_through_the_processor(case, converted, tmp_path):
+    """From the picture files on, the official pixels: also when saved again, and in transformers' own processor."""
+    model, processor, _ = converted
     images = [Image.open(path).convert("RGB") for path in sorted((case.folder / "images").glob("*.png"))]
-    given = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-    assert given.shape == case.inputs["pixel_values"].shape
-    difference = (given - case.inputs["pixel_values"]).abs()  # 1/255 is up to 0.015
-    assert difference.max() < 0.1 and difference.mean() < 4e-3
+    processor.save_pretrained(tmp_path / "again")
+    processors = [processor, AutoProcessor.from_pretrained(tmp_path / "again")]
+    if case.meta["config"].get("vit_model") != "clip_L":
+        port_processor(model.config, processor).save_pretrained(tmp_path / "native")
+        processors.append(AutoProcessor.from_pretrained(tmp_path / "native", backend="pil"))
+    for each in processors:
+        given = each.image_processor(images, return_tensors="pt")["pixel_values"]
+        assert case.same_pixels(given, case.inputs["pixel_values"])
 
 
 # ---------------------------------------------------------------------- stages 2 and 3
@@ -249,9 +253,15 @@ def test_generated_tokens(case, bridged):
         assert given == expected, tag
 
 
-def test_prompts_through_the_processor(case, bridged):
-    """A prompt as text becomes the official ids: queries, beginning of sequence, text; and the Q-Former's ids."""
+def test_prompts_through_the_processor(case, bridged, tmp_path):
+    """A prompt as text becomes the official ids: queries, beginning of sequence, text; and the Q-Former's ids.
+
+    As converted, saved again, and in transformers' own processor, which puts the queries there by itself.
+    """
     model, processor, _ = bridged
+    processor.save_pretrained(tmp_path / "again")
+    port_processor(model.config, processor).save_pretrained(tmp_path / "native")
+    processors = {name: AutoProcessor.from_pretrained(tmp_path / name) for name in ("again", "native")}
     image = Image.open(sorted((case.folder / "images").glob("*.png"))[0]).convert("RGB")
     checked = 0
     for tag in case.meta["gen"]:
@@ -259,11 +269,14 @@ def test_prompts_through_the_processor(case, bridged):
         attended = official["attention_mask"].bool()
         prompts = instructions(case, processor, text_ids(case, model, tag), official["attention_mask"])
         for row, prompt in enumerate(prompts):
-            given = processor(images=image, text="<image>" + prompt, return_tensors="pt")
-            assert given["input_ids"][0].tolist() == official["input_ids"][row][attended[row]].tolist(), (tag, prompt)
-            if processor.qformer_tokenizer is not None:
-                read = official["qformer_attention_mask"][row].bool()
-                assert given["qformer_input_ids"][0].tolist() == official["qformer_input_ids"][row][read].tolist()
+            expected = official["input_ids"][row][attended[row]].tolist()
+            for name, each in {"converted": processor, **processors}.items():
+                placed = prompt if name == "native" else "<image>" + prompt
+                given = each(images=image, text=placed, return_tensors="pt")
+                assert given["input_ids"][0].tolist() == expected, (tag, name, prompt)
+                if processor.qformer_tokenizer is not None:
+                    read = official["qformer_attention_mask"][row].bool()
+                    assert given["qformer_input_ids"][0].tolist() == official["qformer_input_ids"][row][read].tolist()
             checked += 1
     assert checked
 

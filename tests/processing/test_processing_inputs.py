@@ -390,7 +390,7 @@ def test_every_kind_of_picture_is_seen_as_it_is(name, kind):
 
 @pytest.mark.core
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_files_and_addresses_are_read_the_same_way(name, tmp_path):
+def test_files_and_addresses_are_read_the_same_way(name, tmp_path, monkeypatch):
     processor = processor_of(name)
     for kind, file in (("I;16", "deep.png"), ("RGBA", "clear.png")):
         kinds()[kind][0].save(tmp_path / file)
@@ -408,6 +408,9 @@ def test_files_and_addresses_are_read_the_same_way(name, tmp_path):
                 assert (found - expected).abs().max() <= level
         with pytest.raises(ValueError, match="cannot be fetched"):
             processor(images=f"http://127.0.0.1:{server.server_port}/no.png")
+        monkeypatch.setattr("vlbridge.images.MAX_DOWNLOAD", 10)
+        with pytest.raises(ValueError, match="download it first"):
+            processor(images=place)
     finally:
         server.shutdown()
         server.server_close()

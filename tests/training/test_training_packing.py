@@ -65,8 +65,9 @@ def test_layout_of_branches():
     # the last token of a branch predicts nothing
     assert row["input_ids"][0].tolist() == [5, 6, 7, 8, 30, 31, 9, 32, 7, 10, 11, 33, 34, 35]
     assert row["position_ids"][0].tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 2, 3, 4, 5, 6, 7]
-    assert row["logits_to_keep"].tolist() == [3, 4, 5, 6, 7, 10, 11, 12, 13]
-    assert row["shift_labels"][0].tolist() == [30, 31, 2, 32, 2, 33, 34, 35, 2]
+    assert row["logits_to_keep"].tolist() == [3, 4, 5, 6, 7, 10, 11, 12, 13, 13]  # room for labels that are shifted
+    assert row["shift_labels"][0].tolist() == [30, 31, 2, 32, 2, 33, 34, 35, 2, IGNORED]
+    assert row["labels"][0].tolist() == [IGNORED, 30, 31, 2, 32, 2, 33, 34, 35, 2]
     assert row["attention_mask"][0, 0, 7].nonzero()[:, 0].tolist() == [0, 1, 6, 7]
 
 
@@ -85,7 +86,7 @@ def test_layout_of_samples():
     assert rows["position_ids"].tolist() == [[0, 1, 0, 1, 2, 3, 0, 0], [0, 1, 2, 3, 4, 5, 2, 3]]
     # the first token of a sample is predicted by nobody: the loss of a sample alone does not count it either
     full = torch.full((2, 8), IGNORED)
-    full[:, rows["logits_to_keep"]] = rows["shift_labels"]
+    full[:, rows["logits_to_keep"][:-1]] = rows["shift_labels"][:, :-1]
     assert full.tolist() == [[2, 3, 5] + [IGNORED] * 5, [IGNORED] * 3 + [30, 31, 2, 32, 2]]
     seen = rows["attention_mask"][0, 0]
     assert [row.nonzero()[:, 0].tolist() for row in seen] == [

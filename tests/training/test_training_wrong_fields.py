@@ -73,6 +73,15 @@ def captions_rows() -> list:
     return [{"file_name": f"{number}.png", "text": "red"} for number in range(3)]
 
 
+def questions_rows() -> list:
+    files = [["0.png", "1.png"], ["1.png"], ["2.png"]]
+    return [{"file_names": names, "question": "what?", "answer": "red"} for names in files]
+
+
+def classes_rows() -> list:
+    return [{"file_name": f"{number}.png", "label": number} for number in range(3)]
+
+
 def write_json(folder: Path, name: str, content) -> Path:
     path = folder / name
     path.write_text(
@@ -90,6 +99,28 @@ def write_tar(folder: Path, rows: list) -> Path:
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
     return path
+
+
+def easy_rows() -> list:
+    return [["what?", "red", number] for number in range(3)]
+
+
+def easy_vqa(folder: Path, content) -> tuple:
+    split = folder / "easy" / "train"
+    (split / "images").mkdir(parents=True, exist_ok=True)
+    for number in range(3):
+        (split / "images" / f"{number}.png").write_bytes(png())
+    write_json(split, "questions.json", content)
+    return "easy_vqa", folder / "easy", {}
+
+
+def image_folder(folder: Path, content) -> tuple:
+    pictures = folder / "pictures"
+    pictures.mkdir(exist_ok=True)
+    for number in range(3):
+        (pictures / f"{number}.png").write_bytes(png())
+    write_json(pictures, "metadata.jsonl", content)
+    return "imagefolder", pictures, {}
 
 
 def vqav2(folder: Path, content) -> tuple:
@@ -113,8 +144,12 @@ LAYOUTS = {
         lambda: [{"caption": "red"} for _ in range(3)],
         lambda folder, content: ("webdataset", write_tar(folder, content), {}),
     ),
+    "easy-VQA": (easy_rows, easy_vqa),
+    "folder": (folder_rows, image_folder),
+    "folder of captions": (captions_rows, image_folder),
+    "folder of questions": (questions_rows, image_folder),
+    "folder of classes": (classes_rows, image_folder),
 }
-FOLDERS = {"folder": folder_rows, "folder of captions": captions_rows}
 
 
 def places(content, path=()) -> list[tuple]:
@@ -156,8 +191,9 @@ def test_every_field_as_something_else(layout, tmp_path):
     lists = 0 if isinstance(content, list) else {"coco": 1, "vqav2": 2}[layout]
     count = 0
     chosen = [place for place in places(content) if place[lists : lists + 1] in ((), (1,))]
-    for place in chosen:
-        for wrong in WRONG if place not in (("q",), ("a",)) else ():  # two files
+    for number, place in enumerate(chosen):
+        values = WRONG[number % 3 :: 3] if layout == "folder" else WRONG  # its files are looked for each time
+        for wrong in values if place not in (("q",), ("a",)) else ():  # two files
             source, path, options = write(tmp_path, mutated(content, place, wrong))
             usable, problems = outcome(source, path, options, streaming=True)
             count += 1
@@ -188,17 +224,37 @@ def test_wrong_records_are_the_same_streamed_or_not(layout, tmp_path):
     assert report.broken_records == 1 and "form" in report.findings
 
 
-@pytest.mark.parametrize("layout", FOLDERS)
-def test_every_field_of_an_image_folder(layout, tmp_path):
-    content = FOLDERS[layout]()
-    for number in range(3):
-        Image.new("RGB", (6, 4), "red").save(tmp_path / f"{number}.png")
-    chosen = [place for place in places(content) if place[0] == 1]
-    for number, place in enumerate(chosen):
-        for wrong in WRONG[number % 3 :: 3]:  # `datasets` takes its time
-            write_json(tmp_path, "metadata.jsonl", mutated(content, place, wrong))
-            usable, problems = outcome("imagefolder", tmp_path / ".", {})
-            assert usable >= 2 or (not usable and len(problems) == 1), (place, wrong, usable, problems)
+def test_a_wrong_row_of_an_image_folder_is_named(tmp_path):
+    rows = [*folder_rows(), *(3 * [None])]
+    rows[3:] = [{**folder_rows()[0], "label": 4}, {**folder_rows()[0], "file_name": "../0.png"}, 7]
+    Image.new("RGB", (6, 4), "red").save(tmp_path / "0.png")
+    source, path, options = image_folder(tmp_path, rows)
+    records = load(source, path, **options)
+    assert records.features["label"].names == ["red"] and records["label"] == [0, 0, 0, None, None, None]
+    assert records["why_broken"] == [
+        None, None, None,
+        f"{path}/metadata.jsonl, line 4: label is a int; expected a text.",
+        f"{path}/metadata.jsonl, line 5: file_name is '../0.png'; expected the path of a file below the metadata's "
+        "folder.",
+        f"{path}/metadata.jsonl, line 6 is a int; expected an object.",
+    ]  # fmt: skip
+    with pytest.raises(BrokenDataError, match="3 of 6 records are broken"):
+        skip_broken(records, max_broken=2)
+    assert records["id"][:4] == ["0.png", "1.png", "2.png", "metadata.jsonl, line 4"]
+    assert records["images"][1] == [{"bytes": None, "path": str(path / "1.png")}]
+
+
+def test_splits_of_an_image_folder_keep_their_metadata(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        image_folder(tmp_path / split, captions_rows())
+        (tmp_path / split / "pictures" / "metadata.jsonl").unlink()
+        write_json(tmp_path / split, "metadata.jsonl", [{"file_name": "pictures/0.png", "text": f"of {split}"}])
+    assert load("imagefolder", tmp_path)["caption"] == ["of train"]
+    assert load("imagefolder", tmp_path, split="test")["caption"] == ["of test"]
+    assert [record["id"] for record in load("imagefolder", tmp_path, streaming=True)] == ["train/pictures/0.png"]
+    with pytest.raises(ValueError, match="nowhere"):
+        load("imagefolder", tmp_path, split="nowhere")
 
 
 # ---------------------------------------------------------------------- chat templates

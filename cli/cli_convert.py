@@ -82,7 +82,7 @@ def _convert(converter: str, checkpoint: Path | str, output: Path, config: Path 
         what = "file" if isinstance(checkpoint, Path) else "file or folder, and no Hub id"
         raise CommandError(f"--checkpoint {checkpoint}: no such {what}")
     quiet_libraries()
-    from . import convert
+    from vlbridge import convert
 
     try:
         done = getattr(convert, converter)(checkpoint, output=output, config=fields, **options)
@@ -110,8 +110,8 @@ def release(
     verify: VerifyOption = True,
 ) -> None:
     """An official release: its files are downloaded from where they were published."""
-    from .catalogue import find
-    from .convert.convert_release import convert_release as convert
+    from vlbridge.catalogue import find
+    from vlbridge.convert.convert_release import convert_release as convert
 
     fields = _config_fields(config)
     try:
@@ -246,8 +246,8 @@ def export(
 ) -> None:
     """Write a model in a format that needs no vlbridge."""
     quiet_libraries()
-    from . import convert
-    from .convert.convert_export import TARGETS
+    from vlbridge import convert
+    from vlbridge.convert.convert_export import TARGETS
 
     if to not in TARGETS:
         raise CommandError(f"--to is {to!r}; expected one of {', '.join(TARGETS)}", exit_code=2)
@@ -270,8 +270,8 @@ def transplant(
     if output.exists():
         raise CommandError(f"--output {output} exists already; give another folder")
     quiet_libraries()
-    from .transplant import describe
-    from .transplant import transplant as transplant_bridge
+    from vlbridge.transplant import describe
+    from vlbridge.transplant import transplant as transplant_bridge
 
     try:
         done = transplant_bridge(bridge, language, tokenizer=tokenizer)

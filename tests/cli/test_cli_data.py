@@ -7,7 +7,7 @@ from PIL import Image
 from tiny import tiny_image, tiny_stage1
 from typer.testing import CliRunner
 
-from vlbridge import cli
+from vlbridge_cli.cli_app import app
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def data(tmp_path, monkeypatch):
 
 
 def check(*arguments):
-    return CliRunner().invoke(cli.app, ["data", "check", "llava", "data.json", *arguments])
+    return CliRunner().invoke(app, ["data", "check", "llava", "data.json", *arguments])
 
 
 @pytest.mark.parametrize("name", ["sheet.png", "sheet.JPG", "sheet.webp"])

@@ -29,7 +29,7 @@ def train(
     list_recipes: Annotated[bool, typer.Option("--list", help="Show the shipped recipes and exit.")] = False,
 ) -> None:
     """Train a bridge from a recipe; on several devices with `accelerate launch -m vlbridge.cli train ...`."""
-    from .training.training_recipes import RecipeError, read_recipe, shipped
+    from vlbridge.training.training_recipes import RecipeError, read_recipe, shipped
 
     if list_recipes:
         names = shipped()
@@ -45,8 +45,8 @@ def train(
         raise CommandError(one_line(error), exit_code=2) from error
     output = Path(Path(recipe).stem) if output is None else output
     try:
-        from .training.training_failures import TrainingError
-        from .training.training_run import train as run
+        from vlbridge.training.training_failures import TrainingError
+        from vlbridge.training.training_run import train as run
     except ModuleNotFoundError as error:
         raise CommandError(f"{error}; training needs more packages: pip install 'vlbridge[train]'") from error
     try:

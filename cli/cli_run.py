@@ -67,7 +67,7 @@ def load_model(model: str | None, device: str | None, dtype: str | None):
     Raises:
         CommandError: There is no such model, device or dtype, or the model generates no text.
     """
-    from . import inference
+    from vlbridge import inference
 
     device_and_dtype(device, dtype)  # first, because checking the model may take a request to the Hub
     quiet_libraries()
@@ -82,8 +82,8 @@ def answer_files(run: Run, files: Sequence[Path]) -> Iterator[tuple[Path, str | 
     Yields:
         The file, and its text or what is wrong with it.
     """
-    from .images import ImageError, load_image
-    from .inference import answer_each
+    from vlbridge.images import ImageError, load_image
+    from vlbridge.inference import answer_each
 
     model = processor = None
     for start in range(0, len(files), run.batch_size):
@@ -124,7 +124,7 @@ def print_answers(run: Run, as_row: Callable[[str], dict]) -> None:
     """
     from tqdm import tqdm
 
-    from .images import ImageError, expand_paths
+    from vlbridge.images import ImageError, expand_paths
 
     device_and_dtype(run.device, run.dtype)  # refused before anything is read
     failed = 0

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from tiny import tiny_model
 from typer.testing import CliRunner
 
-from vlbridge import cli
+from vlbridge_cli.cli_app import app
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def here(tmp_path, monkeypatch):
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli.app, ["evaluate", *map(str, arguments)])
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
 
 
 def refused(code: int, message: str, *arguments) -> None:

@@ -133,7 +133,7 @@ def device_and_dtype(device: str | None, dtype: str | None):
     Raises:
         CommandError: There is no such device or dtype, or this machine does not have the device.
     """
-    from . import inference
+    from vlbridge import inference
 
     try:
         return inference.device_and_dtype(device, dtype)

@@ -15,8 +15,10 @@ from tiny import LANGUAGE, clip_image_processor, tiny_image, tiny_model, tiny_st
 from transformers import BatchFeature
 from typer.testing import CliRunner
 
-from vlbridge import cli, cli_run, inference
-from vlbridge.cli_common import print_line
+from vlbridge import inference
+from vlbridge_cli import cli_run
+from vlbridge_cli.cli_app import app
+from vlbridge_cli.cli_common import print_line
 
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -94,7 +96,7 @@ def pictures(tmp_path, monkeypatch):
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def lines_of_json(text: str) -> list[dict]:
@@ -361,7 +363,7 @@ class TestProcess:
     @staticmethod
     def start(code: str, **kwargs):
         return subprocess.Popen(
-            [sys.executable, "-c", f"from vlbridge import cli, cli_run\n{code}"],
+            [sys.executable, "-c", f"from vlbridge_cli import cli_app, cli_run\n{code}"],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs,
         )  # fmt: skip
 
@@ -373,7 +375,7 @@ class TestProcess:
             "def answers(run, files):\n"
             "    for file in files: yield file, 'x' * 100_000, None\n"
             "cli_run.answer_files = answers\n"
-            "cli.app(['caption', 'pictures'])"
+            "cli_app.app(['caption', 'pictures'])"
         )
         process = self.start(code)
         process.stdout.read(1)
@@ -391,7 +393,7 @@ class TestProcess:
             "    yield files[0], 'first', None\n"
             "    time.sleep(60)\n"
             "cli_run.answer_files = answers\n"
-            "cli.app(['caption', 'pictures'])"
+            "cli_app.app(['caption', 'pictures'])"
         )
         process = self.start(code)
         assert process.stdout.readline() == "pictures/blue.png\tfirst\n"

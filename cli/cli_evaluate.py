@@ -101,7 +101,7 @@ def _modules():
         CommandError: A package is missing.
     """
     try:
-        from .evaluation import evaluation_run, evaluation_tasks
+        from vlbridge.evaluation import evaluation_run, evaluation_tasks
     except ModuleNotFoundError as error:
         raise CommandError(f'{error}; evaluation needs more packages: pip install "vlbridge[eval]"') from error
     return evaluation_run, evaluation_tasks
@@ -176,8 +176,8 @@ def _evaluate(model: str | None, name: str, data: Path, output: Path | None, opt
         CommandError: Something is wrong with the command line, the model or the data.
     """
     run, tasks = _modules()
-    from .inference import model_source
-    from .training.training_failures import TrainingError
+    from vlbridge.inference import model_source
+    from vlbridge.training.training_failures import TrainingError
 
     quiet_libraries()
     _quiet_datasets()
@@ -223,14 +223,14 @@ def _report(result: dict, folder: Path, model: str | None, as_json: bool) -> Non
     Raises:
         CommandError: The card can't be written.
     """
-    from .evaluation.evaluation_scores import eval_results, table_lines
+    from vlbridge.evaluation.evaluation_scores import eval_results, table_lines
 
     for line in [json.dumps(result, ensure_ascii=False)] if as_json else table_lines(result):
         print_line(line, sys.stdout)
     print_line(f"{folder}: results.json and predictions", sys.stderr)
     if model is None:
         return
-    from .cards_results import add_results
+    from vlbridge.cards_results import add_results
 
     try:
         path = add_results(model, eval_results(result))

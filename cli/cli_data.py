@@ -73,7 +73,7 @@ def capfilt(
     """
     chosen_device, default_dtype = device_and_dtype(device, dtype)
     quiet_libraries()
-    from .training import training_capfilt
+    from vlbridge.training import training_capfilt
 
     given = {
         "captioner": captioner, "filter": matcher, "prompt": prompt, "num_captions": num_captions,
@@ -104,7 +104,7 @@ def _load_capfilt_models(settings, device):
     Raises:
         CommandError: One of them can't be loaded.
     """
-    from .training import training_capfilt_models as models
+    from vlbridge.training import training_capfilt_models as models
 
     captioner = None
     if settings.num_captions:
@@ -171,7 +171,7 @@ def _load_records(source: str, path: str | None, split: str | None, streaming: b
     """
     import yaml
 
-    from .training.training_data import SOURCES, load
+    from vlbridge.training.training_data import SOURCES, load
 
     if source not in SOURCES:
         raise CommandError(f"SOURCE is {source!r}; expected one of {', '.join(SOURCES)}", exit_code=2)
@@ -212,7 +212,7 @@ def _token_counting(model: str, max_length: int | None):
     """
     from transformers import AutoProcessor
 
-    from .inference import bridged_config, model_source
+    from vlbridge.inference import bridged_config, model_source
 
     source = model_source(model)
     with loading(source):
@@ -260,8 +260,8 @@ def check(
     if model is not None:
         processor, max_length = _token_counting(model, max_length)
     with _reading_data(source):
-        from .files import replacing
-        from .training.training_data_check import check_data, contact_sheet
+        from vlbridge.files import replacing
+        from vlbridge.training.training_data_check import check_data, contact_sheet
 
         report, shown = check_data(
             records, sample=sample, seed=seed, max_broken=max_broken, processor=processor, window=max_length,
@@ -288,7 +288,7 @@ def show(
     skip: Annotated[int, typer.Option(min=0, help="Number of records to skip first.")] = 0,
 ) -> None:
     """Print records as training sees them, one JSON object per line."""
-    from .compat import take
+    from vlbridge.compat import take
 
     with _reading_data(source):
         records = _load_records(source, path, split, streaming, settings)

@@ -1,0 +1,139 @@
+"""The command line: `vlbridge caption`, `ask`, `info`, `capfilt`, `data`, `train`, `evaluate`, `convert`, `push`, ....
+
+Exit codes: 0, all went well; 1, something failed (a model, a device, some of the images); 2, the command line is wrong;
+130, interrupted. Results go to stdout, everything else to stderr.
+
+The subcommands are in the modules `cli_*`; here they are put together.
+"""
+
+import json
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli_common import CommandError, JsonOption, exit_codes, loading, one_line, print_line, quiet_libraries
+from .cli_convert import converters, export, transplant
+from .cli_data import capfilt, data_commands
+from .cli_evaluate import evaluate
+from .cli_run import ask, caption
+from .cli_train import train
+
+
+LIBRARIES = ("transformers", "torch", "peft", "accelerate", "huggingface_hub")  # whose versions `--version` shows
+
+app = typer.Typer(
+    name="vlbridge",
+    help="Caption images, ask about them, and inspect bridges between vision encoders and language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@exit_codes()
+def info(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Folder, or id on the Hub.", show_default="the embedded bridge"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Show a model's parts, parameters and token budget, without its weights."""
+    quiet_libraries()
+    from vlbridge.inference import model_source
+    from vlbridge.summary import summarize, summary_lines
+
+    source = model_source(model)
+    with loading(source):
+        summary = summarize(source)
+    for line in [json.dumps(summary)] if as_json else summary_lines(summary):
+        print_line(line, sys.stdout)
+
+
+@exit_codes()
+def list_releases(as_json: JsonOption = False) -> None:
+    """List the official releases that `vlbridge convert NAME OUTPUT` knows."""
+    from vlbridge.catalogue import CATALOGUE, rows
+
+    if as_json:
+        for row in rows():
+            print_line(json.dumps(row), sys.stdout)
+        return
+    width = max(map(len, CATALOGUE))
+    for release in CATALOGUE.values():
+        figures = _published_figures(release.published)
+        print_line(f"{release.name:{width}}  {release.title}" + (f"  ({figures})" if figures else ""), sys.stdout)
+
+
+def _published_figures(published: dict) -> str:
+    """Single figures if there are any, else the first two series, such as scores by number of shots."""
+    figures = [f"{metric} {value}" for metric, value in published.items() if isinstance(value, (int, float))]
+    series = [
+        f"{metric} {' / '.join(map(str, value.values()))}"
+        for metric, value in published.items()
+        if isinstance(value, dict)
+    ]
+    return ", ".join(figures or series[:2])
+
+
+@exit_codes()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A saved model: the full model, or a bridge.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="NAME or OWNER/NAME; it is created if it does not exist.")
+    ],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    with_code: Annotated[
+        bool, typer.Option("--with-code", help="Add the code, so that transformers alone can load the model.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to.", show_default="the main one")] = None,
+    message: Annotated[str, typer.Option("--message", "-m", help="Commit message.")] = "Upload model",
+) -> None:
+    """Upload a saved model to the Hub, in one commit; a model card is added if the folder has none."""
+    quiet_libraries()
+    from vlbridge.hub import push_saved
+
+    try:
+        done = push_saved(
+            folder, repo, with_code=with_code, private=private or None, revision=revision, commit_message=message
+        )
+    except Exception as error:  # which ones depends on the HTTP client of this version of huggingface_hub
+        raise CommandError(f"cannot push {folder} to {repo}: {one_line(error)}") from error
+    print_line(done.commit_url, sys.stdout)
+
+
+# ---------------------------------------------------------------------- the whole
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        for name in ("vlbridge", *LIBRARIES):
+            with suppress(PackageNotFoundError):
+                print_line(f"{name} {version(name)}", sys.stdout)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show versions and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+for command in (caption, ask, info, capfilt, train, evaluate, export, transplant):
+    app.command()(command)
+app.command("list")(list_releases)
+app.command()(push)
+app.add_typer(data_commands)
+app.add_typer(converters)
+
+
+__all__ = ["app"]
