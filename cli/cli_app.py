@@ -1,4 +1,4 @@
-"""The command line: `vlbridge caption`, `ask`, `info`, `capfilt`, `data`, `train`, `convert`, `push` and others.
+"""The command line: `vlbridge caption`, `ask`, `info`, `capfilt`, `data`, `train`, `evaluate`, `convert`, `push`, ....
 
 Exit codes: 0, all went well; 1, something failed (a model, a device, some of the images); 2, the command line is wrong;
 130, interrupted. Results go to stdout, everything else to stderr.
@@ -17,6 +17,7 @@ import typer
 from .cli_common import CommandError, JsonOption, exit_codes, loading, one_line, print_line, quiet_libraries
 from .cli_convert import converters, export, transplant
 from .cli_data import capfilt, data_commands
+from .cli_evaluate import evaluate
 from .cli_run import ask, caption
 from .cli_train import train
 
@@ -127,7 +128,7 @@ def main(
     pass
 
 
-for command in (caption, ask, info, capfilt, train, export, transplant):
+for command in (caption, ask, info, capfilt, train, evaluate, export, transplant):
     app.command()(command)
 app.command("list")(list_releases)
 app.command()(push)

@@ -85,6 +85,8 @@ def test_the_wheel_holds_every_file(built):
                 assert f"{package.replace('.', '/')}/{path.name}" in held
     recipes = (ROOT / "training" / "recipes").glob("*.yaml")
     assert {f"vlbridge/training/recipes/{path.name}" for path in recipes} <= held
+    tasks = (ROOT / "evaluation" / "tasks").glob("*.yaml")
+    assert {f"vlbridge/evaluation/tasks/{path.name}" for path in tasks} <= held
     bridge = ROOT / "zoo" / "assets" / "easy_vqa_mlp"
     assert {f"vlbridge/assets/easy_vqa_mlp/{path.name}" for path in bridge.iterdir()} <= held
     assert [name for name in held if name.startswith("vlbridge/model_cards/") and name.endswith(".md")] == [

@@ -33,7 +33,7 @@ from transformers import TrainerCallback
 
 from ..files import cache_dir
 from ..images import ImageError
-from ..modeling.modeling_pins import tensor_digest
+from ..retrieval import encoder_facts
 from .training_feature_store import FeatureStore
 from .training_images import PreparedImage, image_key, prepare_image
 from .training_records import open_image
@@ -47,10 +47,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def fingerprint(model, processor, dtype: torch.dtype) -> dict:
-    """Everything that a feature depends on beside the image.
-
-    The encoder is identified by the tensors in memory, not by where they came from: an encoder that was loaded in
-    another dtype, quantised or trained gives other features.
+    """Everything that a feature depends on beside the image, see `encoder_facts`.
 
     Args:
         model: The model.
@@ -60,23 +57,7 @@ def fingerprint(model, processor, dtype: torch.dtype) -> dict:
     Returns:
         A dictionary that JSON can hold.
     """
-    config, ignored = model.config, {"_name_or_path", "transformers_version", "processor_class", "_processor_class"}
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.vision_model.state_dict().items()):
-        digest.update(tensor_digest(name, tensor))
-    vision = {name: value for name, value in config.vision_config.to_dict().items() if name not in ignored}
-    pixels = {name: value for name, value in processor.image_processor.to_dict().items() if name not in ignored}
-    chosen = ("vision_feature_layer", "vision_feature_select_strategy", "pooling", "pooling_factor")
-    cut = ("image_aspect_ratio", "image_grid_pinpoints", "image_size")
-    about = {
-        "format": 1,
-        "dtype": str(dtype).removeprefix("torch."),
-        "vision_sha256": digest.hexdigest(),
-        "vision_config": vision,
-        "features": {name: getattr(config, name, None) for name in chosen},
-        "image_processor": pixels,
-        "processor": {name: getattr(processor, name, None) for name in cut},
-    }
+    about = {"format": 1, "dtype": str(dtype).removeprefix("torch."), **encoder_facts(model, processor)}
     return json.loads(json.dumps(about, sort_keys=True, default=str))
 
 

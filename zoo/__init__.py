@@ -18,6 +18,7 @@ from .configuration import (
     QFormerBlip2PreTrainingConfig,
 )
 from .families import FAMILIES, register
+from .few_shot import FewShotAnswerer, answer_with, rank_answers
 from .modeling import (
     FrozenPartError,
     MLPLlavaForConditionalGeneration,
@@ -35,6 +36,7 @@ from .processing import (
     QFormerBlip2PreTrainingProcessor,
     QFormerBlip2Processor,
 )
+from .retrieval import ImageIndex
 from .transplant import transplant
 from .version import __version__
 
@@ -44,7 +46,9 @@ register()
 
 __all__ = [
     "FAMILIES",
+    "FewShotAnswerer",
     "FrozenPartError",
+    "ImageIndex",
     "MLPLlavaClassificationConfig",
     "MLPLlavaConfig",
     "MLPLlavaForConditionalGeneration",
@@ -65,8 +69,10 @@ __all__ = [
     "QFormerBlip2PreTrainingProcessor",
     "QFormerBlip2Processor",
     "__version__",
+    "answer_with",
     "compose",
     "default_model",
     "example_picture",
+    "rank_answers",
     "transplant",
 ]

@@ -49,7 +49,20 @@ def test_the_module_as_a_program(module):
 
 HEAVY = {"vlbridge", "torch", "transformers", "huggingface_hub", "datasets", "PIL", "numpy"}
 LIGHT = [["--help"], ["--version"], [], ["--no-such-option"], ["no-such-command"], ["caption"]]
-COMMANDS = ["caption", "ask", "info", "capfilt", "train", "export", "transplant", "list", "push", "data", "convert"]
+COMMANDS = [
+    "caption",
+    "ask",
+    "info",
+    "capfilt",
+    "train",
+    "evaluate",
+    "export",
+    "transplant",
+    "list",
+    "push",
+    "data",
+    "convert",
+]
 
 
 @pytest.mark.core
