@@ -238,6 +238,8 @@ class BridgeTrainer(ResumableTrainer):
         `Trainer` itself would hide the labels that it smooths from the model, and encoder-decoders need them.
         """
         weights = inputs.pop("token_weights", None)
+        if not return_outputs and self.compute_loss_func is None:
+            inputs = self._learned_only(inputs)
         smoothed = self.label_smoother is not None and self.compute_loss_func is None and "labels" in inputs
         if weights is None and not smoothed:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -252,6 +254,22 @@ class BridgeTrainer(ResumableTrainer):
         if self.args.average_tokens_across_devices and (weights is not None or num_items_in_batch is not None):
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         return (loss, outputs) if return_outputs else loss
+
+    def _learned_only(self, inputs: dict) -> dict:
+        """Inputs that ask for logits where something is learned, and nowhere else.
+
+        Few tokens of a prompt are answers, and a vocabulary is wide: logits of all positions took a third of a step.
+        """
+        # compiled models are compiled again for every shape, and DataParallel splits all tensors by rows
+        if "labels" not in inputs or not self._shifts_labels or self.args.torch_compile or self.args.n_gpu > 1:
+            return inputs
+        targets = inputs.get("shift_labels")
+        if targets is None:
+            targets = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
+        learned = (targets != IGNORED).any(dim=0)
+        learned[-1] |= ~learned.any()  # a batch without anything to learn has a loss too
+        kept = learned.nonzero().flatten()
+        return {**inputs, "logits_to_keep": kept, "shift_labels": targets[:, kept]}
 
     def _losses(self, logits: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of each target, 0 where nothing is learned, and the targets."""

@@ -481,6 +481,37 @@ def test_recomputed_activations_change_nothing(parts, tmp_path, bridge):
     torch.testing.assert_close(torch.tensor(curves[0]), torch.tensor(curves[1]), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.core
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("bridge", vlbridge.FAMILIES)
+def test_logits_are_computed_where_something_is_learned(parts, tmp_path, bridge, packed):
+    trainer = toy_trainer(parts, bridge, dropout=0.0)(tmp_path, max_steps=1)
+    batch = trainer.encoder.collate([trainer.encoder.encode(record) for record in toy_records(3)])
+    batch["labels"][:, :5] = IGNORED
+    if packed:
+        targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+        targets[:, -3:] = IGNORED  # other targets than the labels' own
+        batch["shift_labels"] = targets
+    model, seen = trainer.model.train(), []
+    expected = model(**batch).loss
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    loss = trainer.compute_loss(model, dict(batch))
+    hook.remove()
+    learned = (trainer._targets(batch) != IGNORED).any(dim=0).sum()
+    assert seen == [learned] and learned < batch["input_ids"].shape[1] - 1
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    torch.testing.assert_close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, gradients)
+
+    batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+    batch.pop("shift_labels", None)
+    assert trainer.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(5)) == 0
+
+
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_data_sets_that_count_differently_each_have_their_own_mean(parts, tmp_path, accumulated):
     records = toy_records()
