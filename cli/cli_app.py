@@ -28,7 +28,7 @@ app = typer.Typer(
     name="vlbridge",
     help="Caption images, ask about them, and inspect bridges between vision encoders and language models.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )

@@ -27,7 +27,7 @@ from .cli_common import (
 )
 
 
-ImagesArgument = Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Files, folders or quoted globs.")]
+IMAGES = typer.Argument(metavar="IMAGE...", help="Files, folders or quoted globs.", show_default=False)
 MaxNewTokensOption = Annotated[
     int, typer.Option("--max-new-tokens", min=1, help="Maximum length of an answer, in tokens.")
 ]
@@ -166,7 +166,7 @@ def print_answers(run: Run, as_row: Callable[[str], dict]) -> None:
 
 @exit_codes()
 def caption(
-    images: ImagesArgument,
+    images: Annotated[list[str], IMAGES],
     model: ModelOption = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="What to ask for.", show_default="the model's own")
@@ -188,8 +188,10 @@ def caption(
 
 @exit_codes()
 def ask(
-    images: ImagesArgument,
-    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about each of them.")],
+    images: Annotated[list[str] | None, IMAGES] = None,
+    question: Annotated[
+        str | None, typer.Argument(metavar="QUESTION", help="What to ask about each of them.", show_default=False)
+    ] = None,
     model: ModelOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -202,6 +204,9 @@ def ask(
 
     One image gives its answer; several give a line "path<TAB>answer" each.
     """
+    if not images or question is None:  # a single argument is taken for the question
+        lacking = "image" if question is None else "question" if os.path.exists(question) else "image"
+        raise CommandError(f'the {lacking} is missing; expected IMAGE... and "QUESTION"', exit_code=2)
     if os.path.exists(question):
         raise CommandError(f"the last argument must be the question, but {question!r} is a file or folder", exit_code=2)
     if not question.strip():

@@ -26,6 +26,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume from the last checkpoint in the output folder, if there is one.")
     ] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Three steps on a few records, to see whether everything works.")
+    ] = False,
     list_recipes: Annotated[bool, typer.Option("--list", help="Show the shipped recipes and exit.")] = False,
 ) -> None:
     """Train a bridge from a recipe; on several devices with `accelerate launch -m vlbridge.cli train ...`."""
@@ -43,7 +46,9 @@ def train(
         chosen = read_recipe(recipe, settings or ())
     except RecipeError as error:
         raise CommandError(one_line(error), exit_code=2) from error
-    output = Path(Path(recipe).stem) if output is None else output
+    if smoke:
+        chosen = chosen.smoke_test()
+    output = Path(Path(recipe).stem + ("-smoke" if smoke else "")) if output is None else output
     try:
         from vlbridge.training.training_failures import TrainingError
         from vlbridge.training.training_run import train as run

@@ -29,12 +29,15 @@ import yaml
 from transformers import TrainingArguments
 
 from ..compat import training_argument
+from .training_arguments import problem_of
 
 
 RECIPES = Path(__file__).parent / "recipes"
 STAGES = ("generative", "stage1", "classification")
 PARTS = ("vision_model", "language_model")
 GROUPS = ("bridge", "gates", "resampler", "language_model", "vision_model", "lora")
+BENCHMARKS = ("coco_captions", "vqav2", "easy_vqa")  # layouts that hold one data set
+SPLITS = ("train", "val", "valid", "validation", "dev", "test")  # as folders and files are called
 # Set by the trainer itself, so that a recipe's values would be lost
 OWN_ARGUMENTS = ("output_dir", "remove_unused_columns", "resume_from_checkpoint", "push_to_hub", "hub_model_id")
 
@@ -77,6 +80,21 @@ class DataRecipe:
     streaming: bool = False
     limit: int | None = None
     options: dict = field(default_factory=dict)
+
+    def called(self) -> tuple[str, str]:
+        """What summaries and cards call the data set and its split; layouts of one's own data are named by the path."""
+        name, split = self.name, self.split
+        if self.path is not None and self.source not in BENCHMARKS:
+            place = Path(self.path)
+            if place.suffix in (".json", ".jsonl", ".parquet"):
+                place = place.with_suffix("")
+            elif place.suffix or "*" in place.name:  # shards
+                place = place.parent
+            if split is None and place.name in SPLITS:
+                split, place = place.name, place.parent
+            is_id = self.source == "hub" and not Path(self.path).exists()
+            name = name or (self.path if is_id else place.absolute().name)
+        return name or self.source, split or "train"
 
 
 @dataclass
@@ -290,6 +308,8 @@ class Recipe:
                 raise RecipeError(f"arguments.{name} is not for a recipe to set: see --output, --resume and push_to.")
             if training_argument(name) not in known:
                 raise RecipeError(_unknown(name, known, "arguments"))
+            if problem := problem_of(name, self.arguments[name]):
+                raise RecipeError(f"arguments.{name} is {self.arguments[name]!r}; {problem}.")
 
         self._check_evaluation()
 
@@ -307,6 +327,24 @@ class Recipe:
         known = best_metrics(self.evaluation_names())
         if wanted is not None and f"eval_{str(wanted).removeprefix('eval_')}" not in known:
             raise RecipeError(f"arguments.metric_for_best_model is {wanted!r}; expected one of {', '.join(known)}.")
+
+    def smoke_test(self) -> Recipe:
+        """The recipe with three steps, a few records of each data set, and nothing to push: does it run at all?"""
+        recipe = copy.deepcopy(self)
+        arguments = {training_argument(name): value for name, value in recipe.arguments.items()}
+        rows = arguments.get("per_device_train_batch_size", 8) * arguments.get("gradient_accumulation_steps", 1)
+        for data in recipe.data:
+            data.limit = min(data.limit or 3 * rows, 3 * rows)
+        for held_out in recipe.evaluation:
+            count = arguments.get("per_device_eval_batch_size", 8)
+            held_out.limit = min(held_out.limit or count, count)
+            held_out.generate = min(count, 4) if held_out.generate else 0
+        arguments.update(max_steps=3, logging_steps=1, save_steps=3, warmup_steps=1)
+        if str(arguments.get("eval_strategy", "no")) != "no":
+            arguments.update(eval_strategy="steps", eval_steps=3)
+        recipe.arguments, recipe.push_to = arguments, None
+        recipe.samples.every = min(recipe.samples.every, 3)
+        return recipe
 
     def evaluation_names(self) -> list[str]:
         """What metrics call the data sets of `evaluation`: name or source, and a number where that is not enough."""
@@ -408,7 +446,7 @@ def read_recipe(recipe: str | Path, settings: list[str] | tuple[str, ...] = ()) 
     fields = _parse(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(fields, dict):
         raise RecipeError(f"{path} holds a {type(fields).__name__}, expected keys and values.")
-    for setting in settings:
+    for setting in sorted(settings, key=lambda setting: not setting.partition("=")[0].endswith(".source")):
         _set(fields, setting)
     try:
         return Recipe.from_dict(fields)
@@ -440,6 +478,8 @@ def _set(fields: dict, setting: str) -> None:
     if isinstance(place, list):
         place[_index(place, last, setting)] = value
     else:
+        if last == "source" and place.get("source") != value:
+            place.pop("options", None)  # of the other layout
         place[last] = value
 
 

@@ -203,6 +203,8 @@ def train(recipe: Recipe, output: str | os.PathLike, resume: bool = False) -> di
         raise RecipeError(
             f"{output} holds a run already, up to {Path(last).name}: go on with --resume, or give another --output."
         )
+    if last is None and (output / "config.json").is_file():
+        raise RecipeError(f"{output} holds a saved model, which this run would replace: give another --output.")
     trainer = build_trainer(recipe, output)
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
@@ -234,7 +236,7 @@ def finish(trainer: BridgeTrainer, recipe: Recipe) -> dict:
     """
     seconds, evaluation, files = trainer.seconds, [], {}
     for number, (data, (key, samples)) in enumerate(zip(recipe.evaluation, (trainer.eval_dataset or {}).items())):
-        about = {"dataset": data.name or data.source, "split": data.split or "train"}
+        about = dict(zip(("dataset", "split"), data.called()))
         metrics = trainer.evaluate(samples, metric_key_prefix=f"eval_{key}")
         if (loss := metrics.get(f"eval_{key}_loss")) is not None:  # stage 1 drops batches that are not full
             evaluation.append({**about, "metric": "loss", "value": loss})
@@ -248,7 +250,7 @@ def finish(trainer: BridgeTrainer, recipe: Recipe) -> dict:
     summary = {
         "description": recipe.description,
         "recipe": "recipe.yaml",
-        "datasets": list(dict.fromkeys(data.name or data.source for data in recipe.data)),
+        "datasets": list(dict.fromkeys(data.called()[0] for data in recipe.data)),
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 1),
         "hardware": hardware(trainer.args.world_size),

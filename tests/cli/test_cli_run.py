@@ -186,6 +186,18 @@ class TestAsk:
         assert "question" in result.stderr and result.stderr.count("\n") == 1
         assert not stub.loaded
 
+    @pytest.mark.parametrize(
+        ("arguments", "missing"), [([], "image"), (["What colour?"], "image"), (["pictures/red.png"], "question")]
+    )
+    def test_a_single_argument(self, stub, pictures, arguments, missing):
+        result = run("ask", *arguments)
+        expected = f'vlbridge: error: the {missing} is missing; expected IMAGE... and "QUESTION"\n'
+        assert (result.exit_code, result.stderr) == (2, expected)
+
+    @pytest.mark.parametrize("command", [[], ["ask"], ["data", "check"], ["convert"]])
+    def test_short_help(self, command):
+        assert run(*command, "-h").stdout == run(*command, "--help").stdout != ""
+
 
 class TestFailures:
     def check(self, result, match: str, exit_code: int = 1):

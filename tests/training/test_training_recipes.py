@@ -22,7 +22,14 @@ from vlbridge.cards import card_of_folder
 from vlbridge.cli import app
 from vlbridge.training import training_resumable
 from vlbridge.training.training_models import build_model
-from vlbridge.training.training_recipes import Recipe, RecipeError, read_recipe, shipped
+from vlbridge.training.training_recipes import (
+    DataRecipe,
+    EvaluationRecipe,
+    Recipe,
+    RecipeError,
+    read_recipe,
+    shipped,
+)
 from vlbridge.training.training_run import load_mixture, train
 
 
@@ -88,6 +95,16 @@ def recipe_of(toys, **more) -> Recipe:
         ({"freeze": ["bridge"]}, "freeze is 'bridge'"),
         ({"push_to": 3}, "push_to is 3; expected text"),
         ({"samples": 100}, "samples is 100; expected keys and values"),
+        ({"arguments": {"max_steps": "abc"}}, r"arguments\.max_steps is 'abc'; expected a whole number"),
+        ({"arguments": {"max_steps": 3.5}}, "expected a whole number"),
+        ({"arguments": {"max_steps": 0}}, "expected at least 1, or -1 for whole epochs"),
+        ({"arguments": {"bf16": "yes"}}, "expected true or false"),
+        ({"arguments": {"lr_scheduler_type": "cosin"}}, "expected one of linear, cosine"),
+        ({"arguments": {"label_names": "labels"}}, "expected a list or null"),
+        ({"arguments": {"learning_rate": -1e-3}}, "expected at least 0"),
+        ({"arguments": {"per_device_train_batch_size": 0}}, "expected at least 1"),
+        ({"arguments": {"save_steps": 0}}, "expected more than 0"),
+        ({"arguments": {"adam_beta2": 1}}, "expected less than 1"),
     ],
 )
 def test_what_is_wrong_is_said_by_name(change, message):
@@ -124,6 +141,30 @@ def test_yaml_is_read_as_it_is_meant(tmp_path):
         read_recipe("flamigno")
 
 
+def test_options_do_not_outlive_their_layout():
+    changed = read_recipe("small_mlp", ["data.0.options.columns=[a]", "data.0.source=imagefolder", "data.0.path=p"])
+    assert changed.data[0].options == {"columns": ["a"]} and changed.data[0].split == "train"
+    assert read_recipe("small_mlp", ["data.0.source=easy_vqa"]).data[0].options["multi_turn"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "called"),
+    [
+        ({"source": "easy_vqa", "split": "test"}, ("easy_vqa", "test")),
+        ({"source": "coco_captions", "path": "/coco/captions_val2014.json"}, ("coco_captions", "train")),
+        ({"source": "imagefolder", "path": "/my/birds/test"}, ("birds", "test")),
+        ({"source": "imagefolder", "path": "/my/birds/", "split": "test"}, ("birds", "test")),
+        ({"source": "imagefolder", "path": "/my/birds/test", "name": "garden"}, ("garden", "test")),
+        ({"source": "llava", "path": "/my/birds.json"}, ("birds", "train")),
+        ({"source": "webdataset", "path": "/my/birds/val/{000..010}.tar"}, ("birds", "val")),
+        ({"source": "webdataset", "path": "/my/birds/*.tar"}, ("birds", "train")),
+        ({"source": "hub", "path": "owner/birds", "split": "test"}, ("owner/birds", "test")),
+    ],
+)
+def test_data_of_ones_own_is_called_by_its_own_name(fields, called):
+    assert DataRecipe(**fields).called() == called
+
+
 def test_recipes_are_written_as_they_are_read(tmp_path):
     for name, path in shipped().items():
         recipe = read_recipe(name)
@@ -132,8 +173,8 @@ def test_recipes_are_written_as_they_are_read(tmp_path):
 
 
 def test_arguments_are_checked_by_transformers(tmp_path):
-    with pytest.raises(RecipeError, match="arguments: .*lr_scheduler_type|arguments: .*not a valid"):
-        Recipe.from_dict({**FRESH, "arguments": {"lr_scheduler_type": "cosin"}}).training_arguments(tmp_path)
+    with pytest.raises(RecipeError, match="arguments: .*save"):
+        Recipe.from_dict({**FRESH, "arguments": {"load_best_model_at_end": True}}).training_arguments(tmp_path)
     args = Recipe.from_dict({**FRESH, "arguments": {"bf16": True, "use_cpu": True}}).training_arguments(tmp_path)
     assert args.bf16 and args.report_to == [] and not args.remove_unused_columns
 
@@ -311,10 +352,29 @@ def test_the_command(toys, tmp_path, monkeypatch):
     assert sorted(path.name for path in Path("mine").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
     card = card_of_folder(Path("mine"))
     assert "llava" in str(card) and Path("mine/README.md").exists() and not Path("mine/checkpoint-2/README.md").exists()
+    for path in Path("mine").glob("checkpoint-*"):
+        path.rename(f"kept-{path.name}")
+    done = run.invoke(app, ["train", "mine.yaml", "--set", data, "--resume"])
+    assert done.exit_code == 2 and "mine holds a saved model, which this run would replace" in done.output
+    for path in Path().glob("kept-*"):
+        path.rename(Path("mine") / path.name.removeprefix("kept-"))
     done = run.invoke(app, ["train", "mine.yaml", "--set", data])
     assert done.exit_code == 2 and "holds a run already, up to checkpoint-2" in done.output
     done = run.invoke(app, ["train", "mine.yaml", "--set", data, "--set", "arguments.max_steps=3", "--resume"])
     assert done.exit_code == 0 and "mine: 3 steps" in done.stdout, done.output
+
+
+def test_a_smoke_test_takes_three_steps_on_a_few_records(toys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = recipe_of(toys, push_to="me/my-bridge")
+    recipe.arguments |= {"max_steps": 100, "per_device_train_batch_size": 1}
+    recipe.evaluation = [EvaluationRecipe(**vars(recipe.data[0]), generate=-1)]
+    Path("mine.yaml").write_text(recipe.to_yaml())
+    done = CliRunner().invoke(app, ["train", "mine.yaml", "--smoke"])
+    assert done.exit_code == 0 and "mine-smoke: 3 steps" in done.stdout and "(train): exact_match" in done.stdout
+    ran = read_recipe("mine-smoke/recipe.yaml")
+    assert ran.data[0].limit == 3 and ran.evaluation[0].generate == 4 and ran.push_to is None
+    assert len(Path("mine-smoke/predictions_0.jsonl").read_text().splitlines()) <= 4
 
 
 def test_results_are_pushed_whole(toys, tmp_path, monkeypatch):
