@@ -170,7 +170,7 @@ def bakeoff(
         task: As for `evaluate`; by default easy-VQA, if the recipes are evaluated on it.
         data: Folder with the task's files; for easy-VQA by default what the recipes say, else it is downloaded.
         output_dir: Folder to write to, and to go on in.
-        seeds: Number of trainings per recipe, or their seeds. Everything else, drawn data included, stays the same.
+        seeds: Number of trainings per recipe, or their seeds: of first weights, and of the order of the data.
         settings: Changes to all recipes, `"key=value"`, as for `read_recipe`.
         allow_different: Compare bridges with different parts, data or budgets, and say so in the table.
         tell: Is called with a line of text when something begins.

@@ -354,7 +354,7 @@ def test_bridges_that_can_not_be_compared(toys, tmp_path, monkeypatch):
     same = changed(toys, tmp_path, "same", arguments=arguments)  # the same number of records per step
     assert read_entrant(same).training == read_entrant(toys / "mlp.yaml").training
     for name, more, message in (
-        ("vision", {"vision": "other/encoder"}, r"vision encoder is '/.*/parts/vision' in mlp and 'other/encoder' in vision"),
+        ("vision", {"vision": "other/encoder"}, "vision encoder is '/.*' in mlp and 'other/encoder' in vision"),
         ("language", {"language": "other/model"}, "language model is '/.*' in mlp and 'other/model' in language"),
         ("steps", {"arguments": {"max_steps": 3}}, "steps is 2 in mlp and 3 in steps"),
         ("batch", {"arguments": {"per_device_train_batch_size": 4}}, "records per step is 2 in mlp and 4 in batch"),
@@ -397,7 +397,8 @@ def test_what_is_refused(done, toys, tmp_path, monkeypatch):
         ([mlp], {"prompt": "a"}, BakeoffError, "there is no option 'prompt'; expected some of split, shots"),
         ([mlp], {"limit": 0}, TaskError, "limit is 0"),
         ([mlp], {"device": "cpu", "limit": 3}, BakeoffError, "holds a bake-off with another limit, questions"),
-        ([mlp], {"device": "cpu", "settings": ["arguments.learning_rate=1"]}, BakeoffError, "seed-0 holds a training with another arguments"),
+        ([mlp], {"device": "cpu", "settings": ["arguments.learning_rate=1"]}, BakeoffError,
+         "seed-0 holds a training with another arguments"),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             bakeoff(entrants, **{"output_dir": output, **options})
