@@ -126,6 +126,24 @@ def _tokens(entrant: dict) -> str:
     return str(most) if fewest == most else f"{fewest} to {most}"
 
 
+def _parameters(count: int) -> str:
+    return f"{count / 1e6:.2f} M" if count >= 100_000 else f"{count:,}"
+
+
+def _units(report: dict) -> dict[str, tuple[str, float, int]]:
+    """What was measured of any bridge: heading, what to divide by, and digits to show."""
+    summaries = [cost["summary"] for cost in report["measured"].values()]
+    longest = max((one["training seconds"]["mean"] for one in summaries if "training seconds" in one), default=0)
+    found = {}
+    for name, (divisor, unit) in MEASURED.items():
+        if any(name in summary for summary in summaries):
+            if name == "training seconds" and longest < 120:
+                divisor, unit = 1, "s"
+            heading = {"training seconds": "training", "seconds per answer": "per answer"}.get(name, name)
+            found[name] = (f"{heading} ({unit})", divisor, 2 if unit == "GB" else 1)
+    return found
+
+
 def table(report: dict) -> list[str]:
     """The table, a row per bridge, in Markdown that is also readable on a terminal.
 
@@ -133,21 +151,15 @@ def table(report: dict) -> list[str]:
         report: What `bakeoff` gives.
     """
     columns, costs = _columns(report), report["measured"]
-    known = [name for name in MEASURED if any(name in cost["summary"] for cost in costs.values())]
-    units = {name: MEASURED[name] for name in known}
-    longest = max((cost["summary"].get("training seconds", {"mean": 0})["mean"] for cost in costs.values()), default=0)
-    if "training seconds" in units and longest < 120:
-        units["training seconds"] = (1, "s")
-    headings = {"training seconds": "training", "seconds per answer": "per answer"}
+    units = _units(report)
     rows = [["bridge", "visual tokens", "bridge parameters", *(heading for heading, _ in columns),
-             *(f"{headings.get(name, name)} ({units[name][1]})" for name in known)]]  # fmt: skip
+             *(heading for heading, _, _ in units.values())]]  # fmt: skip
     for entrant in report["entrants"]:
-        cells = [entrant["name"], _tokens(entrant), f"{entrant['bridge_parameters'] / 1e6:.2f} M"]
+        cells = [entrant["name"], _tokens(entrant), _parameters(entrant["bridge_parameters"])]
         cells += [_shown(entrant["summary"].get(name)) for _, name in columns]
         measured = costs[entrant["name"]]["summary"]
-        for name in known:
-            divisor, unit = units[name]
-            cells.append(_shown(measured.get(name), 2 if unit == "GB" else 1, divisor))
+        for name, (_, divisor, digits) in units.items():
+            cells.append(_shown(measured.get(name), digits, divisor))
         rows.append(cells)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |" for row in rows]
@@ -238,7 +250,7 @@ def draw(report: dict, path: str | os.PathLike) -> None:
     for axes, (heading, values, spreads) in zip(below.subplots(1, len(costs), squeeze=False)[0], costs):
         places = range(len(entrants))
         axes.bar(places, values, yerr=spreads, color=[f"C{place % 10}" for place in places], capsize=3)
-        axes.set_title(heading, fontsize="small")
+        axes.set_title(heading, fontsize="x-small")
         axes.set_xticks([])
         axes.tick_params(labelsize="x-small")
         axes.spines[["top", "right"]].set_visible(False)
@@ -270,6 +282,7 @@ def _draw_figures(axes, report: dict, columns: list[tuple[str, str]]) -> None:
     for baseline, style in styles.items():
         axes.plot([], [], style, color="black", label=baseline)
     axes.set_xticks(range(len(columns)), [heading for heading, _ in columns], fontsize="small")
+    axes.set_ylim(0, max(1, axes.get_ylim()[1]))
     axes.set_ylabel(f"{main} (%)")
     axes.set_title(title(report), fontsize="medium")
     axes.spines[["top", "right"]].set_visible(False)
@@ -283,13 +296,11 @@ def _cost_panels(report: dict) -> list[tuple[str, list[float], list[float] | Non
         ("visual tokens", [entrant["visual_tokens"] for entrant in entrants], None),
         ("bridge parameters (M)", [entrant["bridge_parameters"] / 1e6 for entrant in entrants], None),
     ]
-    for name, (divisor, unit) in MEASURED.items():
+    for name, (heading, divisor, _) in _units(report).items():
         figures = [report["measured"][entrant["name"]]["summary"].get(name) for entrant in entrants]
-        if any(figures):
-            values = [(figure or {"mean": 0})["mean"] / divisor for figure in figures]
-            spreads = [((figure or {}).get("spread") or 0.0) / divisor for figure in figures]
-            heading = name.replace("training seconds", "training").replace("seconds per answer", "per answer")
-            panels.append((f"{heading} ({unit})", values, spreads if any(spreads) else None))
+        values = [(figure or {"mean": 0})["mean"] / divisor for figure in figures]
+        spreads = [((figure or {}).get("spread") or 0.0) / divisor for figure in figures]
+        panels.append((heading, values, spreads if any(spreads) else None))
     return panels
 
 

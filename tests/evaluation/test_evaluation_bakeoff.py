@@ -6,8 +6,8 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import benchmark_layouts as layouts
@@ -21,11 +21,19 @@ from tiny import BRIDGE_OPTIONS
 from toy_runs import save_parts
 from typer.testing import CliRunner
 
-from vlbridge.evaluation import BakeoffError, TaskError, bakeoff, evaluation_bakeoff, evaluation_bakeoff_report
+from vlbridge.evaluation import (
+    BakeoffError,
+    TaskError,
+    bakeoff,
+    evaluation_bakeoff,
+    evaluation_bakeoff_report,
+    evaluation_jobs,
+)
+from vlbridge.evaluation.evaluation_answers import Answerer
 from vlbridge.evaluation.evaluation_bakeoff import seeds_of
 from vlbridge.evaluation.evaluation_bakeoff_entrants import read_entrant
 from vlbridge.evaluation.evaluation_bakeoff_report import costs_of, figures_of, mean_and_spread, table
-from vlbridge.evaluation.evaluation_jobs import JobError, end_with_parent, in_own_process, work
+from vlbridge.evaluation.evaluation_jobs import JobError, child, end_with_parent, in_own_process, work
 from vlbridge.training.training_recipes import RecipeError, read_recipe
 from vlbridge.training.training_run import peak_memory
 from vlbridge_cli.cli_app import app
@@ -47,7 +55,7 @@ def toys(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toys")
     parts = save_parts(folder / "parts")
     (folder / "easy").mkdir()
-    layouts.write_easy_vqa(folder / "easy", {"test": 4, "train": 4})
+    layouts.write_easy_vqa(folder / "easy", {"test": 4, "train": 2})
     data = {"source": "easy_vqa", "path": str(folder / "easy")}
     for bridge in ("mlp", "qformer", "perceiver"):
         recipe = {
@@ -63,9 +71,22 @@ def toys(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def done(toys, tmp_path_factory):
-    """A bake-off of two recipes with two seeds, and what it gave."""
+    """A bake-off of two recipes with two seeds, and what it gave.
+
+    Tiny models never give a right answer: some of theirs are replaced by the right one, other ones in each run.
+    """
     output = tmp_path_factory.mktemp("done") / "out"
+    call = Answerer.__call__
+
+    def sometimes_right(self, samples, numbers):
+        rows, about = call(self, samples, numbers), "/".join(Path(self.subject.name).parts[-2:])
+        for row, sample in zip(rows, samples):
+            if zlib.crc32(f"{about} {self.blind} {sample.id}".encode()) % 2:
+                row["prediction"] = sample.references[0]
+        return rows
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Answerer, "__call__", sometimes_right)
         patch.setattr(evaluation_bakeoff, "in_own_process", work)
         report = bakeoff(
             [toys / "mlp.yaml", toys / "perceiver.yaml"], output_dir=output, seeds=2, blind=True, shuffled=True,
@@ -93,7 +114,7 @@ def test_figures_are_those_of_the_predictions(done):
         "easy_vqa", "easy-VQA", "test", 12,
     )  # fmt: skip
     for entrant in report["entrants"]:
-        accuracies = []
+        accuracies: list[float] = []
         for run in entrant["runs"]:
             rows = rows_of(output / run["folder"] / "evaluation" / "predictions.jsonl")
             right = {row["id"]: 100.0 * (row["prediction"].lower() == row["references"][0]) for row in rows}
@@ -103,6 +124,7 @@ def test_figures_are_those_of_the_predictions(done):
             assert {"blind accuracy", "shuffled accuracy", "shuffled accuracy, color"} <= set(run["figures"])
             accuracies.append(run["figures"]["accuracy"])
         first, second = accuracies
+        assert 0 < first < 100 and 0 < second < 100
         found = entrant["summary"]["accuracy"]
         assert found["mean"] == pytest.approx((first + second) / 2, abs=1e-5)
         assert found["spread"] == pytest.approx(abs(first - second) / math.sqrt(2), abs=1e-5)  # n - 1
@@ -199,7 +221,6 @@ def test_trained_bridges_take_part(done, toys, tmp_path):
 
 def killed_in(stage: str, number: int, toys: Path, output: Path) -> None:
     """Run until the last step before a stage's job ends (or, of a training, its first checkpoint), then be killed."""
-    from vlbridge.evaluation.evaluation_answers import Answerer
     from vlbridge.training.training_resumable import ResumableTrainer
 
     left = [number]
@@ -224,7 +245,7 @@ def killed_in(stage: str, number: int, toys: Path, output: Path) -> None:
 
 def whole(toys: Path, output: Path) -> None:
     bakeoff(
-        [toys / "mlp.yaml", toys / "qformer.yaml"], output_dir=output, seeds=1, shuffled=True, batch_size=4,
+        [toys / "mlp.yaml", toys / "qformer.yaml"], output_dir=output, seeds=1, shuffled=True, limit=6, batch_size=3,
         device="cpu",
     )  # fmt: skip
 
@@ -235,7 +256,7 @@ def test_a_kill_changes_nothing(toys, tmp_path, monkeypatch):
 
     assert ended(lambda: whole(toys, tmp_path / "whole")) == 0
     killed = tmp_path / "killed"
-    for stage, number in (("training", 1), ("answering", 2), ("training", 1), ("answering", 4), ("report", 0)):
+    for stage, number in (("training", 1), ("answering", 1), ("answering", 4), ("report", 0)):
         assert ended(lambda stage=stage, number=number: killed_in(stage, number, toys, killed)) == -signal.SIGKILL
         assert not any((killed / name).exists() for name in FILES)
     assert ended(lambda: whole(toys, killed)) == 0
@@ -275,15 +296,50 @@ def test_peak_memory_is_that_of_a_process():
     assert found > 320e6 and peak_memory()["process"] < before + 100e6
 
 
-def test_processes_of_their_own(toys, tmp_path):
-    """A training and an evaluation in new processes; in the second one something is wrong."""
-    recipe = read_recipe(toys / "mlp.yaml").to_dict()
-    in_own_process({"recipe": recipe, "output": str(tmp_path / "run")})
+def test_a_training_in_a_process_of_its_own(toys, tmp_path):
+    in_own_process({"recipe": read_recipe(toys / "mlp.yaml").to_dict(), "output": str(tmp_path / "run")})
     summary = json.loads((tmp_path / "run" / "training_summary.json").read_text())
     assert summary["steps"] == 2 and summary["peak_memory"]["process"] > 50e6
-    job = {"model": str(tmp_path / "run"), "task": "easy_vqa", "data": str(toys / "nothing"), "output": None}
-    with pytest.raises(JobError, match="nothing is no folder"):
-        in_own_process({**job, "options": {}})
+
+
+def test_what_a_new_process_says(toys):
+    """Its part, in a fork of this process: what is wrong goes to stdout."""
+    job = {"model": "none", "task": "easy_vqa", "data": str(toys / "nothing"), "output": None, "options": {}}
+    (asked, ask), (heard, say) = os.pipe(), os.pipe()
+
+    def answers():
+        for there, here in ((asked, 0), (say, 1)):
+            os.dup2(there, here)
+        os.close(ask)
+        sys.stdin = open(0)  # pytest has put something else there
+        try:
+            child()
+        except SystemExit as end:
+            os._exit(end.code)
+
+    process = forked(answers)
+    os.write(ask, json.dumps(job).encode() + b"\n")
+    os.close(say)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 1
+    assert "nothing is no folder" in json.loads(os.read(heard, 10_000))
+    for end in (asked, ask, heard):
+        os.close(end)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("print(json.dumps('the disk is full'), end=''); sys.exit(1)", "^the disk is full$"),
+        ("sys.exit(3)", "its process ended with exit code 3; see what it has printed"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "was ended by SIGKILL, perhaps because memory ran out"),
+    ],
+)
+def test_what_is_made_of_it(monkeypatch, code, message):
+    monkeypatch.setattr(evaluation_jobs, "_CHILD", f"import json, os, signal, sys; {code}")
+    with pytest.raises(JobError, match=message):
+        in_own_process({})
+    monkeypatch.setattr(evaluation_jobs, "_CHILD", "import sys; sys.exit(sys.stdin.readline() != '{}\\n')")
+    in_own_process({})
 
 
 # ---------------------------------------------------------------------- arithmetic
@@ -455,8 +511,3 @@ def test_a_package_that_is_missing(toys, tmp_path, monkeypatch):
     result = run(toys / "mlp.yaml", "--output", tmp_path / "out")
     assert result.exit_code == 1 and 'the picture needs matplotlib: pip install "vlbridge[eval]"' in result.stderr
     assert not (tmp_path / "out").exists()
-
-
-def test_matplotlib_is_imported_for_the_picture_alone():
-    code = "import sys, vlbridge.evaluation; sys.exit('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
