@@ -20,7 +20,7 @@ from ..training.training_recipes import DataRecipe, Recipe, read_recipe
 from ..training_summary import SUMMARY
 from .evaluation_bakeoff_entrants import BakeoffError, Entrant, check_entrants, read_entrant
 from .evaluation_bakeoff_report import (
-    check_matplotlib,
+    check_packages,
     costs_of,
     draw,
     figures_of,
@@ -149,7 +149,7 @@ def seeds_of(seeds: int | str | Sequence[int]) -> list[int]:
 
 
 def bakeoff(
-    entrants: Sequence[str | os.PathLike],
+    entrants: Sequence[str | os.PathLike] | str | os.PathLike,
     task: str | None = None,
     data: str | os.PathLike | None = None,
     output_dir: str | os.PathLike = BAKEOFF,
@@ -185,16 +185,17 @@ def bakeoff(
         ValueError: A recipe or the data are not as expected.
         OSError: A file can't be read or written.
         JobError: A training or an evaluation has failed.
-        ModuleNotFoundError: matplotlib is not installed.
+        ModuleNotFoundError: A package is not installed.
     """
-    check_matplotlib()
     chosen = _options(options)
+    entrants = [entrants] if isinstance(entrants, (str, os.PathLike)) else list(entrants)
     read = [read_entrant(given, settings) for given in entrants]
     if not read:
         raise BakeoffError("there is nothing to compare: name recipes or trained bridges.")
     numbers, output = seeds_of(seeds), Path(output_dir).expanduser()
-    name, place = _task_and_data(read, task, data, chosen)
+    name, place = _task_and_data(read, task, data)
     about = load_task(name)
+    check_packages(about.kind)
     different = check_entrants(read, about, chosen, allow_different)
     questions = read_questions(about, place, chosen)
     runs = [
@@ -235,7 +236,7 @@ def _options(options: dict) -> Options:
     return Options(**options)
 
 
-def _task_and_data(entrants: Sequence[Entrant], task, data, chosen: Options) -> tuple[str, str]:
+def _task_and_data(entrants: Sequence[Entrant], task, data) -> tuple[str, str]:
     """Name of the task, and folder of its files.
 
     Raises:

@@ -219,14 +219,18 @@ def markdown(report: dict) -> str:
 # ---------------------------------------------------------------------- picture
 
 
-def check_matplotlib() -> None:
-    """Refuse to begin where no picture can be drawn at the end.
+def check_packages(kind: str) -> None:
+    """Refuse to begin where no picture can be drawn at the end, or nothing be scored.
+
+    Args:
+        kind: Of the task.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed.
+        ModuleNotFoundError: A package is not installed.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ModuleNotFoundError('the picture needs matplotlib: pip install "vlbridge[eval]".')
+    for what, package in (("the picture needs", "matplotlib"), ("scores of captions need", "pycocoevalcap")):
+        if (package == "matplotlib" or kind == "caption") and importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(f'{what} {package}: pip install "vlbridge[eval]".')
 
 
 def draw(report: dict, path: str | os.PathLike) -> None:
@@ -306,7 +310,7 @@ def _cost_panels(report: dict) -> list[tuple[str, list[float], list[float] | Non
 
 __all__ = [
     "MEASURED",
-    "check_matplotlib",
+    "check_packages",
     "costs_of",
     "draw",
     "figures_of",

@@ -27,6 +27,7 @@ from vlbridge.evaluation import (
     bakeoff,
     evaluation_bakeoff,
     evaluation_bakeoff_report,
+    evaluation_captions,
     evaluation_jobs,
 )
 from vlbridge.evaluation.evaluation_answers import Answerer
@@ -182,7 +183,7 @@ def test_what_is_complete_is_only_read(done, toys, monkeypatch):
         device="cpu",
     )  # fmt: skip
     assert again == report and {name: (output / name).read_bytes() for name in FILES} == before
-    fewer = bakeoff([toys / "mlp.yaml"], output_dir=output, seeds="1,", device="cpu")
+    fewer = bakeoff(toys / "mlp.yaml", output_dir=output, seeds="1,", device="cpu")
     assert fewer["baselines"] == [] and fewer["seeds"] == [1]
     assert fewer["entrants"][0]["summary"]["accuracy"]["spread"] is None
     assert not any("blind" in name for name in fewer["entrants"][0]["summary"])
@@ -214,6 +215,23 @@ def test_trained_bridges_take_part(done, toys, tmp_path):
     found = bakeoff([f"before={folder}", toys / "mlp.yaml"], output_dir=tmp_path / "out", limit=5, device="cpu")
     (folder / "kept.yaml").rename(folder / "recipe.yaml")
     assert any("Data and budget of before are not known" in note for note in found["notes"])
+
+
+def test_captions(done, tmp_path, monkeypatch):
+    """By CIDEr; BLEU and the others are in the file alone."""
+    monkeypatch.setattr(evaluation_captions, "has_java", lambda: False)
+    output, report = done
+    layouts.write_karpathy(tmp_path / "coco")
+    folder = output / report["entrants"][0]["runs"][0]["folder"]
+    found = bakeoff([f"before={folder}"], "coco_karpathy", tmp_path / "coco", tmp_path / "out", shuffled=True)
+    result = json.loads((tmp_path / "out" / "before" / "as-it-is" / "evaluation" / "results.json").read_text())
+    (name,) = (name for name in result["metrics"] if name.startswith("CIDEr"))
+    figures = found["entrants"][0]["runs"][0]["figures"]
+    assert found["main_metric"] == name and figures[name] == result["metrics"][name]["value"]
+    assert figures[f"shuffled {name}"] == result["baselines"]["shuffled"]["metrics"][name]["value"]
+    assert any(other.startswith("BLEU") for other in figures)
+    heading = [cell.strip() for cell in table(found)[0].strip("|").split("|")]
+    assert heading[3:5] == [name, "shuffled"] and "BLEU" not in "".join(heading)
 
 
 # ---------------------------------------------------------------------- kills
@@ -503,11 +521,17 @@ def test_the_command(done, toys, tmp_path, monkeypatch):
         assert result.stdout == ""
 
 
-def test_a_package_that_is_missing(toys, tmp_path, monkeypatch):
-    find = evaluation_bakeoff_report.importlib.util.find_spec
-    monkeypatch.setattr(
-        evaluation_bakeoff_report.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
-    )
-    result = run(toys / "mlp.yaml", "--output", tmp_path / "out")
-    assert result.exit_code == 1 and 'the picture needs matplotlib: pip install "vlbridge[eval]"' in result.stderr
+@pytest.mark.parametrize(
+    ("package", "task", "message"),
+    [
+        ("matplotlib", "easy_vqa", "the picture needs matplotlib"),
+        ("pycocoevalcap", "nocaps", "scores of captions need pycocoevalcap"),
+    ],
+)
+def test_a_package_that_is_missing(toys, tmp_path, monkeypatch, package, task, message):
+    util = evaluation_bakeoff_report.importlib.util
+    find = util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda name: None if name == package else find(name))
+    result = run(toys / "mlp.yaml", "--task", task, "--data", toys / "easy", "--output", tmp_path / "out")
+    assert result.exit_code == 1 and f'{message}: pip install "vlbridge[eval]"' in result.stderr
     assert not (tmp_path / "out").exists()
