@@ -7,15 +7,15 @@ import json
 import os
 import random
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from ..files import read_json, write_json, write_text
 from ..training.training_failures import failing_together
-from ..training.training_run import hardware
+from ..training.training_run import hardware, peak_memory
 from .evaluation_answers import Answerer, Shown, described, shuffled_pictures
 from .evaluation_models import Subject, load_subject, versions
 from .evaluation_predictions import Processes, predict, read_rows
@@ -82,20 +82,68 @@ class Options:
 
 
 @dataclass
+class Questions:
+    """What is asked, read from a benchmark's files.
+
+    Args:
+        samples: Those that are evaluated.
+        samples_of_split: How many the split has.
+        shown: Demonstrations.
+        split: Name of the split in the files.
+        place: The benchmark's folder.
+    """
+
+    samples: Sequence[Sample]
+    samples_of_split: int
+    shown: Shown
+    split: str
+    place: Path
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all that is asked, and of the right answers."""
+        about = [[s.id, s.question, s.references, s.choices, s.context] for s in self.samples]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+class _Timed:
+    """Counts what is answered in this process, and how long that takes.
+
+    Args:
+        answer: Answers one batch.
+    """
+
+    def __init__(self, answer: Callable[..., list[dict]]):
+        self.answer, self.answers, self.seconds = answer, 0, 0.0
+
+    def __call__(self, *args) -> list[dict]:
+        began = time.perf_counter()
+        rows = self.answer(*args)
+        self.seconds += time.perf_counter() - began
+        self.answers += len(rows)
+        return rows
+
+
+@dataclass
 class _Run:
     """One evaluation, its model loaded and its data read."""
 
     subject: Subject
     task: Task
     asking: Asking
-    samples: Sequence[Sample]
-    samples_of_split: int
-    shown: Shown
-    split: str
-    place: Path
+    questions: Questions
     chosen: Options
     processes: Processes
     folder: Path | None
+    answered: dict[str, dict] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> Sequence[Sample]:
+        return self.questions.samples
+
+    @property
+    def shown(self) -> Shown:
+        return self.questions.shown
 
     def rows(
         self, name: str, blind: bool = False, grey: bool = False, pictures: Sequence[Sample] | None = None
@@ -106,33 +154,38 @@ class _Run:
         answerer = Answerer(
             self.subject, self.task, self.asking, self.shown, blind, grey, pictures, first=self.samples[0]
         )
-        return predict(
-            name, self.samples, answerer, self.processes, self.folder, self.chosen.batch_size, self.chosen.progress
+        timed = _Timed(answerer)
+        rows = predict(
+            name, self.samples, timed, self.processes, self.folder, self.chosen.batch_size, self.chosen.progress
         )
+        self.answered[name] = {"answers": timed.answers, "seconds": round(timed.seconds, 3)}
+        return rows
 
     def _ranked(self, name: str, pictures) -> list[dict]:
         path = None if self.folder is None else self.folder / f"{name}.jsonl"
         expected = len(self.samples) + sum(len(sample.references) for sample in self.samples)
         if path is not None and len(rows := read_rows(path)) == expected:
             return rows
-        rows = rank_all(self.subject, self.samples, pictures, self.asking.top_k, self.chosen.batch_size)
+        timed = _Timed(rank_all)
+        rows = timed(self.subject, self.samples, pictures, self.asking.top_k, self.chosen.batch_size)
+        self.answered[name] = {"answers": timed.answers, "seconds": round(timed.seconds, 3)}
         if path is not None:
             write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return rows
 
     def settings(self, dataset: str) -> dict:
         """All that the predictions depend on."""
-        about = [[s.id, s.question, s.references, s.choices, s.context] for s in self.samples]
+        split = self.questions.split
         return {
             "task": self.task.name,
             "kind": self.task.kind,
             "dataset": dataset,
-            "split": self.split,
-            "split_name": self.task.split_name(self.split),
+            "split": split,
+            "split_name": self.task.split_name(split),
             "samples": len(self.samples),
-            "samples_of_split": self.samples_of_split,
+            "samples_of_split": self.questions.samples_of_split,
             "pictures": len({sample.image_key for sample in self.samples}),
-            "samples_sha256": hashlib.sha256(json.dumps(about).encode()).hexdigest(),
+            "samples_sha256": self.questions.sha256,
             "model": self.subject.describe(),
             "shots": self.shown.shots,
             "demonstrations": self.shown.describe(),
@@ -222,7 +275,7 @@ def evaluate(
     with failing_together():
         task = task if isinstance(task, Task) else load_task(task)
         run = _prepare(task, model, processor, data, output_dir, chosen, processes)
-        settings = run.settings(chosen.dataset_name or task.dataset or run.place.name)
+        settings = run.settings(chosen.dataset_name or task.dataset or run.questions.place.name)
         if run.folder is not None and processes.is_main:
             _begin(run.folder, settings)
         passes: dict[str, dict] = {"predictions": {}}
@@ -240,8 +293,34 @@ def evaluate(
             result = _result(run, settings, rows)
             if run.folder is not None:
                 write_json(run.folder / RESULTS, result, ensure_ascii=False)
-                _end(run.folder, time.monotonic() - began, processes)
+                _end(run, time.monotonic() - began)
     return processes.from_main(result)
+
+
+def read_questions(task: Task, data: str | os.PathLike | None, chosen: Options, num_processes: int = 1) -> Questions:
+    """Read what will be asked.
+
+    Args:
+        task: The task.
+        data: Folder with the benchmark's files.
+        chosen: How it will be asked.
+        num_processes: How many processes will share it.
+
+    Raises:
+        TaskError: A setting can't be used.
+        ValueError: The data are not as expected.
+        OSError: A file can't be read.
+    """
+    if data is None:
+        raise TaskError(f"data is missing: name the folder that holds {task.layout}.")
+    place = Path(os.path.abspath(os.path.expanduser(data)))
+    _check(task, chosen, num_processes)
+    split = _split_of(task, place, chosen.split)
+    whole = read_samples(task.reader, place, split)
+    samples = _limited(whole, chosen.limit, chosen.seed)
+    pool = _pool(task, chosen.demonstration_data or place, split, chosen)
+    shown = Shown(pool, chosen.shots, chosen.demonstrations, chosen.seed, chosen.text_only)
+    return Questions(samples, len(whole), shown, split, place)
 
 
 def _prepare(task: Task, model, processor, data, output_dir, chosen: Options, processes: Processes) -> _Run:
@@ -252,28 +331,19 @@ def _prepare(task: Task, model, processor, data, output_dir, chosen: Options, pr
         ValueError: The data or the model are not as expected.
         OSError: A file can't be read.
     """
-    if data is None:
-        raise TaskError(f"data is missing: name the folder that holds {task.layout}.")
-    place = Path(os.path.abspath(os.path.expanduser(data)))
-    _check(task, chosen, processes)
-    split = _split_of(task, place, chosen.split)
-    whole = read_samples(task.reader, place, split)
-    samples = _limited(whole, chosen.limit, chosen.seed)
-    pool = _pool(task, chosen.demonstration_data or place, split, chosen)
-    shown = Shown(pool, chosen.shots, chosen.demonstrations, chosen.seed, chosen.text_only)
+    questions = read_questions(task, data, chosen, processes.count)
     where = chosen.device or (str(processes.device) if processes.count > 1 else None)
     subject = load_subject(model, processor, task, where, chosen.dtype)
     if subject.is_classifier and chosen.blind:
         raise TaskError(f"{subject.name} is a classifier, which sees nothing but pictures: use grey instead of blind.")
     given = {name: getattr(chosen, name) for name in ("prompt", "form", "method", "generation", "top_k")}
     return _Run(
-        subject=subject, task=task, asking=changed(task.asking(subject.family), **given), samples=samples,
-        samples_of_split=len(whole), shown=shown, split=split, place=place, chosen=chosen, processes=processes,
-        folder=None if output_dir is None else Path(output_dir).expanduser(),
+        subject=subject, task=task, asking=changed(task.asking(subject.family), **given), questions=questions,
+        chosen=chosen, processes=processes, folder=None if output_dir is None else Path(output_dir).expanduser(),
     )  # fmt: skip
 
 
-def _check(task: Task, chosen: Options, processes: Processes) -> None:
+def _check(task: Task, chosen: Options, num_processes: int) -> None:
     """Refuse what can't be done, before anything is loaded.
 
     Raises:
@@ -283,7 +353,7 @@ def _check(task: Task, chosen: Options, processes: Processes) -> None:
         raise TaskError(f"batch_size is {chosen.batch_size}; expected at least 1.")
     if task.kind == "retrieval" and (chosen.blind or chosen.grey):
         raise TaskError(f"{task.name} has no blind baseline: without pictures there is nothing to rank.")
-    if task.kind == "retrieval" and processes.count > 1:
+    if task.kind == "retrieval" and num_processes > 1:
         raise TaskError(f"{task.name} compares everything with everything: run it in one process.")
 
 
@@ -311,12 +381,17 @@ def _short(value) -> str:
     return text if len(text) <= 200 else text[:200] + "..."
 
 
-def _end(folder: Path, seconds: float, processes: Processes) -> None:
-    """Note how long this run took; the parts of a run that was killed are not counted."""
-    runs = read_json(folder / TIMING, {}).get("runs", [])
+def _end(run: _Run, seconds: float) -> None:
+    """Note how long this run took and what memory; the parts of a run that was killed are not counted.
+
+    `answered` is by pass, of the first process alone, and without loading the model.
+    """
+    path = run.folder / TIMING
+    runs = read_json(path, {}).get("runs", [])
     runs.append({"finished": time.strftime("%Y-%m-%d %H:%M:%S %z"), "seconds": round(seconds, 1),
-                 "hardware": hardware(processes.count)})  # fmt: skip
-    write_json(folder / TIMING, {"runs": runs}, ensure_ascii=False)
+                 "hardware": hardware(run.processes.count), "answered": run.answered,
+                 "peak_memory": peak_memory()})  # fmt: skip
+    write_json(path, {"runs": runs}, ensure_ascii=False)
 
 
 def _result(run: _Run, settings: dict, rows: dict[str, list[dict]]) -> dict:
@@ -340,4 +415,4 @@ def _result(run: _Run, settings: dict, rows: dict[str, list[dict]]) -> dict:
     }
 
 
-__all__ = ["RESULTS", "SETTINGS", "TIMING", "evaluate"]
+__all__ = ["Options", "Questions", "RESULTS", "SETTINGS", "TIMING", "evaluate", "read_questions"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -254,6 +256,7 @@ def finish(trainer: BridgeTrainer, recipe: Recipe) -> dict:
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 1),
         "hardware": hardware(trainer.args.world_size),
+        "peak_memory": peak_memory(),
         "arguments": {**recipe.arguments, **{f"learning_rate of {k}": v for k, v in recipe.learning_rates.items()}},
         "evaluation": evaluation,
         "skipped_records": trainer.num_skipped,
@@ -292,4 +295,21 @@ def hardware(num_processes: int) -> str:
     return f"{num_processes} x CPU ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-__all__ = ["build_trainer", "finish", "hardware", "load_data", "load_mixture", "train"]
+def peak_memory() -> dict[str, int]:
+    """The most memory that this process has taken so far.
+
+    Returns:
+        Bytes: `process`, its largest resident set, libraries and mapped files included; and `cuda`, where a GPU was
+        used, the most that torch has allocated there.
+    """
+    found = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)}
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss begins with what the process that started this one had
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        found["process"] = int(line.split()[1]) * 1024
+    if torch.cuda.is_available() and (allocated := torch.cuda.max_memory_allocated()):
+        found["cuda"] = allocated
+    return found
+
+
+__all__ = ["build_trainer", "finish", "hardware", "load_data", "load_mixture", "peak_memory", "train"]

@@ -56,6 +56,7 @@ COMMANDS = [
     "capfilt",
     "train",
     "evaluate",
+    "bakeoff",
     "export",
     "transplant",
     "list",

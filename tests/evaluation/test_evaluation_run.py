@@ -378,7 +378,10 @@ def test_results_say_what_was_done(data, models, tmp_path):
     assert result["metrics"]["accuracy"]["value"] == sum(values) / 5
     lines = table_lines(result)
     assert lines[0].endswith("easy-VQA (test), 5 samples") and "shuffled" in lines[2]
-    assert json.loads((out / "timing.json").read_text())["runs"][0]["seconds"] >= 0
+    (timed,) = json.loads((out / "timing.json").read_text())["runs"]
+    assert [timed["answered"][name]["answers"] for name in ("predictions", "shuffled")] == [5, 5]
+    assert 0 < sum(part["seconds"] for part in timed["answered"].values()) <= timed["seconds"] + 0.1
+    assert timed["peak_memory"]["process"] > 50e6
     (figure,) = eval_results(result)
     assert (figure.dataset_name, figure.dataset_split) == ("easy-VQA", "test")
     assert figure.metric_name == "accuracy, 5 of 12 samples"
