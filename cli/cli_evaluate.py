@@ -27,7 +27,10 @@ ModelArgument = Annotated[
 TaskOption = Annotated[
     str | None, typer.Option("--task", "-t", help="Name of a task (--list), or a YAML file of the same form.")
 ]
-DataOption = Annotated[Path | None, typer.Option("--data", "-d", help="Folder with the benchmark's own files.")]
+DataOption = Annotated[
+    Path | None,
+    typer.Option("--data", "-d", help="Folder with the benchmark's own files.", show_default="easy_vqa fetches its own"),
+]
 SplitOption = Annotated[str | None, typer.Option(help="Split to evaluate.", show_default="the task's")]
 ShotsOption = Annotated[int, typer.Option(min=0, help="Demonstrations per query.")]
 DemonstrationsOption = Annotated[
@@ -156,8 +159,6 @@ def evaluate(
         return
     if task is None:
         raise CommandError("name a task: --task, one of those that --list shows", exit_code=2)
-    if data is None:
-        raise CommandError("name the folder of the data: --data", exit_code=2)
     device_and_dtype(device, dtype)
     options = {
         "split": split, "shots": shots, "demonstrations": demonstrations, "text_only": text_only,
@@ -169,7 +170,7 @@ def evaluate(
     _evaluate(model, task, data, output, options, card, as_json)
 
 
-def _evaluate(model: str | None, name: str, data: Path, output: Path | None, options: dict, card: bool, as_json: bool):
+def _evaluate(model: str | None, name: str, data: Path | None, output: Path | None, options: dict, card: bool, as_json: bool):
     """Evaluate, print the result, and write it into the model's card if that is wanted.
 
     Raises:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from ..demo import easy_vqa_dir
 from ..files import read_json, write_json, write_text
 from ..training.training_failures import failing_together
 from ..training.training_run import hardware, peak_memory
@@ -257,7 +258,7 @@ def evaluate(
         model: A loaded model, folder or Hub id; `None` takes the embedded bridge.
         processor: Of a loaded model.
         task: Name of a task (`task_names()`), a YAML file of the same form, or a `Task`.
-        data: Folder with the benchmark's official files; the task's `layout` names them.
+        data: Folder with the benchmark's official files; the task's `layout` names them. easy-VQA's are fetched.
         output_dir: Folder to write to and to go on in; `None` writes nothing.
         options: Fields of `Options`: `split`, `shots`, `demonstrations`, `seed`, `blind`, `shuffled`, `limit`...
 
@@ -312,7 +313,9 @@ def read_questions(task: Task, data: str | os.PathLike | None, chosen: Options, 
         OSError: A file can't be read.
     """
     if data is None:
-        raise TaskError(f"data is missing: name the folder that holds {task.layout}.")
+        if task.reader != "easy_vqa":  # the only one that is small enough to be fetched
+            raise TaskError(f"data is missing: name the folder that holds {task.layout}.")
+        data = easy_vqa_dir()
     place = Path(os.path.abspath(os.path.expanduser(data)))
     _check(task, chosen, num_processes)
     split = _split_of(task, place, chosen.split)

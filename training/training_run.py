@@ -205,7 +205,8 @@ def train(recipe: Recipe, output: str | os.PathLike, resume: bool = False) -> di
         raise RecipeError(
             f"{output} holds a run already, up to {Path(last).name}: go on with --resume, or give another --output."
         )
-    if last is None and (output / "config.json").is_file():
+    goes_on = resume and (output / "recipe.yaml").is_file()  # a run that saves no checkpoints begins again
+    if last is None and (output / "config.json").is_file() and not goes_on:
         raise RecipeError(f"{output} holds a saved model, which this run would replace: give another --output.")
     trainer = build_trainer(recipe, output)
     if trainer.is_world_process_zero():

@@ -78,7 +78,7 @@ def test_tasks_are_listed():
 
 def test_what_is_wrong_with_the_command_line(here):
     refused(2, "name a task: --task", "model")
-    refused(2, "name the folder of the data: --data", "model", "--task", "vqav2")
+    refused(2, "data is missing: name the folder that holds", "model", "--task", "vqav2")
     refused(2, "task is 'vqa'; expected one of classification, ", "model", "--task", "vqa", "--data", "data")
     refused(2, "--set num_beams: expected KEY=VALUE", *ASKED, "--set", "num_beams")
     refused(2, "easy_vqa has no split 'val'; expected one of test, train", *ASKED, "--split", "val")

@@ -424,8 +424,8 @@ def test_what_is_refused(data, models, tmp_path):
     ):
         with pytest.raises(TaskError, match=message):
             run(**options)
-    with pytest.raises(TaskError, match=r"data is missing: name the folder that holds SPLIT/questions.json"):
-        evaluate(model, processor, "easy_vqa")
+    with pytest.raises(TaskError, match="data is missing: name the folder that holds v2_OpenEnded"):
+        evaluate(model, processor, "vqav2")
     with pytest.raises(ValueError, match="a loaded model needs its processor"):
         evaluate(model, None, "easy_vqa", data / "easy_vqa")
     with pytest.raises(TypeError, match="shot"):

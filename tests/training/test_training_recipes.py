@@ -354,7 +354,7 @@ def test_the_command(toys, tmp_path, monkeypatch):
     assert "llava" in str(card) and Path("mine/README.md").exists() and not Path("mine/checkpoint-2/README.md").exists()
     for path in Path("mine").glob("checkpoint-*"):
         path.rename(f"kept-{path.name}")
-    done = run.invoke(app, ["train", "mine.yaml", "--set", data, "--resume"])
+    done = run.invoke(app, ["train", "mine.yaml", "--set", data])
     assert done.exit_code == 2 and "mine holds a saved model, which this run would replace" in done.output
     for path in Path().glob("kept-*"):
         path.rename(Path("mine") / path.name.removeprefix("kept-"))
