@@ -29,7 +29,7 @@ TaskOption = Annotated[
 ]
 DataOption = Annotated[
     Path | None,
-    typer.Option("--data", "-d", help="Folder with the benchmark's own files.", show_default="easy_vqa fetches its own"),
+    typer.Option("--data", "-d", help="Folder of the benchmark's files.", show_default="easy_vqa fetches its own"),
 ]
 SplitOption = Annotated[str | None, typer.Option(help="Split to evaluate.", show_default="the task's")]
 ShotsOption = Annotated[int, typer.Option(min=0, help="Demonstrations per query.")]
@@ -170,7 +170,9 @@ def evaluate(
     _evaluate(model, task, data, output, options, card, as_json)
 
 
-def _evaluate(model: str | None, name: str, data: Path | None, output: Path | None, options: dict, card: bool, as_json: bool):
+def _evaluate(
+    model: str | None, name: str, data: Path | None, output: Path | None, options: dict, card: bool, as_json: bool
+) -> None:
     """Evaluate, print the result, and write it into the model's card if that is wanted.
 
     Raises:
