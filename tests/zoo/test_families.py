@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 from tiny import tiny_model
-from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import Modality
 from transformers.models.auto import modeling_auto
