@@ -3,6 +3,7 @@
     nox --session oldest locked newest       # all tests in each of the three, as `make matrix`
     nox --session oldest -- -m core          # options for pytest
     nox --session oldest -- conformance      # transformers' common test suites instead
+    nox --session clients                    # TRL, lmms-eval and lm-eval, as `make clients`
 
 Sessions use the Python that runs nox; `--force-python 3.10` takes another one.
 """
@@ -14,6 +15,8 @@ import nox
 
 nox.options.sessions = ["oldest", "locked", "newest"]
 
+# trainers and harnesses that others make; lmms-eval 0.7 fails with filelock 4
+CLIENTS = ["trl>=1.16,<2", "lmms-eval>=0.7.3,<0.8", "lm-eval>=0.4.13,<0.5", "filelock<4"]
 VLLM = ["transformers==5.19.0", "huggingface_hub>=1.31,<2", "torch==2.13.0"]  # what vLLM 0.32 takes
 
 
@@ -57,3 +60,11 @@ def vllm(session: nox.Session) -> None:
     session.install("pip")
     session.install("--editable", ".[test]", *VLLM)
     run_tests(session, "-m", "core")
+
+
+@nox.session(venv_backend="uv")
+def clients(session: nox.Session) -> None:
+    """The trainers and harnesses themselves: the tests in `tests/clients`."""
+    session.install("--editable", ".[test]", *CLIENTS)
+    session.run("python", "-c", "import lm_eval, lmms_eval, trl")  # tests are skipped where these are missing
+    run_tests(session, "tests/clients")

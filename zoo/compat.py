@@ -127,6 +127,8 @@ IMPORTED = (
     Name("transformers.integrations.set_hf_deepspeed_config", "ZeRO-3: building the model unsharded"),
     Name("transformers.integrations.unset_hf_deepspeed_config", "ZeRO-3: building the model unsharded"),
     Name("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS", "the Q-Former's attention implementations"),
+    Name("transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "transformers serve"),
+    Name("transformers.models.auto.modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", "transformers serve"),
     Name("transformers.models.auto.processing_auto.PROCESSOR_MAPPING", "a configuration's processor"),
     Name("transformers.processing_utils.MultiModalData", "numbers of visual tokens, for inference servers"),
     Name("transformers.trainer.SCHEDULER_NAME", "the scheduler's file in a checkpoint"),

@@ -15,6 +15,7 @@ from transformers import (
     AutoProcessor,
 )
 
+from .compat import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from .configuration import (
     BridgedConfig,
     MLPLlavaConfig,
@@ -102,6 +103,9 @@ def register() -> None:
             AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM,
             processor_class=family.processor_class,
         )  # fmt: skip
+        # `register` keeps the classes in other tables; `transformers serve` looks in these for what takes images
+        for names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
+            names[family.config_class.model_type] = family.model_class.__name__
         _register(family.classifier_class, AutoModel, AutoModelForImageClassification)
     _register(
         QFormerBlip2ForPreTraining,
