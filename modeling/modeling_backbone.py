@@ -139,6 +139,16 @@ class BackboneMixin:
         layer, token_rows = self.language_model.get_output_embeddings(), self.bridge.token_rows
         return layer if token_rows is None else OutputHead(layer, token_rows)
 
+    def with_gradient(self, result: torch.Tensor | None) -> torch.Tensor | None:
+        """A loss or hidden states, with a gradient of zero for the bridge if they depend on nothing that is trained.
+
+        That is so for a batch of text alone while only the bridge is trained; `backward` would raise an error.
+        """
+        if result is None or result.requires_grad or not torch.is_grad_enabled():
+            return result
+        nothing = [weight.flatten()[:0].sum() for weight in self.bridge.parameters() if weight.requires_grad]
+        return result + sum(nothing).to(result) if nothing else result
+
     def __setattr__(self, name: str, value) -> None:
         # TRL puts its fused head in the place of `forward`, and PEFT calls that without hooks.
         if name == "forward" and getattr(value, "__func__", None) is not type(self).forward:
@@ -203,8 +213,7 @@ class BackboneMixin:
             model does not cap or scale them. An encoder-decoder computes logits too, and drops them.
 
         Raises:
-            ValueError: As for `forward`; or a language model can't run without its output layer, or an
-                encoder-decoder lacks `decoder_input_ids`.
+            ValueError: As for `forward`; or the language model can't run without its output layer.
         """
         for name in _OF_LOGITS:
             kwargs.pop(name, None)
@@ -228,7 +237,7 @@ class BackboneMixin:
             visual_states=others["visual_states"], segment_ids=others["segment_ids"], **kwargs,
         )  # fmt: skip
         return BackboneOutput(
-            last_hidden_state=outputs.last_hidden_state,
+            last_hidden_state=self.with_gradient(outputs.last_hidden_state),
             **cache_argument(cache_of(outputs)),
             hidden_states=field_of(outputs, "hidden_states", wanted=bool(kwargs.get("output_hidden_states"))),
             attentions=field_of(outputs, "attentions", wanted=bool(kwargs.get("output_attentions"))),
@@ -238,11 +247,6 @@ class BackboneMixin:
 
     def _encoder_decoder_backbone(self, prompt: dict, others: dict, **kwargs) -> BackboneOutput:
         """Record what reaches the output layer: T5 scales it before, and has no module that ends there."""
-        if others["decoder_input_ids"] is None and kwargs.get("decoder_inputs_embeds") is None:
-            raise ValueError(
-                f"{self.config.text_config.model_type} is an encoder-decoder: its backbone needs decoder_input_ids. "
-                "Trainers for decoder-only models (TRL's) don't give them; use vlbridge's own or transformers' Trainer."
-            )
         scored = []
         handle = self.language_model.get_output_embeddings().register_forward_pre_hook(
             lambda layer, args: scored.append(args[0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import ClassVar
 
@@ -131,6 +132,13 @@ class BridgedModel(
         if modality is None and self.config.is_encoder_decoder:
             return self.language_model.get_encoder()
         return self if modality in (None, "audio") else super().get_encoder(modality)
+
+    @property
+    def prepare_decoder_input_ids_from_labels(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Method of an encoder-decoder language model, for collators; other models don't have it."""
+        if not self.config.is_encoder_decoder:
+            raise AttributeError("only encoder-decoders have prepare_decoder_input_ids_from_labels")
+        return self.language_model.prepare_decoder_input_ids_from_labels
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -310,7 +318,8 @@ class BridgedModel(
         torch_compilable_check(
             count == sum(lengths),
             lambda: (
-                f"{int(count)} image tokens in input_ids, but the bridge made {sum(lengths)} features for "
+                f"Image features and image tokens do not match: {int(count)} image tokens in input_ids, but the "
+                f"bridge made {sum(lengths)} features for "
                 f"{len(lengths)} images ({', '.join(map(str, sorted(set(lengths))))} each). Use the processor that "
                 "belongs to this model, and don't truncate."
             ),
@@ -426,7 +435,7 @@ class BridgedModel(
                 shift_labels=shift_labels,
             )
         return BridgedOutput(
-            loss=loss,
+            loss=self.with_gradient(loss),
             logits=pad_logits(num_logits, logits),
             **cache_argument(cache_of(outputs)),
             hidden_states=field_of(outputs, "hidden_states", wanted=bool(kwargs.get("output_hidden_states"))),
@@ -532,7 +541,7 @@ class BridgedModel(
             loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction=sums)
             loss = loss if num_items_in_batch is None else loss / num_items_in_batch
         return BridgedOutput(
-            loss=loss,
+            loss=self.with_gradient(loss),
             logits=pad_logits(num_logits, logits),
             **cache_argument(cache_of(outputs)),
             **{name: field_of(outputs, name) for name in ENCODER_DECODER_FIELDS},
@@ -543,6 +552,13 @@ class BridgedModel(
         self, input_ids, images, mm_encoder_outputs, inputs_embeds, attention_mask,
         encoder_outputs, decoder_input_ids, decoder_attention_mask, cache, **kwargs,
     ) -> tuple[ModelOutput, torch.Tensor | None]:  # fmt: skip
+        if decoder_input_ids is None and kwargs.get("decoder_inputs_embeds") is None:
+            raise ValueError(
+                f"{self.config.text_config.model_type} is an encoder-decoder and needs labels or decoder_input_ids. "
+                "Trainer hides labels that it smooths: let the collator add decoder_input_ids = "
+                "model.prepare_decoder_input_ids_from_labels(labels), or use vlbridge's trainer. TRL's are for "
+                "decoder-only models."
+            )
         image_features = None
         wanted = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
         if encoder_outputs is None:
