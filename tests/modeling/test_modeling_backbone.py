@@ -51,7 +51,7 @@ def test_the_two_make_forward(family, language):
     model, processor = tiny_model(family, language)
     inputs, labels = inputs_of(processor)
     if model.config.is_encoder_decoder:
-        with pytest.raises(ValueError, match="needs decoder_input_ids"):
+        with pytest.raises(ValueError, match="needs labels or decoder_input_ids"):
             model.base_model(**inputs)
         labels[labels == -100] = 0
         inputs["decoder_input_ids"] = labels

@@ -28,6 +28,7 @@ from tiny import (
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, MambaConfig
 
 import vlbridge
+from vlbridge.modeling import modeling_freezing
 from vlbridge.training.training_peft import ia3_config, language_targets, layer_kind, lora_config
 
 
@@ -575,3 +576,28 @@ def test_transformers_loads_pushed_adapters(family, parts, hub):
     fresh.load_adapter("me/adapter", adapter_name="mine")
     fresh.set_adapter("mine")
     torch.testing.assert_close(logits_of(fresh, processor), after, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "target, warned",
+    [
+        ("all-linear", True),
+        (["q_proj", "v_proj"], True),
+        (r"(language_model|vision_model)\..*q_proj", False),  # asked for
+        (r"language_model\..*q_proj", False),
+    ],
+)
+def test_a_plain_configuration_that_reaches_the_encoder_is_reported(target, warned, monkeypatch):
+    said = []
+    monkeypatch.setattr(modeling_freezing.logger, "warning_once", said.append)
+    tuned = peft.get_peft_model(tiny_model("mlp")[0], peft.LoraConfig(target_modules=target)).train()
+    reached = [name for name, layer in tuned.get_base_model().vision_model.named_modules()
+               if hasattr(layer, "base_layer")]  # fmt: skip
+    assert bool(reached) == (warned or "vision_model" in target)
+    assert bool(said) == warned
+    if warned:
+        assert f"reaches {len(reached)} layers of the frozen vision_model" in said[0] and reached[0] in said[0]
+        rest = peft.LoraConfig(target_modules=target, exclude_modules=r"vision_model\..*")
+        said.clear()
+        tuned = peft.get_peft_model(tiny_model("mlp")[0], rest).train()
+        assert not said and not any("vision_model" in name for name, _ in tuned.named_parameters() if "lora" in name)
