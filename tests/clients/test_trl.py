@@ -17,6 +17,9 @@ from vlbridge.training.training_peft import lora_config
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
+# TRL's own: it passes names on that newer releases of transformers have replaced
+pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning"),
+              pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # fmt: skip
 FAMILIES = ["mlp", "qformer", "perceiver"]
 ANSWERS = ["yes", "no, two", "a red one", "7"]
 ATOL = 2e-5  # log-probabilities in chunks, and hidden states of batches that are padded in another way

@@ -73,6 +73,7 @@ def test_answers_in_chatml_are_marked(way):
     """The text stays, and the marks are the answers that were found in the template without them."""
     template = CHATML_WAYS[way]
     model, processor = tiny_model("mlp")
+    processor.tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
     messages = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
         {"role": "assistant", "content": "a cat"},

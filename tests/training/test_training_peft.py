@@ -588,16 +588,18 @@ def test_transformers_loads_pushed_adapters(family, parts, hub):
     ],
 )
 def test_a_plain_configuration_that_reaches_the_encoder_is_reported(target, warned, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+
     said = []
     monkeypatch.setattr(modeling_freezing.logger, "warning_once", said.append)
-    tuned = peft.get_peft_model(tiny_model("mlp")[0], peft.LoraConfig(target_modules=target)).train()
+    tuned = get_peft_model(tiny_model("mlp")[0], LoraConfig(target_modules=target)).train()
     reached = [name for name, layer in tuned.get_base_model().vision_model.named_modules()
                if hasattr(layer, "base_layer")]  # fmt: skip
     assert bool(reached) == (warned or "vision_model" in target)
     assert bool(said) == warned
     if warned:
         assert f"reaches {len(reached)} layers of the frozen vision_model" in said[0] and reached[0] in said[0]
-        rest = peft.LoraConfig(target_modules=target, exclude_modules=r"vision_model\..*")
+        rest = LoraConfig(target_modules=target, exclude_modules=r"vision_model\..*")
         said.clear()
-        tuned = peft.get_peft_model(tiny_model("mlp")[0], rest).train()
+        tuned = get_peft_model(tiny_model("mlp")[0], rest).train()
         assert not said and not any("vision_model" in name for name, _ in tuned.named_parameters() if "lora" in name)
