@@ -60,6 +60,8 @@ class FreezingMixin:
         for part in (self.vision_model, self.language_model):
             restore_dropout(part)
         super().train(mode)
+        if mode and not any(weight.requires_grad for weight in self.bridge.parameters()):
+            self.bridge.eval()  # an adapter has frozen it
         if mode and self.config.freeze_vision_model:
             self._warn_about_adapters_of_vision()
         for frozen, part in (

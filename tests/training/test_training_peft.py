@@ -85,8 +85,6 @@ def without_dropout(model):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if hasattr(module, "dropout_prob"):
-            module.dropout_prob = 0.0
     return model
 
 
@@ -603,3 +601,15 @@ def test_a_plain_configuration_that_reaches_the_encoder_is_reported(target, warn
         said.clear()
         tuned = get_peft_model(tiny_model("mlp")[0], rest).train()
         assert not said and not any("vision_model" in name for name, _ in tuned.named_parameters() if "lora" in name)
+
+
+def test_a_bridge_that_an_adapter_has_frozen_has_no_dropout():
+    """As the language model's and the encoder's: a reference with the adapter disabled is the same model twice."""
+    from peft import LoraConfig, get_peft_model
+
+    model, processor = tiny_model("qformer")
+    inputs = processor(images=tiny_image(), text="<image>what?", return_tensors="pt")
+    model.train()
+    assert not torch.equal(model(**inputs).logits, model(**inputs).logits)
+    tuned = get_peft_model(model, LoraConfig(target_modules=r"language_model\..*q_proj")).train()
+    assert torch.equal(tuned(**inputs).logits, tuned(**inputs).logits)
