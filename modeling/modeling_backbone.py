@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+import types
 from collections.abc import Callable
 
 import torch
@@ -102,17 +103,28 @@ class OutputHead:
         return nn.functional.linear(hidden_states, self.weight, self.bias)
 
 
-def _call_replaced(model: PreTrainedModel, forward: Callable, *args, **kwargs):
-    """Call what was put in the place of a model's `forward`; labels and output layer are checked for a fused head."""
-    if not kwargs.get("fused_lm_head"):
-        return forward(*args, **kwargs)
-    for name in ("labels", "shift_labels"):
-        model.check_fused_labels(kwargs.get(name))
-    before, _fused.model = getattr(_fused, "model", None), model
-    try:
-        return forward(*args, **kwargs)
-    finally:
-        _fused.model = before
+def _is_fused_head(forward: Callable) -> bool:
+    """Whether a bound method takes `fused_lm_head`, as TRL's does. Its signature doesn't tell: it has the model's."""
+    code = getattr(getattr(forward, "__func__", None), "__code__", None)
+    return code is not None and "fused_lm_head" in code.co_varnames
+
+
+def _checked(fused: Callable) -> Callable:
+    """A fused head that checks its labels before, and finds `output_head()` where it looks for the output layer."""
+
+    @functools.wraps(fused)
+    def forward(model, *args, **kwargs):
+        if not kwargs.get("fused_lm_head"):
+            return fused(model, *args, **kwargs)
+        for name in ("labels", "shift_labels"):
+            model.check_fused_labels(kwargs.get(name))
+        before, _fused.model = getattr(_fused, "model", None), model
+        try:
+            return fused(model, *args, **kwargs)
+        finally:
+            _fused.model = before
+
+    return forward
 
 
 class BackboneMixin:
@@ -151,8 +163,8 @@ class BackboneMixin:
 
     def __setattr__(self, name: str, value) -> None:
         # TRL puts its fused head in the place of `forward`, and PEFT calls that without hooks.
-        if name == "forward" and getattr(value, "__func__", None) is not type(self).forward:
-            value = functools.update_wrapper(functools.partial(_call_replaced, self, value), value)
+        if name == "forward" and _is_fused_head(value):
+            value = types.MethodType(_checked(value.__func__), self)
         super().__setattr__(name, value)
 
     def check_fused_labels(self, labels: torch.Tensor | None) -> None:

@@ -95,6 +95,34 @@ def test_sft(family, kind, tmp_path):
     assert any("token_rows" in name for name in changed) == (family == "perceiver")
 
 
+@pytest.mark.parametrize("family", ["mlp", "perceiver"])
+def test_sft_in_mixed_precision(family, tmp_path):
+    """Accelerate puts its autocast around TRL's head."""
+    model, processor = model_of(family)
+    trainer = sft(model, processor, tmp_path, bf16=True)
+    batch = next(iter(trainer.get_train_dataloader()))
+    expected = model(**batch).loss
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=0.02)
+
+
+def test_sft_of_images_at_any_resolution(tmp_path):
+    """Pictures of one batch become different numbers of tiles."""
+    model, processor = tiny_model("mlp", image_grid_pinpoints=[[30, 60], [60, 30], [60, 60]])
+    rows = data("prompt-completion").to_list()
+    sizes = [(90, 30), (30, 90), (40, 33), (64, 64)]
+    rows = [{**row, "images": [tiny_image(number, sizes[number])]} for number, row in enumerate(rows)]
+    trainer = trl.SFTTrainer(
+        model, args=trl.SFTConfig(**options(tmp_path, per_device_train_batch_size=4, max_length=None)),
+        train_dataset=datasets.Dataset.from_list(rows), processing_class=processor,
+    )  # fmt: skip
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert len(batch["pixel_values"]) > 4
+    expected = model(**batch).loss
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), abs=1e-4)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("preset", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
