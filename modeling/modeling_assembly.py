@@ -98,6 +98,8 @@ def assemble(
     if isinstance(wanted, torch.dtype):
         model.bridge.to(wanted)
     _set_generation_defaults(model, tokenizer)
+    # No Hub id has a space: whoever looks for the model's files, such as TRL for its reference, is told this name
+    model.name_or_path = config.name_or_path = f"composed {config.model_type}"
     model.eval()
     if device_map is not None:
         model.dispatch(device_map)

@@ -69,10 +69,14 @@ class TokenRows(nn.Module):
             inputs_embeds = torch.where((input_ids == token_id)[..., None], row.to(inputs_embeds), inputs_embeds)
         return inputs_embeds
 
+    @property
+    def scored_rows(self) -> torch.Tensor:
+        """Rows of the output layer, `(len(token_ids), width)`."""
+        return self.input_rows if self.output_rows is None else self.output_rows
+
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits of the special tokens, `(..., len(token_ids))`, from the output layer's input."""
-        rows = self.input_rows if self.output_rows is None else self.output_rows
-        return hidden_states @ rows.to(hidden_states).T
+        return hidden_states @ self.scored_rows.to(hidden_states).T
 
 
 def num_embeddings(embedding: nn.Module) -> int:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -18,7 +18,6 @@ from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedMod
 from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPooling,
-    CausalLMOutputWithPast,
     ModelOutput,
 )
 
@@ -34,51 +33,16 @@ from ..compat import (
 from ..compat import initialization as init
 from ..compat_hooks import ModelHooks
 from ..configuration.configuration_bridged import BridgedConfig
+from .modeling_backbone import BackboneMixin
 from .modeling_bridge import Bridge, TokenRows, fill_vision_geometry, num_embeddings, patch_features_of
 from .modeling_checkpoint import BridgeCheckpointMixin
 from .modeling_freezing import FreezingMixin
 from .modeling_generation import BridgeGenerationMixin, VisualTokens, pad_logits
 from .modeling_hot_swap import HotSwapMixin
 from .modeling_output_layer import OutputLayerMixin
+from .modeling_outputs import ENCODER_DECODER_FIELDS, BridgedOutput
 from .modeling_parts import build_part
 from .modeling_quantization import QuantizationMixin
-
-
-# Output fields of an encoder-decoder language model besides loss, logits and cache
-ENCODER_DECODER_FIELDS = (
-    "decoder_hidden_states", "decoder_attentions", "cross_attentions", "encoder_last_hidden_state",
-    "encoder_hidden_states", "encoder_attentions",
-)  # fmt: skip
-
-
-@dataclass
-class BridgedOutput(CausalLMOutputWithPast):
-    """Output of a bridged model.
-
-    The first five fields are those of transformers' `CausalLMOutputWithPast`: `loss`, `logits` `(batch, tokens,
-    vocabulary)`, the language model's cache (`cache` since transformers 5.24, `past_key_values` before), and
-    `hidden_states` and `attentions` of a decoder-only language model.
-
-    Args:
-        decoder_hidden_states: Hidden states of an encoder-decoder language model's decoder.
-        decoder_attentions: Self-attention weights of an encoder-decoder language model's decoder.
-        cross_attentions: Cross-attention weights of an encoder-decoder language model's decoder.
-        encoder_last_hidden_state: Last hidden state of an encoder-decoder language model's encoder.
-        encoder_hidden_states: Hidden states of an encoder-decoder language model's encoder.
-        encoder_attentions: Attention weights of an encoder-decoder language model's encoder.
-        image_hidden_states: The bridge's visual tokens, `(num_images, num_image_tokens, text_dim)`; a list of
-            `(num_image_tokens, text_dim)` if images differ in their number of tokens.
-        visual_states: Conditioning to pass on together with the cache (families that condition decoder layers).
-    """
-
-    decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
-    decoder_attentions: tuple[torch.Tensor, ...] | None = None
-    cross_attentions: tuple[torch.Tensor, ...] | None = None
-    encoder_last_hidden_state: torch.Tensor | None = None
-    encoder_hidden_states: tuple[torch.Tensor, ...] | None = None
-    encoder_attentions: tuple[torch.Tensor, ...] | None = None
-    image_hidden_states: torch.Tensor | None = None
-    visual_states: ModelOutput | None = None
 
 
 class BridgedModel(
@@ -86,6 +50,7 @@ class BridgedModel(
     BridgeCheckpointMixin,
     BridgeGenerationMixin,
     FreezingMixin,
+    BackboneMixin,
     OutputLayerMixin,
     QuantizationMixin,
     ModelHooks,
@@ -162,15 +127,18 @@ class BridgedModel(
         """Set the language model's input embeddings."""
         self.language_model.set_input_embeddings(value)
 
-    def get_output_embeddings(self) -> nn.Module | None:
-        """Output layer of the language model."""
-        return self.language_model.get_output_embeddings()
-
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         """See `PreTrainedModel.get_encoder`; by default the encoder of an encoder-decoder language model."""
         if modality is None and self.config.is_encoder_decoder:
             return self.language_model.get_encoder()
-        return super().get_encoder(modality)
+        return self if modality in (None, "audio") else super().get_encoder(modality)
+
+    @property
+    def prepare_decoder_input_ids_from_labels(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Method of an encoder-decoder language model, for collators; other models don't have it."""
+        if not self.config.is_encoder_decoder:
+            raise AttributeError("only encoder-decoders have prepare_decoder_input_ids_from_labels")
+        return self.language_model.prepare_decoder_input_ids_from_labels
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -350,7 +318,8 @@ class BridgedModel(
         torch_compilable_check(
             count == sum(lengths),
             lambda: (
-                f"{int(count)} image tokens in input_ids, but the bridge made {sum(lengths)} features for "
+                f"Image features and image tokens do not match: {int(count)} image tokens in input_ids, but the "
+                f"bridge made {sum(lengths)} features for "
                 f"{len(lengths)} images ({', '.join(map(str, sorted(set(lengths))))} each). Use the processor that "
                 "belongs to this model, and don't truncate."
             ),
@@ -447,25 +416,13 @@ class BridgedModel(
                 input_ids, images, mm_encoder_outputs, inputs_embeds, attention_mask, encoder_outputs,
                 decoder_input_ids, decoder_attention_mask, labels, cache, logits_to_keep, num_logits, **kwargs,
             )  # fmt: skip
-        rows = len(inputs_embeds if input_ids is None else input_ids)
-        image_features = self._image_features(images, mm_encoder_outputs, visual_states, rows)
-        hidden = self._prompt_embeddings(input_ids, inputs_embeds, image_features)
-        conditioning, visual_states = self._visual_conditioning(input_ids, image_features, visual_states, segment_ids)
-        arguments = self._language_model_arguments
-        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -hidden.shape[1] :]
-        if "position_ids" in arguments:
-            kwargs["position_ids"] = position_ids
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         shift_labels = self._without_placeholders(kwargs.pop("shift_labels", None), num_items_in_batch)
-        outputs = self._run_language_model(
-            inputs_embeds=hidden,
-            attention_mask=attention_mask,
-            **cache_argument(cache, arguments),
-            **conditioning,
-            **self._logits_to_keep_argument(logits_to_keep),
-            **{**kwargs, "return_dict": True},
-        )
+        outputs, image_features, visual_states = self._run_decoder(
+            self._run_language_model, self._language_model_arguments, input_ids, images, mm_encoder_outputs,
+            inputs_embeds, attention_mask, position_ids, cache, visual_states, segment_ids,
+            **self._logits_to_keep_argument(logits_to_keep), **kwargs,
+        )  # fmt: skip
         logits = self._select_kept_logits(outputs.logits, logits_to_keep)
         loss = None
         if labels is not None:
@@ -478,7 +435,7 @@ class BridgedModel(
                 shift_labels=shift_labels,
             )
         return BridgedOutput(
-            loss=loss,
+            loss=self.with_gradient(loss),
             logits=pad_logits(num_logits, logits),
             **cache_argument(cache_of(outputs)),
             hidden_states=field_of(outputs, "hidden_states", wanted=bool(kwargs.get("output_hidden_states"))),
@@ -486,6 +443,28 @@ class BridgedModel(
             image_hidden_states=image_features,
             visual_states=visual_states,
         )
+
+    def _run_decoder(
+        self, run, arguments, input_ids, images, mm_encoder_outputs,
+        inputs_embeds, attention_mask, position_ids, cache, visual_states, segment_ids, **kwargs,
+    ) -> tuple[ModelOutput, torch.Tensor | None, ModelOutput | None]:  # fmt: skip
+        """Call `run`, a decoder-only language model or its backbone with these `arguments`, behind visual tokens."""
+        rows = len(inputs_embeds if input_ids is None else input_ids)
+        image_features = self._image_features(images, mm_encoder_outputs, visual_states, rows)
+        hidden = self._prompt_embeddings(input_ids, inputs_embeds, image_features)
+        conditioning, visual_states = self._visual_conditioning(input_ids, image_features, visual_states, segment_ids)
+        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -hidden.shape[1] :]
+        if "position_ids" in arguments:
+            kwargs["position_ids"] = position_ids
+        outputs = run(
+            inputs_embeds=hidden,
+            attention_mask=attention_mask,
+            **cache_argument(cache, arguments),
+            **conditioning,
+            **{**kwargs, "return_dict": True},
+        )
+        return outputs, image_features, visual_states
 
     def _logits_to_keep_argument(self, logits_to_keep: int | torch.Tensor) -> dict:
         """`logits_to_keep` as an argument of the language model, if it accepts it."""
@@ -546,24 +525,13 @@ class BridgedModel(
         self, input_ids, images, mm_encoder_outputs, inputs_embeds, attention_mask,
         encoder_outputs, decoder_input_ids, decoder_attention_mask, labels, cache, logits_to_keep, num_logits, **kwargs,
     ) -> BridgedOutput:  # fmt: skip
-        image_features = None
-        wanted = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
-        if encoder_outputs is None:
-            encoder_outputs, image_features = self._encode_prompt(
-                input_ids, images, mm_encoder_outputs, inputs_embeds, attention_mask, **wanted
-            )
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         if labels is not None and decoder_input_ids is None and "decoder_inputs_embeds" not in kwargs:
             decoder_input_ids = self.language_model.prepare_decoder_input_ids_from_labels(labels)
-        outputs = self._run_language_model(
-            encoder_outputs=encoder_outputs,
-            attention_mask=attention_mask,
-            decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
-            **cache_argument(cache, self._language_model_arguments),
-            **self._logits_to_keep_argument(logits_to_keep),
-            **{**kwargs, "return_dict": True},
-        )
+        outputs, image_features = self._run_encoder_decoder(
+            input_ids, images, mm_encoder_outputs, inputs_embeds, attention_mask, encoder_outputs,
+            decoder_input_ids, decoder_attention_mask, cache, **self._logits_to_keep_argument(logits_to_keep), **kwargs,
+        )  # fmt: skip
         logits = self._select_kept_logits(outputs.logits, logits_to_keep)
         loss = None
         if labels is not None:
@@ -573,12 +541,39 @@ class BridgedModel(
             loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction=sums)
             loss = loss if num_items_in_batch is None else loss / num_items_in_batch
         return BridgedOutput(
-            loss=loss,
+            loss=self.with_gradient(loss),
             logits=pad_logits(num_logits, logits),
             **cache_argument(cache_of(outputs)),
             **{name: field_of(outputs, name) for name in ENCODER_DECODER_FIELDS},
             image_hidden_states=image_features,
         )
+
+    def _run_encoder_decoder(
+        self, input_ids, images, mm_encoder_outputs, inputs_embeds, attention_mask,
+        encoder_outputs, decoder_input_ids, decoder_attention_mask, cache, **kwargs,
+    ) -> tuple[ModelOutput, torch.Tensor | None]:  # fmt: skip
+        if decoder_input_ids is None and kwargs.get("decoder_inputs_embeds") is None:
+            raise ValueError(
+                f"{self.config.text_config.model_type} is an encoder-decoder and needs labels or decoder_input_ids. "
+                "Trainer hides labels that it smooths: let the collator add decoder_input_ids = "
+                "model.prepare_decoder_input_ids_from_labels(labels), or use vlbridge's trainer. TRL's are for "
+                "decoder-only models."
+            )
+        image_features = None
+        wanted = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
+        if encoder_outputs is None:
+            encoder_outputs, image_features = self._encode_prompt(
+                input_ids, images, mm_encoder_outputs, inputs_embeds, attention_mask, **wanted
+            )
+        outputs = self._run_language_model(
+            encoder_outputs=encoder_outputs,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            **cache_argument(cache, self._language_model_arguments),
+            **{**kwargs, "return_dict": True},
+        )
+        return outputs, image_features
 
     # ------------------------------------------------------------------ generation
 

@@ -36,6 +36,7 @@ from .modeling_pins import (
     summary,
     tensors_of,
     weights_sha256,
+    with_effect,
 )
 from .modeling_quantization import is_quantized_tensor, unpack, without_bridge
 
@@ -519,7 +520,7 @@ class BridgeCheckpointMixin:
         output_loading_info = kwargs.pop("output_loading_info", False)
         if not isinstance(config, PreTrainedConfig):
             config, kwargs = cls.config_class.from_pretrained(path, return_unused_kwargs=True, **hub_kwargs, **kwargs)
-        if kwargs:
+        if kwargs := with_effect(kwargs):
             raise TypeError(f"A bridge checkpoint is loaded without {', '.join(sorted(kwargs))}: not supported here.")
         if isinstance(dtype, str) and dtype != "auto":
             dtype = getattr(torch, dtype)

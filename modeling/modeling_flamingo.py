@@ -491,8 +491,8 @@ class PerceiverFlamingoForConditionalGeneration(BridgedModel):
         torch_compilable_check(
             num_images.sum() == total,
             lambda: (
-                f"{int(num_images.sum())} image tokens in input_ids, but features of {total} images: "
-                "every image needs one <image> where it belongs in the text."
+                f"Image features and image tokens do not match: {int(num_images.sum())} image tokens in input_ids, but "
+                f"features of {total} images: every image needs one <image> where it belongs in the text."
             ),
         )
         num_images = num_images.to(image_features.device)

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import GradientCheckpointingLayer
 from transformers.utils import logging
 
+from .modeling_pins import summary
 from .modeling_quantization import is_quantized, is_quantized_tensor, keep_unpacked, quantized_layers
 
 
@@ -59,6 +60,10 @@ class FreezingMixin:
         for part in (self.vision_model, self.language_model):
             restore_dropout(part)
         super().train(mode)
+        if mode and not any(weight.requires_grad for weight in self.bridge.parameters()):
+            self.bridge.eval()  # an adapter has frozen it
+        if mode and self.config.freeze_vision_model:
+            self._warn_about_adapters_of_vision()
         for frozen, part in (
             (self.config.freeze_vision_model, self.vision_model),
             (self.config.freeze_language_model, self.language_model),
@@ -82,6 +87,27 @@ class FreezingMixin:
                     layer.training = True
                     suspend_dropout(layer)
         return self
+
+    def _warn_about_adapters_of_vision(self) -> None:
+        """Name the layers of the frozen encoder that an adapter reaches, unless its expression names the encoder.
+
+        `Trainer` calls `train()` in every step: adapters are looked at once.
+        """
+        adapters = getattr(self, "peft_config", None) or {}
+        if list(adapters) == self.__dict__.setdefault("_adapters_seen", []):
+            return
+        self._adapters_seen = list(adapters)
+        targets = [config.target_modules for config in adapters.values() if hasattr(config, "target_modules")]
+        if not targets or any(isinstance(target, str) and "vision_model" in target for target in targets):
+            return
+        reached = [name for name, layer in self.vision_model.named_modules() if hasattr(layer, "base_layer")]
+        if reached:
+            logger.warning_once(
+                f"The adapter reaches {len(reached)} layers of the frozen vision_model too, and trains them: "
+                f"{summary(reached)}. Leave them out with exclude_modules=r'vision_model\\..*', or name the language "
+                "model's layers, as vlbridge.training.training_peft.lora_config does; target_modules=<a regular "
+                "expression with vision_model> says that they are meant."
+            )
 
     def checkpointing_changed(self) -> None:
         """Update the training modes; called after gradient checkpointing was enabled or disabled."""

@@ -27,6 +27,9 @@ FROZEN_PARTS = ("vision_model", "language_model")
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 # Files of a checkpoint's weights; those of an earlier checkpoint are deleted
 WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+# Arguments of `from_pretrained` that change nothing when a bridge checkpoint is loaded, and flags that do so if unset
+_WITHOUT_EFFECT = ("low_cpu_mem_usage", "tqdm_class", "weights_only", "offload_state_dict")
+_FLAGS = ("use_kernels", "ignore_mismatched_sizes", "from_tf", "from_flax", "load_in_8bit", "load_in_4bit")
 
 
 class FrozenPartError(OSError, ValueError):
@@ -36,6 +39,19 @@ class FrozenPartError(OSError, ValueError):
 def frozen_parts_of(config: PreTrainedConfig) -> list[str]:
     """Names of the frozen parts that a model has (stage 1 of BLIP-2 has no language model)."""
     return [part for part in FROZEN_PARTS if part == "vision_model" or config.text_config is not None]
+
+
+def with_effect(arguments: dict) -> dict:
+    """Those arguments of `from_pretrained` that would change a bridge checkpoint: harnesses pass many that do not.
+
+    Args:
+        arguments: Keyword arguments that nothing has read yet.
+    """
+    return {
+        name: value
+        for name, value in arguments.items()
+        if value is not None and name not in _WITHOUT_EFFECT and (value or name not in _FLAGS)
+    }
 
 
 def summary(problems: list[str]) -> str:
@@ -222,4 +238,5 @@ __all__ = [
     "find_frozen_part",
     "frozen_parts_of",
     "weights_sha256",
+    "with_effect",
 ]

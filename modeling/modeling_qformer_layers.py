@@ -89,7 +89,7 @@ class QFormerAttention(nn.Module):
         self.config = config
         self.num_heads = config.num_attention_heads
         self.scaling = (config.hidden_size // config.num_attention_heads) ** -0.5
-        self.dropout_prob = config.attention_probs_dropout_prob
+        self.attention_dropout = nn.Dropout(config.attention_probs_dropout_prob)  # a module: trainers switch them off
         key_value_size = key_value_size or config.hidden_size
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(key_value_size, config.hidden_size)
@@ -131,7 +131,7 @@ class QFormerAttention(nn.Module):
         )
         keys = key if past_key is None else torch.cat((past_key, key), dim=2)
         values = value if past_value is None else torch.cat((past_value, value), dim=2)
-        dropout = self.dropout_prob if self.training else 0.0
+        dropout = self.attention_dropout.p if self.training else 0.0
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention_of(self.config) or "sdpa", eager_attention)
         attended, _ = attend(
             self, query, keys, values, attention_mask, scaling=self.scaling, dropout=dropout, is_causal=is_causal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import threading
 from pathlib import Path
@@ -41,6 +42,38 @@ FLATTEN_CONTENT = """\
 {%- endfor -%}
 {%- set messages = flat.messages -%}
 """
+
+# A turn of ChatML as most templates write it: the role, the words and the end of the turn in one expression
+CHATML_TURN = re.compile(
+    r"""\{\{(?P<left>-?)\s*['"]<\|im_start\|>['"]\s*\+\s*(?P<role>message(?:\.role|\[['"]role['"]\]))"""
+    r"""\s*\+\s*(?P<line>['"](?:\n|\\n)['"])\s*\+\s*(?P<words>message(?:\.content|\[['"]content['"]\])(?:\s*\|\s*trim)?)"""
+    r"""\s*\+\s*['"]<\|im_end\|>(?:['"]\s*\+\s*['"])?(?:\n|\\n)['"]\s*(?P<right>-?)\}\}"""
+)
+
+
+def mark_answers(template: str) -> str:
+    """Put `{% generation %}` around the assistant's words and the end of its turn, in templates that write ChatML.
+
+    What the template writes stays the same. Templates that have such markers, or write turns in another way, are
+    returned as they are.
+
+    Args:
+        template: A Jinja template.
+    """
+    if re.search(r"\{%-?\s*generation\s*-?%\}", template):
+        return template
+
+    def marked(turn: re.Match) -> str:
+        words = f"{turn['words']} + '<|im_end|>'"
+        return (
+            f"{{{{{turn['left']} '<|im_start|>' + {turn['role']} + {turn['line']} }}}}"
+            f"{{%- if {turn['role']} == 'assistant' -%}}"
+            f"{{% generation %}}{{{{ {words} }}}}{{% endgeneration %}}"
+            f"{{%- else -%}}{{{{ {words} }}}}{{%- endif -%}}"
+            f"{{{{ {turn['line']} {turn['right']}}}}}"
+        )
+
+    return CHATML_TURN.sub(marked, template)
 
 
 # Its `templated` is true while this thread applies a chat template, which has put the images in their places
@@ -215,12 +248,12 @@ class BridgedProcessor(KeepsBackend, ProcessorHooks, ProcessorMixin):
             image: Text that stands for one image.
 
         Returns:
-            A Jinja template.
+            A Jinja template. The assistant's words are marked as far as `mark_answers` can do that.
         """
         own = getattr(tokenizer, "chat_template", None)
         if template is None:
             template = own if isinstance(own, str) else cls.plain_chat_template
-        return FLATTEN_CONTENT.replace("IMAGE", repr(image + cls.image_separator)) + template
+        return FLATTEN_CONTENT.replace("IMAGE", repr(image + cls.image_separator)) + mark_answers(template)
 
     def num_image_tokens(self, height: int, width: int) -> int:
         """Visual tokens that one image becomes.
@@ -545,4 +578,4 @@ class BridgedProcessor(KeepsBackend, ProcessorHooks, ProcessorMixin):
             )
 
 
-__all__ = ["BridgedProcessor"]
+__all__ = ["BridgedProcessor", "mark_answers"]

@@ -98,11 +98,6 @@ EXCLUSIONS = [
         families=("perceiver",),
         before="5.23",
     ),
-    Exclusion(
-        "test_model_base_model_prefix",
-        "It wants a base model below a head. A bridged model is three modules side by side, each with its own keys, "
-        "and AutoModel gives the generating class.",
-    ),
 ]
 
 

@@ -287,6 +287,27 @@ def saved_bridge(parts, tmp_path):
     return tmp_path / "bridge", mine
 
 
+@pytest.mark.core
+def test_arguments_that_change_nothing(saved_bridge):
+    """Harnesses and servers pass these to every model."""
+    bridge, _ = saved_bridge
+    plain = AutoModel.from_pretrained(bridge)
+    usual = {"tqdm_class": object, "low_cpu_mem_usage": True, "gguf_file": None, "tp_plan": None, "max_memory": None,
+             "use_kernels": False, "device_map": None, "quantization_config": None}  # fmt: skip
+    for config in (None, plain.config):
+        loaded = type(plain).from_pretrained(bridge, config=config, **usual)
+        for name, tensor in plain.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor), name
+    with pytest.raises(TypeError, match="loaded without key_mapping, tp_plan, use_kernels"):
+        type(plain).from_pretrained(bridge, tp_plan="auto", key_mapping={"a": "b"}, use_kernels=True)
+
+
+def test_a_composed_model_has_a_name_that_is_no_repository(parts):
+    model, _ = compose_from(parts, "mlp", "llama")
+    with pytest.raises(OSError, match="composed mlp_llava"):
+        AutoModel.from_pretrained(model.config.name_or_path)
+
+
 @pytest.mark.parametrize("part", ["clip", "llama"])
 def test_a_missing_part_is_named(saved_bridge, part):
     bridge, parts = saved_bridge

@@ -225,8 +225,6 @@ def test_a_backward_pass_recomputes_with_the_bridge_it_began_with(library, famil
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if hasattr(module, "dropout_prob"):
-            module.dropout_prob = 0.0
     inputs = inputs_of(library / family / "plain")
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] >= 100, -100)
     gradients = []

@@ -512,8 +512,6 @@ def test_gradient_checkpointing_gives_equal_gradients(reentrant):
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-            if hasattr(module, "dropout_prob"):
-                module.dropout_prob = 0.0
         if checkpointing:
             checkpoint_activations(model, use_reentrant=reentrant)
         model(**pairs(), **NEGATIVES).loss.backward()

@@ -143,8 +143,6 @@ def without_dropout(module) -> None:
     for layer in module.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0
-        if hasattr(layer, "dropout_prob"):
-            layer.dropout_prob = 0.0
 
 
 def saved_whole(parts, folder, *args):

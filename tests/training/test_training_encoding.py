@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tiny import COMBINATIONS, tiny_image, tiny_model, tiny_stage1
 from toy_records import TEXT, caption, document, talk
 
+from vlbridge.processing.processing_bridged import mark_answers
 from vlbridge.training.training_encoding import IGNORED, SampleError, encoder_for
 
 
@@ -47,6 +50,49 @@ def test_the_plain_conversation_leaves_out_what_the_user_says():
     assert encoder.encode(talk("describe it", "two dogs"))["input_ids"].tolist() == (
         encoder.encode(caption("two dogs"))["input_ids"].tolist()
     )
+
+
+CHATML_WAYS = {
+    "SmolLM2": (
+        "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + "
+        "message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "written out": (
+        '{%- for message in messages -%}\n    {{- "<|im_start|>" + message.role + "\\n" + message.content | trim + '
+        '"<|im_end|>\\n" -}}\n{%- endfor -%}\n{%- if add_generation_prompt -%}\n'
+        '    {{- "<|im_start|>assistant\\n" -}}\n{%- endif -%}'
+    ),
+}
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("way", CHATML_WAYS)
+def test_answers_in_chatml_are_marked(way):
+    """The text stays, and the marks are the answers that were found in the template without them."""
+    template = CHATML_WAYS[way]
+    model, processor = tiny_model("mlp")
+    processor.tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
+        {"role": "assistant", "content": "a cat"},
+        {"role": "user", "content": "why?"},
+        {"role": "assistant", "content": [{"type": "text", "text": "so"}]},
+    ]
+    processor.chat_template = processor.build_chat_template(processor.tokenizer, template)
+    assert "{% generation %}" in processor.chat_template
+    marked = encoder_for(model, processor).answer_spans(messages)
+    unmarked = copy.deepcopy(processor)
+    unmarked.chat_template = processor.build_chat_template(processor.tokenizer, "MARK").replace("MARK", template)
+    assert "generation %}" not in unmarked.chat_template
+    assert encoder_for(model, unmarked).answer_spans(messages) == marked
+    text, spans = marked
+    assert [text[start:end] for start, end in spans] == ["a cat<|im_end|>", "so<|im_end|>"]
+    prompts = [each.apply_chat_template(messages[:1], add_generation_prompt=True) for each in (processor, unmarked)]
+    assert prompts[0] == prompts[1] and prompts[0].endswith("<|im_start|>assistant\n")
+    assert mark_answers(processor.chat_template) == processor.chat_template
+    assert mark_answers(FORGETFUL) == FORGETFUL
 
 
 @pytest.mark.parametrize("conversation", ["vicuna_v1", "mistral_instruct", "v0"])

@@ -28,6 +28,7 @@ from tiny import (
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, MambaConfig
 
 import vlbridge
+from vlbridge.modeling import modeling_freezing
 from vlbridge.training.training_peft import ia3_config, language_targets, layer_kind, lora_config
 
 
@@ -84,8 +85,6 @@ def without_dropout(model):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if hasattr(module, "dropout_prob"):
-            module.dropout_prob = 0.0
     return model
 
 
@@ -575,3 +574,42 @@ def test_transformers_loads_pushed_adapters(family, parts, hub):
     fresh.load_adapter("me/adapter", adapter_name="mine")
     fresh.set_adapter("mine")
     torch.testing.assert_close(logits_of(fresh, processor), after, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "target, warned",
+    [
+        ("all-linear", True),
+        (["q_proj", "v_proj"], True),
+        (r"(language_model|vision_model)\..*q_proj", False),  # asked for
+        (r"language_model\..*q_proj", False),
+    ],
+)
+def test_a_plain_configuration_that_reaches_the_encoder_is_reported(target, warned, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+
+    said = []
+    monkeypatch.setattr(modeling_freezing.logger, "warning_once", said.append)
+    tuned = get_peft_model(tiny_model("mlp")[0], LoraConfig(target_modules=target)).train()
+    reached = [name for name, layer in tuned.get_base_model().vision_model.named_modules()
+               if hasattr(layer, "base_layer")]  # fmt: skip
+    assert bool(reached) == (warned or "vision_model" in target)
+    assert bool(said) == warned
+    if warned:
+        assert f"reaches {len(reached)} layers of the frozen vision_model" in said[0] and reached[0] in said[0]
+        rest = LoraConfig(target_modules=target, exclude_modules=r"vision_model\..*")
+        said.clear()
+        tuned = get_peft_model(tiny_model("mlp")[0], rest).train()
+        assert not said and not any("vision_model" in name for name, _ in tuned.named_parameters() if "lora" in name)
+
+
+def test_a_bridge_that_an_adapter_has_frozen_has_no_dropout():
+    """As the language model's and the encoder's: a reference with the adapter disabled is the same model twice."""
+    from peft import LoraConfig, get_peft_model
+
+    model, processor = tiny_model("qformer")
+    inputs = processor(images=tiny_image(), text="<image>what?", return_tensors="pt")
+    model.train()
+    assert not torch.equal(model(**inputs).logits, model(**inputs).logits)
+    tuned = get_peft_model(model, LoraConfig(target_modules=r"language_model\..*q_proj")).train()
+    assert torch.equal(tuned(**inputs).logits, tuned(**inputs).logits)

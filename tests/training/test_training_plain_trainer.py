@@ -402,3 +402,49 @@ def test_batches_by_length_from_workers(bridge, workers, tmp_path):
             assert loss == pytest.approx(float(model(**batch).loss), rel=1e-5)
     lengths = [[data[number]["length"] for number in numbers] for numbers, _ in seen]
     assert sum(first > second for first, second in lengths) >= 7  # the longest row's place is taken by another
+
+
+@pytest.mark.parametrize("bridge", ["mlp", "qformer"])
+def test_an_encoder_decoder_with_smoothed_labels(bridge, tmp_path):
+    """`Trainer` hides the labels from the model, so the collator gives what the decoder reads, as for any T5."""
+    model, processor = tiny_model(bridge, "t5")
+    quiet(model)
+    assert not hasattr(tiny_model(bridge)[0], "prepare_decoder_input_ids_from_labels")
+    labels = torch.tensor([[20, 21, 22, 2], [30, 31, 2, IGNORED]])
+    batch = {**processor(images=[tiny_image(0), tiny_image(1)], text=["<image>a", "<image>b"], return_tensors="pt")}
+
+    def trained(more: dict) -> float:
+        trainer = Trainer(
+            model, arguments(tmp_path, label_smoothing_factor=0.3, remove_unused_columns=False),
+            train_dataset=[{"row": 0}] * 2, data_collator=lambda rows: {**batch, "labels": labels, **more},
+        )  # fmt: skip
+        trainer.train()
+        return trainer.state.log_history[0]["loss"]
+
+    with pytest.raises(ValueError, match="t5 is an encoder-decoder and needs labels or decoder_input_ids.*smooths"):
+        trained({})
+    read = model.prepare_decoder_input_ids_from_labels(labels=labels)
+    assert read[0].tolist() == [0, 20, 21, 22]
+    with torch.no_grad():
+        logits = model(**batch, labels=labels).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.3)
+    assert trained({"decoder_input_ids": read}) == pytest.approx(expected.item(), abs=1e-4)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("bridge, language", [("mlp", "llama"), ("qformer", "llama"), ("qformer", "t5")])
+def test_a_batch_of_text_alone_changes_nothing(bridge, language, tmp_path):
+    """Nothing that is trained has a part in it; torch's own error would end the training of a mixture."""
+    model, processor = tiny_model(bridge, language)
+    batch = {**processor(text=["what is it?", "what is he?"], return_tensors="pt")}
+    trainer = Trainer(
+        model, arguments(tmp_path, learning_rate=0.1, remove_unused_columns=False), train_dataset=[{"row": 0}] * 2,
+        data_collator=lambda rows: {**batch, "labels": batch["input_ids"]},
+    )  # fmt: skip
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        expected = model(**batch, labels=batch["input_ids"]).loss.item()
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-4)
+    assert trainer.state.log_history[0]["grad_norm"] == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
