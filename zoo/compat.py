@@ -192,6 +192,9 @@ USED = (
          instead="nothing: earlier releases always dequantise"),
     Name("transformers.integrations.peft.MIN_PEFT_VERSION", "a clear error if PEFT is too old for load_adapter"),
     Name("transformers.PreTrainedModel._hf_peft_config_loaded", "whether a model carries adapters"),
+    Name("transformers.utils.output_capturing.maybe_install_capturing_hooks",
+         "hooks that capture attention weights are removed after an inspection", ("model",)),
+    Name("torch.nn.Module._forward_hooks", "the same", set_by="register_forward_hook"),
     Name("transformers.utils.hub.resolve_revision", "all files from one commit",
          ("path_or_repo_id", "revision", "token", "local_files_only", "cache_dir"), since="5.18",
          instead="huggingface_hub's model_info"),
@@ -552,6 +555,25 @@ def training_argument(name: str) -> str:
         if name in names:
             return names[0] if version_of("transformers") >= Version("5.23") else names[1]
     return name
+
+
+@contextmanager
+def without_new_hooks(model: nn.Module) -> Iterator[None]:
+    """Remove the forward hooks that were added inside the `with` statement, those of transformers that capture too.
+
+    Args:
+        model: A model, whose modules are looked at.
+    """
+    installed = "_output_capturing_hooks_installed"  # set by transformers' `maybe_install_capturing_hooks`
+    before = [(module, set(module._forward_hooks), installed in vars(module)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, hooks, was_installed in before:
+            for number in set(module._forward_hooks) - hooks:
+                del module._forward_hooks[number]
+            if installed in vars(module) and not was_installed:
+                delattr(module, installed)
 
 
 # ---------------------------------------------------------------------- adapters
