@@ -1,6 +1,7 @@
 """Where trained bridges look on easy-VQA's test pictures, and whether their answers depend on the object.
 
-    python benchmarks/inspection_easy_vqa.py --runs runs --output benchmarks/results/inspection_easy_vqa.json
+    python benchmarks/inspection_easy_vqa.py --runs runs/small_qformer --runs runs/small_perceiver \
+        --output benchmarks/results/inspection_easy_vqa.json
 
 Every picture shows one shape on a plain ground. The object is what differs from the ground, which is the colour of the
 picture's corners. For Q-Former and Perceiver: how much attention lies on the object, against its share of the area; the
@@ -16,7 +17,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +32,7 @@ from vlbridge import demo
 from vlbridge.inference import load, question_inputs
 from vlbridge.inspection.inspection_attention import answer_attention, bridge_attention, patch_attention
 from vlbridge.inspection.inspection_geometry import share_on, token_grids
-from vlbridge.inspection.inspection_looking import answer_of, ids_of, occlusion
+from vlbridge.inspection.inspection_looking import Occlusion, answer_of, ids_of, occlusion
 from vlbridge.inspection.inspection_queries import specialisation
 from vlbridge.training.training_easy_vqa import load_split, properties_of
 
@@ -86,36 +87,36 @@ def attention_on_object(model, processor, pictures: list[tuple[Image.Image, str]
     }
 
 
-def occlusion_on_object(model, processor, pictures: list[tuple[Image.Image, str]], cells: int) -> dict:
-    """How often covering the cell that costs the model's own answer most touches the object."""
-    touches, right, start = [], [], time.perf_counter()
+def cells_on_object(mask: torch.Tensor, found: Occlusion) -> torch.Tensor:
+    """Which cells of an occlusion map touch the object, in the map's shape."""
+    rows, columns = found.drop.shape
+    touched = torch.zeros(rows, columns, dtype=torch.bool)
+    for row in range(rows):
+        for column in range(columns):
+            left, top, right, bottom = (round(edge) for edge in found.grid.cell(row, column))
+            touched[row, column] = mask[top:bottom, left:right].any()
+    return touched
+
+
+def occlusion_on_object(model, processor, pictures: list[tuple[Image.Image, str]], cells: int) -> Iterator[dict]:
+    """How often covering the cell that costs the model's own answer most touches the object, after each picture."""
+    peaks, chances, right, start = [], [], [], time.perf_counter()
     for picture, color in tqdm(pictures, desc="occlusion"):
         ids = answer_of(model, processor, picture, QUESTION, max_new_tokens=6)
         right.append(processor.tokenizer.decode(ids[0]).strip().lower() == color)
         found = occlusion(model, processor, picture, QUESTION, ids, cells=cells, batch_size=cells * cells + 1)
-        mask = object_mask(picture)
-        row, column = divmod(int(found.drop.argmax()), cells)
-        left, top, right_edge, bottom = (round(edge) for edge in found.grid.cell(row, column))
-        touches.append(bool(mask[top:bottom, left:right_edge].any()))
-    covered = [
-        float(np.mean([
-            bool(object_mask(picture)[
-                round(r * picture.height / cells) : round((r + 1) * picture.height / cells),
-                round(c * picture.width / cells) : round((c + 1) * picture.width / cells),
-            ].any())
-            for r in range(cells) for c in range(cells)
-        ]))
-        for picture, _ in pictures
-    ]  # fmt: skip
-    return {
-        "pictures": len(pictures),
-        "cells_per_side": cells,
-        "peak_on_object": round(float(np.mean(touches)), 4),
-        "by_chance": round(float(np.mean(covered)), 4),  # share of the cells that touch the object
-        "answers_right": round(float(np.mean(right)), 4),
-        "peak_on_object_if_right": round(float(np.mean([t for t, r in zip(touches, right) if r] or [0])), 4),
-        "seconds_per_picture": round((time.perf_counter() - start) / len(pictures), 2),
-    }
+        touched = cells_on_object(object_mask(picture), found)
+        peaks.append(bool(touched.flatten()[found.drop.argmax()]))
+        chances.append(float(touched.float().mean()))
+        yield {
+            "pictures": len(peaks),
+            "cells_per_side": cells,
+            "peak_on_object": round(statistics.fmean(peaks), 4),
+            "by_chance": round(statistics.fmean(chances), 4),  # share of the cells that touch the object
+            "answers_right": round(statistics.fmean(right), 4),
+            "peak_on_object_if_right": round(statistics.fmean([p for p, r in zip(peaks, right) if r] or [0]), 4),
+            "seconds_per_picture": round((time.perf_counter() - start) / len(peaks), 2),
+        }
 
 
 def main(
@@ -148,17 +149,18 @@ def main(
     def keep(name: str, kind: str, figures: dict) -> None:
         result["models"].setdefault(name, {})[kind] = figures
         output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        print(name, kind, json.dumps(figures))
 
     for folder in runs or []:
         model, processor = load(folder, "cpu")
         if model.config.model_type != "mlp_llava":
             keep(folder.name, "attention", attention_on_object(model, processor, chosen[:pictures], words))
         if occluded:
-            keep(folder.name, "occlusion", occlusion_on_object(model, processor, chosen[:occluded], cells))
+            for figures in occlusion_on_object(model, processor, chosen[:occluded], cells):
+                keep(folder.name, "occlusion", figures)
     if embedded and occluded:
         model, processor = load(None, "cpu")
-        keep("embedded", "occlusion", occlusion_on_object(model, processor, chosen[:occluded], cells))
+        for figures in occlusion_on_object(model, processor, chosen[:occluded], cells):
+            keep("embedded", "occlusion", figures)
 
 
 if __name__ == "__main__":

@@ -120,3 +120,18 @@ def test_a_run_without_gates_is_refused_at_its_start(tmp_path):
     trainer.add_callback(GateLogger(trainer))
     with pytest.raises(ValueError, match="has no gates"):
         trainer.train()
+
+
+def test_gates_of_the_copy_that_peft_trains():
+    peft = pytest.importorskip("peft")
+    from vlbridge.training import lora_config
+
+    model, _ = tiny_model("perceiver")
+    tuned = peft.get_peft_model(model, lora_config(model, language="attention", r=2))
+    with torch.no_grad():
+        for name, weight in tuned.named_parameters():
+            if "modules_to_save" in name and name.endswith("_gate.weight"):
+                weight.fill_(0.1)
+    assert [(row["layer"], row["attention"]) for row in gates(tuned)] == [
+        (layer, pytest.approx(math.tanh(0.1))) for layer in (0, 1)
+    ]
