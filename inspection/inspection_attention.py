@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..compat import attention_of, cache_argument, cache_of, set_attention, without_new_hooks
@@ -117,8 +118,9 @@ def eager_language_model(model: BridgedModel) -> Iterator[None]:
     Args:
         model: A bridged model with a language model.
     """
-    configs = {id(part.config): part.config for part in model.language_model.modules() if hasattr(part, "config")}
-    before = [(config, attention_of(config)) for config in configs.values()]
+    configs = [getattr(part, "config", None) for part in model.language_model.modules()]
+    unique = {id(config): config for config in configs if isinstance(config, PreTrainedConfig)}
+    before = [(config, attention_of(config)) for config in unique.values()]
     for config, _ in before:
         set_attention(config, "eager")
     try:

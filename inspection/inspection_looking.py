@@ -244,7 +244,10 @@ def occlusion(
     cells: int | None = None,
     batch_size: int = 8,
 ) -> Occlusion:
-    """Which parts of a picture an answer depends on: cover each part in turn with the picture's mean colour.
+    """Which parts of a picture an answer depends on: cover each part in turn.
+
+    The cover has the picture's median colour, in each channel: on a plain ground it adds nothing that could be taken for
+    an object, as the mean colour would.
 
     Args:
         model: A bridged model with a language model.
@@ -266,7 +269,7 @@ def occlusion(
     width, height = picture.size
     box = max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height))  # without padding
     grid = Grid(box, torch.arange(rows * columns).unflatten(0, (rows, columns)))
-    color = tuple(int(value) for value in np.asarray(picture.convert("RGB")).reshape(-1, 3).mean(axis=0).round())
+    color = tuple(int(value) for value in np.median(np.asarray(picture.convert("RGB")), axis=(0, 1)))
     shown = [picture] + [
         covered(picture, grid.cell(row, column), color) for row in range(rows) for column in range(columns)
     ]

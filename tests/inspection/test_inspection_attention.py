@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from tiny import COMBINATIONS, relative_error, tiny_image, tiny_model
+from tiny import COMBINATIONS, QFORMER, bert_like_tokenizer, relative_error, tiny_image, tiny_model
 
 from vlbridge.compat import ALL_ATTENTION_FUNCTIONS, attention_of
 from vlbridge.inspection.inspection_attention import (
@@ -336,3 +336,18 @@ def test_refusals_say_what_is_wrong():
     ends = processor(images=[tiny_image()], text="a<image>", return_tensors="pt")
     with pytest.raises(ValueError, match="A prompt ends with an image"):
         answer_attention(model, ends, torch.tensor([[3]]))
+
+
+def test_a_qformer_that_reads_the_question_looks_elsewhere_for_another_one():
+    text = {**QFORMER, "use_text": True, "vocab_size": 50, "max_position_embeddings": 40}
+    model, plain = tiny_model("qformer", qformer_config=text)
+    processor = type(plain).from_config(
+        model.config, plain.image_processor, plain.tokenizer, qformer_tokenizer=bert_like_tokenizer()
+    )
+    picture = tiny_image(0)
+    inputs = processor(images=[picture, picture], text=["<image>w1 w2", "<image>w7"], padding=True, return_tensors="pt")
+    found = bridge_attention(model, inputs)
+    assert found.shape == (2, 2, 4, 5, 26)  # patches alone are keys: the question is read by self-attention
+    assert relative_error(found[:, 0], found[:, 1]) > 1e-2
+    again = answer_attention(model, inputs, torch.tensor([[5], [6]]))
+    torch.testing.assert_close(again.bridge, found, atol=1e-5, rtol=0)
