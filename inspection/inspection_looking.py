@@ -246,8 +246,8 @@ def occlusion(
 ) -> Occlusion:
     """Which parts of a picture an answer depends on: cover each part in turn.
 
-    The cover has the picture's median colour, in each channel: on a plain ground it adds nothing that could be taken for
-    an object, as the mean colour would.
+    The cover has the picture's median colour, in each channel. On a plain ground it adds nothing that could be taken
+    for an object, as the mean colour would.
 
     Args:
         model: A bridged model with a language model.
