@@ -152,11 +152,12 @@ def main(
 
     for folder in runs or []:
         model, processor = load(folder, "cpu")
+        name = f"{folder.parent.name}/{folder.name}" if folder.name.startswith("checkpoint-") else folder.name
         if model.config.model_type != "mlp_llava":
-            keep(folder.name, "attention", attention_on_object(model, processor, chosen[:pictures], words))
+            keep(name, "attention", attention_on_object(model, processor, chosen[:pictures], words))
         if occluded:
             for figures in occlusion_on_object(model, processor, chosen[:occluded], cells):
-                keep(folder.name, "occlusion", figures)
+                keep(name, "occlusion", figures)
     if embedded and occluded:
         model, processor = load(None, "cpu")
         for figures in occlusion_on_object(model, processor, chosen[:occluded], cells):
