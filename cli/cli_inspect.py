@@ -40,6 +40,7 @@ ReportOption = Annotated[
 OcclusionOption = Annotated[
     bool, typer.Option("--occlusion/--no-occlusion", help="Cover parts of each picture in turn: the slow part.")
 ]
+MeasureOption = Annotated[bool, typer.Option("--measure", help="Measure time and memory of 0, 1, 2 and 4 images.")]
 InspectJsonOption = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 
 
@@ -51,6 +52,7 @@ def inspect(
     answer: AnswerOption = None,
     report: ReportOption = None,
     occlusion: OcclusionOption = True,
+    measure: MeasureOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     as_json: InspectJsonOption = False,
@@ -59,12 +61,15 @@ def inspect(
     for name, text in (("--question", question), ("--answer", answer)):
         if text is not None and not text.strip():
             raise CommandError(f"{name} is empty", exit_code=2)
+    if measure and not images:
+        raise CommandError("--measure needs a picture", exit_code=2)
     if report is not None and not report.absolute().parent.is_dir():
         raise CommandError(f"--report {report}: there is no such folder", exit_code=2)
     pictures = _pictures(images or [])
     source = None if model == EMBEDDED else model
     loaded, processor = load_model(source, device, dtype)
-    found = _inspect(loaded, processor, model, pictures, question, answer, occlusion)
+    options = {"question": question, "answer": answer, "with_occlusion": occlusion, "measure": measure}
+    found = _inspect(loaded, processor, model, pictures, options)
     if report is not None:
         from vlbridge.inspection.inspection_report import report_html
 
@@ -72,7 +77,7 @@ def inspect(
             report.write_text(report_html(found), encoding="utf-8")
         except OSError as error:
             raise CommandError(f"cannot write {report}: {one_line(error)}") from error
-        print_line(f"{report}: {len(pictures)} pictures", sys.stderr)
+        print_line(f"{report}: {len(pictures)} picture{'s' * (len(pictures) != 1)}", sys.stderr)
     _print(found, as_json)
 
 
@@ -90,7 +95,7 @@ def _pictures(patterns: list[str]) -> dict:
         raise CommandError(f"{error.path}: {error.reason}") from error
 
 
-def _inspect(model, processor, name: str, pictures: dict, question: str | None, answer: str | None, occlusion: bool):
+def _inspect(model, processor, name: str, pictures: dict, options: dict):
     """Look into the model, with a progress bar for several pictures.
 
     Raises:
@@ -105,9 +110,7 @@ def _inspect(model, processor, name: str, pictures: dict, question: str | None, 
         return tqdm(numbered, unit="image", file=sys.stderr, disable=not shown)
 
     try:
-        return inspect_model(
-            model, processor, name, pictures, question, answer, with_occlusion=occlusion, progress=progress
-        )
+        return inspect_model(model, processor, name, pictures, progress=progress, **options)
     except (ValueError, RuntimeError) as error:
         raise CommandError(one_line(error)) from error
 

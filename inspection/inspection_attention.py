@@ -16,7 +16,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 
-from ..compat import attention_of, cache_argument, cache_of, set_attention, without_new_hooks
+from ..compat import attention_of, cache_argument, cache_of, set_attention
+from ..compat_hooks import without_new_hooks
 from ..modeling import BridgedModel
 from ..modeling.modeling_flamingo import GatedCrossAttentionLayer, PerceiverAttention, split_heads
 from ..modeling.modeling_qformer_layers import QFormerAttention

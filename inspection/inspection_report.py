@@ -14,7 +14,7 @@ from PIL import Image
 from ..inference import question_inputs
 from ..modeling import BridgedModel
 from .inspection_attention import AnswerAttention, answer_attention
-from .inspection_budget import token_budget
+from .inspection_budget import measure_budget, token_budget
 from .inspection_drawing import matrix, overlay
 from .inspection_gates import gates, image_variance_share, visual_tokens
 from .inspection_geometry import Grid, token_grids
@@ -71,6 +71,7 @@ class Findings:
         model_type: Its family.
         question: What was asked about each picture.
         budget: From `token_budget`.
+        measured: From `measure_budget`, with the first picture; empty if it was not asked for.
         gates: From `gates`; empty for families without.
         pictures: What was found about each picture.
         tokens: From `query_figures`; empty without pictures of one size.
@@ -82,6 +83,7 @@ class Findings:
     model_type: str
     question: str
     budget: list[dict]
+    measured: list[dict]
     gates: list[dict]
     pictures: list[PictureFindings]
     tokens: dict
@@ -95,6 +97,7 @@ class Findings:
             "model_type": self.model_type,
             "question": self.question,
             "budget": self.budget,
+            "measured": self.measured,
             "gates": self.gates,
             "visual_tokens": self.tokens,
             "specialisation": None if self.specialisation is None else vars(self.specialisation),
@@ -144,6 +147,7 @@ def inspect_model(
     question: str | None = None,
     answer: str | None = None,
     with_occlusion: bool = True,
+    measure: bool = False,
     max_new_tokens: int = 40,
     progress=lambda pictures: pictures,
 ) -> Findings:
@@ -157,6 +161,7 @@ def inspect_model(
         question: What to ask about each; by default the prompt for captions.
         answer: The answer to look into; by default what the model answers.
         with_occlusion: Whether to cover parts of each picture, which takes up to 65 passes per picture.
+        measure: Whether to measure time and memory per image, with the first picture.
         max_new_tokens: Maximum length of an answer, in tokens.
         progress: Wraps the pictures, for a progress bar.
 
@@ -183,6 +188,7 @@ def inspect_model(
         model_type=model.config.model_type,
         question=question,
         budget=token_budget({name: model}, turns=TURNS),
+        measured=measure_budget(model, processor, pictures[names[0]]) if measure and names else [],
         gates=gates(model) if hasattr(model.bridge, "cross_attention_layers") else [],
         pictures=found,
         tokens={} if alike is None else query_figures(alike.cpu()),
@@ -261,6 +267,7 @@ def table_lines(rows: Sequence[dict], columns: Sequence[str]) -> Iterator[str]:
 WORDS = ("word", "picture", "blank", "other", "gain", "attention_on_picture")
 BUDGET = ("turn", "visual_tokens", "prompt_tokens", "context_window", "left", "turns_left")
 GATES = ("layer", "attention", "feed_forward")
+MEASURED = ("images", "prompt_tokens", "seconds", "cache_bytes", "peak_bytes")
 
 
 def finding_lines(found: Findings) -> Iterator[str]:
@@ -289,6 +296,10 @@ def finding_lines(found: Findings) -> Iterator[str]:
     yield ""
     yield "context window, with 100 tokens of text per turn"
     yield from table_lines(found.budget, BUDGET)
+    if found.measured:
+        yield ""
+        yield "measured, until the first token"
+        yield from table_lines(found.measured, MEASURED)
 
 
 def _specialised(score: Specialisation) -> str:
@@ -391,6 +402,9 @@ def report_html(found: Findings) -> str:
         parts.append(_table(found.gates, GATES, bar="attention"))
     parts.append("<h2>Context window</h2><p class='note'>One image at the beginning, 100 tokens of text per turn.</p>")
     parts.append(_table(found.budget, BUDGET))
+    if found.measured:
+        parts.append("<h3>Measured, until the first token</h3>")
+        parts.append(_table(found.measured, MEASURED))
     return _page(found.model, parts)
 
 

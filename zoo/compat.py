@@ -557,25 +557,6 @@ def training_argument(name: str) -> str:
     return name
 
 
-@contextmanager
-def without_new_hooks(model: nn.Module) -> Iterator[None]:
-    """Remove the forward hooks that were added inside the `with` statement, those of transformers that capture too.
-
-    Args:
-        model: A model, whose modules are looked at.
-    """
-    installed = "_output_capturing_hooks_installed"  # set by transformers' `maybe_install_capturing_hooks`
-    before = [(module, set(module._forward_hooks), installed in vars(module)) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, hooks, was_installed in before:
-            for number in set(module._forward_hooks) - hooks:
-                del module._forward_hooks[number]
-            if installed in vars(module) and not was_installed:
-                delattr(module, installed)
-
-
 # ---------------------------------------------------------------------- adapters
 
 

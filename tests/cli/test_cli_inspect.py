@@ -45,7 +45,8 @@ def test_text_json_and_report(here):
     assert "gates (tanh: 0 is closed)" in lines
     assert result.stderr.endswith("out.html: 2 pictures\n")
     assert Path("out.html").read_text().startswith("<!doctype html>")
-    found = json.loads(run(*asked, "--json").stdout)
+    found = json.loads(run(*asked, "--json", "--measure").stdout)
+    assert [row["images"] for row in found["measured"]] == [0, 1, 2, 4]
     assert [picture["image"] for picture in found["pictures"]] == ["a.png", "b.png"]
     assert len(found["gates"]) == 2 and found["budget"][0]["prompt_tokens"] == 1
 
@@ -59,5 +60,6 @@ def test_refusals(here):
     refused(1, "missing.png", "model", "missing.png")
     refused(1, "cannot load './nothing'", "./nothing", "a.png")
     refused(2, "--question is empty", "model", "a.png", "-q", " ")
+    refused(2, "--measure needs a picture", "model", "--measure")
     refused(2, "there is no such folder", "model", "a.png", "--report", "no/where.html")
     refused(2, "--device", "model", "a.png", "--device", "abacus")

@@ -85,9 +85,9 @@ def test_a_page_of_any_resolution_with_occlusion():
 
 def test_without_pictures_there_are_gates_and_budget():
     model, processor = tiny_model("perceiver")
-    found = inspect_model(model, processor, "m", {})
+    found = inspect_model(model, processor, "m", {}, measure=True)
     text = report_html(found)
-    assert "Gates" in text and "Context window" in text and found.pictures == []
+    assert "Gates" in text and "Context window" in text and found.pictures == found.measured == []
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: apt-get install chromium")
