@@ -59,7 +59,7 @@ def attention_on_object(model, processor, pictures: list[tuple[Image.Image, str]
 
     The second goes through the language model: its attention to visual tokens, times what those attend to.
     """
-    shares, of_words, of_queries, maps = [], [], [], []
+    shares, others, of_words, of_queries, maps = [], [], [], [], []
     for number, (picture, color) in enumerate(tqdm(pictures, desc="attention")):
         inputs = question_inputs(processor, [picture], QUESTION)
         mask, grids = object_mask(picture), token_grids(model.config, processor, picture.size)
@@ -70,6 +70,8 @@ def attention_on_object(model, processor, pictures: list[tuple[Image.Image, str]
         else:
             queries = patch_attention(bridge_attention(model, inputs), grids[0].tokens.numel())[0]
         shares.append(share_on(queries.mean(dim=0), grids, mask))
+        elsewhere = object_mask(pictures[(number + 1) % len(pictures)][0])
+        others.append(share_on(queries.mean(dim=0), grids, elsewhere))
         of_queries.append([share_on(query, grids, mask)[0] for query in queries])
         maps.append(queries)
     areas = [area for _, area in shares]
@@ -79,6 +81,8 @@ def attention_on_object(model, processor, pictures: list[tuple[Image.Image, str]
         "object_area": summary(areas),
         "attention_on_object": summary(share for share, _ in shares),
         "times_area": summary(share / area for share, area in shares),
+        # the same attention on the place of the next picture's object: what a preference for the middle gives
+        "times_area_of_another_object": summary(share / area for share, area in others),
         "times_area_by_query": {"lowest": round(float(by_query.min()), 4), "highest": round(float(by_query.max()), 4)},
         "pictures_for_words": len(of_words),
         "word_attention_on_object": summary(share for share, _ in of_words),
