@@ -1,4 +1,4 @@
-"""The command line: `vlbridge caption`, `ask`, `info`, `data`, `train`, `evaluate`, `bakeoff`, `convert`, `push`, ....
+"""The command line: `vlbridge caption`, `ask`, `info`, `inspect`, `train`, `evaluate`, `convert`, `push`, ....
 
 Exit codes: 0, all went well; 1, something failed (a model, a device, some of the images); 2, the command line is wrong;
 130, interrupted. Results go to stdout, everything else to stderr.
@@ -19,6 +19,7 @@ from .cli_common import CommandError, JsonOption, exit_codes, loading, one_line,
 from .cli_convert import converters, export, transplant
 from .cli_data import capfilt, data_commands
 from .cli_evaluate import evaluate
+from .cli_inspect import inspect
 from .cli_run import ask, caption
 from .cli_train import train
 
@@ -129,7 +130,7 @@ def main(
     pass
 
 
-for command in (caption, ask, info, capfilt, train, evaluate, bakeoff, export, transplant):
+for command in (caption, ask, info, inspect, capfilt, train, evaluate, bakeoff, export, transplant):
     app.command()(command)
 app.command("list")(list_releases)
 app.command()(push)

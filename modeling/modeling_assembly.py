@@ -97,9 +97,7 @@ def assemble(
         model.init_bridge(**for_model, **{name: value for name, value in hub_kwargs.items() if name != "revision"})
     if isinstance(wanted, torch.dtype):
         model.bridge.to(wanted)
-    _set_generation_defaults(model, tokenizer)
-    # No Hub id has a space: whoever looks for the model's files, such as TRL for its reference, is told this name
-    model.name_or_path = config.name_or_path = f"composed {config.model_type}"
+    _complete(model, tokenizer)
     model.eval()
     if device_map is not None:
         model.dispatch(device_map)
@@ -108,8 +106,10 @@ def assemble(
     return model, processor
 
 
-def _set_generation_defaults(model: BridgedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Set the padding token and the tokens that end generation, if the language model leaves them open."""
+def _complete(model: BridgedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Name the model; set the padding token and the tokens that end generation, if the language model leaves them open."""
+    # No Hub id has a space: whoever looks for the model's files, such as TRL for its reference, is told this name
+    model.name_or_path = model.config.name_or_path = f"composed {model.config.model_type}"
     defaults = model.generation_config
     if defaults.pad_token_id is None:
         defaults.pad_token_id = tokenizer.pad_token_id

@@ -80,7 +80,17 @@ def test_make_targets_exist(name):
 def test_every_module_has_its_line():
     """ARCHITECTURE.md lists the modules of each folder: all of them, and no others."""
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-    for folder in ("zoo", "configuration", "processing", "modeling", "convert", "training", "evaluation", "cli"):
+    for folder in (
+        "zoo",
+        "configuration",
+        "processing",
+        "modeling",
+        "convert",
+        "training",
+        "evaluation",
+        "inspection",
+        "cli",
+    ):
         section = re.search(rf"^### {folder}/ .*?(?=^##)", text, re.MULTILINE | re.DOTALL).group()
         listed = re.findall(r"^\| `(\w+\.py)` \|", section, re.MULTILINE)
         found = {path.name for path in (ROOT / folder).glob("*.py")} - ({"__init__.py"} if folder != "zoo" else set())

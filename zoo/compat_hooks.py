@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from packaging.version import Version
+from torch import nn
 
 from .compat import logits_of_width, version_of
 
@@ -199,6 +201,25 @@ class ProcessorHooks:
         return self.num_multimodal_tokens(image_sizes, **kwargs)
 
 
+@contextmanager
+def without_new_hooks(model: nn.Module) -> Iterator[None]:
+    """Remove the forward hooks that were added inside the `with` statement, those of transformers that capture too.
+
+    Args:
+        model: A model, whose modules are looked at.
+    """
+    installed = "_output_capturing_hooks_installed"  # set by transformers' `maybe_install_capturing_hooks`
+    before = [(module, set(module._forward_hooks), installed in vars(module)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, hooks, was_installed in before:
+            for number in set(module._forward_hooks) - hooks:
+                del module._forward_hooks[number]
+            if installed in vars(module) and not was_installed:
+                delattr(module, installed)
+
+
 class TrainerHooks:
     """Mixin before `Trainer`: each private method calls one with a public name, and hands it transformers' own way."""
 
@@ -216,4 +237,12 @@ class TrainerHooks:
         return self.load_best(super()._load_best_model)
 
 
-__all__ = ["AssistantHooks", "GenerationHooks", "ModelHooks", "ProcessorHooks", "TrainerHooks", "process_images"]
+__all__ = [
+    "AssistantHooks",
+    "GenerationHooks",
+    "ModelHooks",
+    "ProcessorHooks",
+    "TrainerHooks",
+    "process_images",
+    "without_new_hooks",
+]

@@ -131,6 +131,31 @@ def generate_texts(
     return [text.strip() for text in processor.batch_decode(generated, skip_special_tokens=True)]
 
 
+def question_inputs(processor, images: Sequence[Image.Image], prompt: str):
+    """Ask the same question about every image of a batch: what `generate` takes.
+
+    Args:
+        processor: The model's processor.
+        images: RGB images.
+        prompt: The question.
+
+    Returns:
+        Model inputs, a row per image, padded on the side that the tokenizer pads on.
+    """
+    conversations = [
+        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
+        for image in images
+    ]
+    return processor.apply_chat_template(
+        conversations,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
+    )
+
+
 def answer(
     model: BridgedModel,
     processor,
@@ -157,18 +182,7 @@ def answer(
     """
     texts = []
     for start in range(0, len(images), batch_size):
-        conversations = [
-            [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
-            for image in images[start : start + batch_size]
-        ]
-        inputs = processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        )
+        inputs = question_inputs(processor, images[start : start + batch_size], prompt)
         texts += generate_texts(model, processor, inputs, max_new_tokens=max_new_tokens, **options)
     return texts
 
@@ -266,4 +280,5 @@ __all__ = [
     "generate_texts",
     "load",
     "model_source",
+    "question_inputs",
 ]

@@ -53,6 +53,7 @@ COMMANDS = [
     "caption",
     "ask",
     "info",
+    "inspect",
     "capfilt",
     "train",
     "evaluate",

@@ -26,7 +26,7 @@ from vlbridge.modeling.modeling_bridged import BridgedOutput
 
 pytestmark = pytest.mark.core
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("zoo", "configuration", "modeling", "processing", "convert", "training", "evaluation")
+FOLDERS = ("zoo", "configuration", "modeling", "processing", "convert", "training", "evaluation", "inspection")
 SOURCES = [
     path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py")) if not path.name.startswith("compat")
 ]
