@@ -107,7 +107,7 @@ def assemble(
 
 
 def _complete(model: BridgedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Name the model; set the padding token and the tokens that end generation, if the language model leaves them open."""
+    """Name the model, and set its padding token and the tokens that end generation, where they are left open."""
     # No Hub id has a space: whoever looks for the model's files, such as TRL for its reference, is told this name
     model.name_or_path = model.config.name_or_path = f"composed {model.config.model_type}"
     defaults = model.generation_config
