@@ -92,17 +92,25 @@ def push(
     with_code: Annotated[
         bool, typer.Option("--with-code", help="Add the code, so that transformers alone can load the model.")
     ] = False,
+    parts: Annotated[
+        list[str] | None,
+        typer.Option("--part", metavar="PART=ID", help="Where a part that lies in a folder here is on the Hub."),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to.", show_default="the main one")] = None,
     message: Annotated[str, typer.Option("--message", "-m", help="Commit message.")] = "Upload model",
 ) -> None:
     """Upload a saved model to the Hub, in one commit; a model card is added if the folder has none."""
+    named = dict(part.partition("=")[::2] for part in parts or ())
+    if not all(named.values()):
+        raise CommandError("--part: expected PART=ID, such as vision_model=openai/clip-vit-base-patch32", exit_code=2)
     quiet_libraries()
     from vlbridge.hub import push_saved
 
     try:
         done = push_saved(
-            folder, repo, with_code=with_code, private=private or None, revision=revision, commit_message=message
-        )
+            folder, repo, with_code=with_code, parts=named, private=private or None, revision=revision,
+            commit_message=message,
+        )  # fmt: skip
     except Exception as error:  # which ones depends on the HTTP client of this version of huggingface_hub
         raise CommandError(f"cannot push {folder} to {repo}: {one_line(error)}") from error
     print_line(done.commit_url, sys.stdout)

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..compat import take
 from ..files import write_text
+from ..hub import check_pins
 from .training_checkpoints import last_checkpoint
 from .training_data import load, mix, skip_broken
 from .training_datasets import Samples, SampleStream
@@ -23,7 +24,7 @@ from .training_encoding import encoder_for
 from .training_features import FeatureCache, FlushFeatures, PreparedEncoder
 from .training_models import build_model, without_zero3_init
 from .training_packing import PackedEncoder
-from .training_recipes import DataRecipe, EvaluationRecipe, Recipe, RecipeError, read_recipe
+from .training_recipes import PARTS, DataRecipe, EvaluationRecipe, Recipe, RecipeError, read_recipe
 from .training_samples import SampleTable, generate, rows_of
 from .training_trainer import BridgeTrainer
 
@@ -123,6 +124,8 @@ def build_trainer(recipe: Recipe, output: str | os.PathLike) -> BridgeTrainer:
     seed = args.seed if args.data_seed is None else args.data_seed
     with without_zero3_init(args):
         model, processor = build_model(recipe)
+    if recipe.push_to is not None and set(PARTS) <= set(recipe.freeze):
+        check_pins(model.config.frozen_parts or {})
     encoder, cache = _build_encoder(recipe, model, processor, args.device, seed)
     records = load_mixture(recipe, seed)
     encoder.check_records(records)

@@ -14,13 +14,60 @@ from transformers import AutoConfig
 
 from . import extensions
 from .families import class_named
-from .files import replacing, retried
-from .modeling.modeling_pins import WEIGHTS
+from .files import read_json, replacing, retried, write_json
+from .modeling.modeling_pins import WEIGHTS, accepted_hashes, commit_of, weights_sha256
 from .remote_code import add_code, auto_map_of
 
 
 # Not part of a model; huggingface_hub's own uploads ignore the same folders
 IGNORED = re.compile(r"(.*/)?(\.git|\.cache|__pycache__)/.*")
+
+
+def _pins_of(folder: Path) -> dict[str, dict]:
+    """Pins of a bridge that is saved alone; nothing for other folders."""
+    config = read_json(folder / "config.json", {})
+    return (config.get("frozen_parts") or {}) if config.get("bridge_only") else {}
+
+
+def check_pins(pins: dict[str, dict]) -> None:
+    """Refuse to publish a bridge whose frozen parts lie in folders of this machine.
+
+    Args:
+        pins: The configuration's `frozen_parts`.
+
+    Raises:
+        ValueError: Nobody else could load the bridge.
+    """
+    for part, pin in pins.items():
+        source = str(pin.get("source"))
+        if os.path.isabs(source) or os.path.isdir(source):
+            raise ValueError(
+                f"the bridge's {part} is {source!r}, a folder of this machine: nobody else could load the bridge. Name "
+                f"a Hub repository with the same weights (vlbridge push --part {part}=OWNER/NAME, or "
+                f"model.set_frozen_parts({part}='OWNER/NAME') before saving), or upload the whole model."
+            )
+
+
+def _name_parts(folder: Path, parts: dict[str, str]) -> None:
+    """Write into a saved bridge where its frozen parts are on the Hub.
+
+    Raises:
+        ValueError: A part is unknown, or its weights are not those that the bridge was trained with.
+        OSError: They can't be loaded.
+    """
+    pins = _pins_of(folder)
+    for part, source in parts.items():
+        if part not in pins:
+            raise ValueError(f"there is no part {part!r} to name; the model has {', '.join(pins) or 'all its parts'}.")
+        if (found := weights_sha256(source)) not in (accepted := accepted_hashes(pins[part])):
+            raise ValueError(
+                f"{source!r} does not hold the weights of the {part}: they hash to {found}, expected "
+                f"{' or '.join(sorted(accepted)) or 'a pinned hash, which this bridge has not'}."
+            )
+        pins[part] |= {"source": source, "revision": commit_of(source), "sha256": found}
+    if parts:
+        path = folder / "config.json"
+        write_json(path, {**read_json(path), "frozen_parts": pins})
 
 
 def push_folder(
@@ -53,7 +100,7 @@ def push_folder(
         The commit; `.oid` is its hash.
 
     Raises:
-        ValueError: The folder has no files.
+        ValueError: The folder has no files, or a bridge that nobody else could load.
         huggingface_hub.errors.HfHubHTTPError: The Hub refuses the upload, or fails at every attempt.
     """
     folder = Path(folder)
@@ -61,6 +108,7 @@ def push_folder(
     paths = {name: path for name, path in paths.items() if not IGNORED.fullmatch(name)}
     if not paths:
         raise ValueError(f"There are no files in {folder}; expected the folder of a saved model.")
+    check_pins(_pins_of(folder))
     api = HfApi(library_name="vlbridge", token=token)
     repo_id = retried(api.create_repo, repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr/"):
@@ -87,20 +135,23 @@ def push_folder(
     return retried(commit)
 
 
-def push_saved(folder: str | os.PathLike, repo_id: str, *, with_code: bool = False, **options) -> CommitInfo:
+def push_saved(
+    folder: str | os.PathLike, repo_id: str, *, with_code: bool = False, parts: dict[str, str] | None = None, **options
+) -> CommitInfo:
     """Upload a saved model's folder, and add a model card if it has none. The folder is not changed.
 
     Args:
         folder: Folder of a model of this package, whole or bridge alone; other files in it are uploaded too.
         repo_id: `name` or `owner/name`; the repository is created if it does not exist.
         with_code: Add the code, so that transformers alone can load the model with `trust_remote_code=True`.
+        parts: Hub ids of frozen parts that lie in folders here, by the parts' names; their weights are compared.
         options: Further arguments of `push_folder`.
 
     Returns:
         The commit.
 
     Raises:
-        ValueError: The folder does not hold a model of this package.
+        ValueError: The folder does not hold a model of this package, or a bridge that nobody else could load.
         huggingface_hub.errors.HfHubHTTPError: The Hub refuses the upload, or fails at every attempt.
     """
     from .cards import card_of_folder
@@ -119,6 +170,7 @@ def push_saved(folder: str | os.PathLike, repo_id: str, *, with_code: bool = Fal
                 target.symlink_to(path.resolve())
             except OSError:
                 shutil.copy2(path, target)
+        _name_parts(view, parts or {})
         if with_code:
             config = AutoConfig.from_pretrained(view)
             model_class = class_named((config.architectures or [""])[0])
@@ -167,4 +219,4 @@ class HubPublisher:
 
 extensions.register_publisher(HubPublisher())
 
-__all__ = ["push_folder", "push_saved"]
+__all__ = ["check_pins", "push_folder", "push_saved"]

@@ -545,28 +545,28 @@ def test_qlora(family, parts, tmp_path):
 
 @families
 def test_adapters_are_pushed_and_loaded(family, parts, hub, tmp_path):
-    """With the real client, over HTTP: bridge and adapter are two repositories."""
+    """With the real client, over HTTP."""
     from peft import PeftModel
 
     model, processor = composed_from(parts, family)
-    model.push_to_hub("me/bridge", bridge_only=True)
+    model.save_pretrained(tmp_path / "bridge", bridge_only=True)
     tuned = tune(model, lora_config(model, "attention", "adapter", r=RANK), processor)
     after = logits_of(tuned, processor)
     tuned.push_to_hub("me/adapter")
     assert {"adapter_config.json", "adapter_model.safetensors"} <= hub.files("me/adapter").keys()
-    again = PeftModel.from_pretrained(AutoModel.from_pretrained("me/bridge"), "me/adapter").eval()
+    again = PeftModel.from_pretrained(AutoModel.from_pretrained(tmp_path / "bridge"), "me/adapter").eval()
     torch.testing.assert_close(logits_of(again, processor), after, atol=0, rtol=0)
 
 
 @needs_peft
 @families
-def test_transformers_loads_pushed_adapters(family, parts, hub):
+def test_transformers_loads_pushed_adapters(family, parts, hub, tmp_path):
     model, processor = composed_from(parts, family)
-    model.push_to_hub("me/bridge", bridge_only=True)
+    model.save_pretrained(tmp_path / "bridge", bridge_only=True)
     tuned = tune(model, lora_config(model, "attention", "adapter", r=RANK), processor)
     after = logits_of(tuned, processor)
     tuned.push_to_hub("me/adapter")
-    fresh = AutoModel.from_pretrained("me/bridge")
+    fresh = AutoModel.from_pretrained(tmp_path / "bridge")
     if tuned.peft_config["default"].modules_to_save and OLD_ADAPTERS:
         with pytest.raises(ValueError, match="adapter lacks .*modules_to_save"):
             fresh.load_adapter("me/adapter", adapter_name="mine")

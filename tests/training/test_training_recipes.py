@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import vlbridge
 from vlbridge.cards import card_of_folder
 from vlbridge.cli import app
-from vlbridge.training import training_resumable
+from vlbridge.training import training_resumable, training_run
 from vlbridge.training.training_models import build_model
 from vlbridge.training.training_recipes import (
     DataRecipe,
@@ -384,6 +384,9 @@ def test_results_are_pushed_whole(toys, tmp_path, monkeypatch):
         pushed[repo_id] = {path.name for path in Path(folder).iterdir()}, options["private"]
 
     monkeypatch.setattr(training_resumable, "push_folder", push)
+    with pytest.raises(ValueError, match="nobody else could load the bridge"):  # before any training
+        train(recipe_of(toys, push_to="me/my-bridge"), tmp_path / "refused")
+    monkeypatch.setattr(training_run, "check_pins", lambda pins: None)
     train(recipe_of(toys, push_to="me/my-bridge", private=True), tmp_path / "run")
     files, private = pushed["me/my-bridge"]
     assert (

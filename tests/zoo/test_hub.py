@@ -150,6 +150,42 @@ def test_saving_and_pushing(repositories, tmp_path):
         push_folder(tmp_path / "empty", "me/bridge")
 
 
+def test_a_bridge_that_nobody_else_could_load_is_not_pushed(repositories, tmp_path):
+    hub = repositories
+    model, processor = composed("mlp")
+    for part in ("vision_model", "language_model"):
+        getattr(model, part).save_pretrained(tmp_path / part)
+        model.config.frozen_parts[part] = {"source": str(tmp_path / part)}
+    before = set(hub.repositories)
+    for push in (
+        lambda: model.push_to_hub("me/stranded", bridge_only=True),
+        lambda: model.save_pretrained(tmp_path / "bridge", bridge_only=True, push_to_hub=True, repo_id="me/stranded"),
+    ):
+        with pytest.raises(ValueError, match="a folder of this machine: nobody else could load"):
+            push()
+    processor.save_pretrained(tmp_path / "bridge")
+    saved = (tmp_path / "bridge" / "config.json").read_bytes()
+    command = ["push", str(tmp_path / "bridge"), "me/stranded"]
+    named = [f"--part=language_model=lab/{LANGUAGE_OF['mlp']}", "--part=vision_model=lab/clip"]
+    for arguments, code, message in (
+        ([], 1, "--part language_model=OWNER/NAME"),
+        (named[:1], 1, "--part vision_model=OWNER/NAME"),
+        ([named[0], named[0].replace("language", "vision")], 1, "does not hold the weights of the vision_model"),
+        (["--part=bridge=lab/clip"], 1, "there is no part 'bridge' to name"),
+        (["--part=vision_model"], 2, "expected PART=ID"),
+    ):
+        done = CliRunner().invoke(app, [*command, *arguments])
+        assert done.exit_code == code and message in done.stderr, done.output
+    assert set(hub.repositories) == before
+    done = CliRunner().invoke(app, [*command, *named])
+    assert done.exit_code == 0, done.output
+    pins = json.loads(hub.files("me/stranded")["config.json"])["frozen_parts"]
+    assert pins["vision_model"]["source"] == "lab/clip" and pins["vision_model"]["revision"]
+    assert (tmp_path / "bridge" / "config.json").read_bytes() == saved
+    loaded = AutoModel.from_pretrained("me/stranded")
+    assert torch.equal(logits_of(loaded, processor), logits_of(model, processor))
+
+
 def test_the_command(repositories, tmp_path):
     """A saved folder goes up as it is, with a card and the code that it lacks."""
     hub = repositories
