@@ -27,7 +27,9 @@ from .cli_common import (
 )
 
 
-IMAGES = typer.Argument(metavar="IMAGE...", help="Files, folders or quoted globs.", show_default=False)
+IMAGES = typer.Argument(
+    metavar="IMAGE...", help="Files, folders, quoted globs, addresses, or - for stdin.", show_default=False
+)
 MaxNewTokensOption = Annotated[
     int, typer.Option("--max-new-tokens", min=1, help="Maximum length of an answer, in tokens.")
 ]
@@ -39,7 +41,7 @@ class Run:
     """What both commands need to know to answer about image files.
 
     Args:
-        patterns: Files, folders and globs.
+        patterns: Files, folders, globs and addresses; `-` is stdin.
         prompt: What to ask; `None` takes the processor's `caption_prompt`.
         model: Folder or Hub id; `None` takes the embedded bridge.
         device: As on the command line.
@@ -76,13 +78,29 @@ def load_model(model: str | None, device: str | None, dtype: str | None):
         return inference.load(source, device, dtype)
 
 
-def answer_files(run: Run, files: Sequence[Path]) -> Iterator[tuple[Path, str | None, str | None]]:
-    """Answer about image files, batch by batch. The model is loaded when the first image has been read.
+def _is_elsewhere(pattern: str) -> bool:
+    """Whether an argument is an address or stands for stdin."""
+    return pattern == "-" or pattern.startswith(("http://", "https://"))
+
+
+def _read(source: Path | str):
+    """An image from a file, an address or stdin.
+
+    Raises:
+        ImageError: There is none that can be read.
+    """
+    from vlbridge.images import decode_image, read_image
+
+    return decode_image(sys.stdin.buffer.read(), "stdin") if source == "-" else read_image(source)
+
+
+def answer_files(run: Run, files: Sequence[Path | str]) -> Iterator[tuple[Path | str, str | None, str | None]]:
+    """Answer about images, batch by batch. The model is loaded when the first image has been read.
 
     Yields:
-        The file, and its text or what is wrong with it.
+        The file, address or `-`, and its text or what is wrong with it.
     """
-    from vlbridge.images import ImageError, load_image
+    from vlbridge.images import ImageError
     from vlbridge.inference import answer_each
 
     model = processor = None
@@ -91,7 +109,7 @@ def answer_files(run: Run, files: Sequence[Path]) -> Iterator[tuple[Path, str | 
         images, texts, errors = {}, {}, {}
         for file in batch:
             try:
-                images[file] = load_image(file)
+                images[file] = _read(file)
             except ImageError as error:
                 errors[file] = error.reason
         if images:
@@ -139,6 +157,9 @@ def print_answers(run: Run, as_row: Callable[[str], dict]) -> None:
 
     files = {}
     for pattern in run.patterns:
+        if _is_elsewhere(pattern):
+            files.setdefault(pattern, pattern)
+            continue
         try:
             for file in expand_paths([pattern], recursive=run.recursive):
                 files.setdefault(os.path.abspath(file), file)

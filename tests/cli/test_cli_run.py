@@ -1,10 +1,13 @@
 """`vlbridge caption` and `ask`: what they print, where, and with which exit code."""
 
+import functools
+import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -161,6 +164,22 @@ class TestCaption:
     def test_encoder_decoder_output_holds_no_prompt(self, stub, pictures):
         stub.model.config.is_encoder_decoder = True
         assert run("caption", "pictures/red.png").stdout == "Describe. red\n"
+
+    def test_from_stdin(self, stub, pictures):
+        data = (pictures / "red.png").read_bytes()
+        result = CliRunner().invoke(app, ["caption", "-"], input=data)
+        assert (result.stdout, result.stderr, result.exit_code) == ("Describe. red\n", "", 0)
+        assert CliRunner().invoke(app, ["caption", "-"], input=b"").stderr.startswith("vlbridge: error: -: ")
+
+    def test_from_an_address(self, stub, pictures):
+        handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(pictures))
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            address = f"http://127.0.0.1:{server.server_port}"
+            result = run("caption", f"{address}/red.png", f"{address}/none.png", "pictures/blue.png")
+            server.shutdown()
+        assert result.stdout.splitlines() == [f"{address}/red.png\tDescribe. red", "pictures/blue.png\tDescribe. blue"]
+        assert f"{address}/none.png: cannot be fetched: HTTP Error 404" in result.stderr and result.exit_code == 1
 
 
 class TestAsk:
