@@ -160,13 +160,13 @@ def loading(model: str) -> Iterator[None]:
         if not path.is_dir():
             if model.startswith((".", "/")) or model.count("/") > 1:
                 raise CommandError("no such folder")
-            _look_up(model)
+            look_up(model)
         yield
     except Exception as error:
         raise CommandError(f"cannot load {model!r}: {one_line(error)}") from error
 
 
-def _look_up(model: str) -> None:
+def look_up(model: str) -> None:
     """Refuse what is not on the Hub, with one request: without an answer, from_pretrained goes on asking for minutes.
 
     Raises:
@@ -199,6 +199,7 @@ __all__ = [
     "exit_codes",
     "explaining_out_of_memory",
     "loading",
+    "look_up",
     "one_line",
     "print_line",
     "quiet_libraries",

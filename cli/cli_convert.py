@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 import typer.core
 
-from .cli_common import CommandError, JsonOption, exit_codes, one_line, print_line, quiet_libraries
+from .cli_common import CommandError, JsonOption, exit_codes, look_up, one_line, print_line, quiet_libraries
 
 
 BERT = "google-bert/bert-base-uncased"  # whose tokenizer all of BLIP uses
@@ -121,6 +121,8 @@ def release(
     quiet_libraries()
     given = {"vision": vision, "language": language, "tokenizer": tokenizer, "config": fields or None, "verify": verify}
     try:
+        if isinstance(found.checkpoint, str):
+            look_up(found.checkpoint)
         done = convert(found, output, **given)
     except Exception as error:  # which ones a download raises depends on the HTTP client
         raise CommandError(f"cannot convert {name}: {one_line(error)}") from error

@@ -113,6 +113,17 @@ def released(hub, tmp_path):
     return tmp_path / "expected"
 
 
+def test_a_release_that_can_not_be_fetched_is_asked_for_once(hub, tmp_path):
+    """Not for minutes, as loading it would."""
+    command = ["convert", "liuhaotian/llava-v1.5-7b", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1 and "it is not a folder here, and the Hub has no such model" in done.stderr
+    assert [path for _, path in hub.requests if "llava" in path] == ["/api/models/liuhaotian/llava-v1.5-7b"]
+    with hub.offline(known=False):
+        done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1 and "the Hub cannot be reached" in done.stderr
+
+
 def test_a_release_converts_by_its_name(hub, released, tmp_path):
     """With its name alone; the model is the same as from the files."""
     done = hub.run(tmp_path / "home", "-m", "vlbridge.cli", "convert", RELEASE, tmp_path / "out")
