@@ -112,7 +112,9 @@ def push(
             commit_message=message,
         )  # fmt: skip
     except Exception as error:  # which ones depends on the HTTP client of this version of huggingface_hub
-        raise CommandError(f"cannot push {folder} to {repo}: {one_line(error)}") from error
+        refused = getattr(getattr(error, "response", None), "status_code", None) == 401
+        hint = " Log in first: hf auth login" if refused else ""
+        raise CommandError(f"cannot push {folder} to {repo}: {one_line(error)}{hint}") from error
     print_line(done.commit_url, sys.stdout)
 
 

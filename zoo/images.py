@@ -114,6 +114,8 @@ def _decode(file: Path | io.BytesIO, name: str | os.PathLike) -> Image.Image:
         raise ImageError(name, "not an image, or not in a format that Pillow can read") from error
     except PermissionError as error:
         raise ImageError(name, "permission denied") from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ImageError(name, f"{error} Make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS") from error
     except Exception as error:  # decoders of damaged files raise nearly anything: SyntaxError, struct.error, KeyError
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(name, f"cannot be read as an image: {reason}") from error

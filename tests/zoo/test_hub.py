@@ -186,7 +186,7 @@ def test_a_bridge_that_nobody_else_could_load_is_not_pushed(repositories, tmp_pa
     assert torch.equal(logits_of(loaded, processor), logits_of(model, processor))
 
 
-def test_the_command(repositories, tmp_path):
+def test_the_command(repositories, tmp_path, monkeypatch):
     """A saved folder goes up as it is, with a card and the code that it lacks."""
     hub = repositories
     model, processor = composed("qformer")
@@ -213,6 +213,9 @@ def test_the_command(repositories, tmp_path):
         done = CliRunner().invoke(app, ["push", *arguments])
         assert done.exit_code == 1 and message in done.stderr
     assert "lab/x" not in hub.repositories
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    done = CliRunner().invoke(app, ["push", str(tmp_path / "bridge"), "lab/x"])
+    assert done.exit_code == 1 and done.stderr.endswith("Log in first: hf auth login\n")
 
 
 def test_folders_of_ones_own_are_no_good_to_others(hub, parts, caplog):
