@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from vlbridge import FAMILIES
 from vlbridge.training.training_data import load
 from vlbridge.training.training_encoding import SampleError, encoder_for
 from vlbridge.training.training_images import PreparedImage
-from vlbridge.training.training_recipes import RecipeError, read_recipe
+from vlbridge.training.training_models import build_model
+from vlbridge.training.training_recipes import RecipeError, read_recipe, shipped
 from vlbridge.training.training_run import train
 
 
@@ -70,6 +72,18 @@ def test_a_warm_up_and_then_outcomes(toys, tmp_path):
     # and what was trained goes on
     settings = [f"from={tmp_path / 'classes'}", "bridge_options={}", *settings[1:3], *settings[4:], *FAST]
     assert train(read_recipe("classification", settings), tmp_path / "more")["steps"] == 2
+
+
+def test_the_start_without_notes_that_the_recipe_names_is_small(toys):
+    text = shipped()["classification"].read_text()
+    words = shlex.split(" ".join(line.strip("# ") for line in text.splitlines() if line.startswith("#   --set")))
+    settings = [word for word in words if word != "--set"]
+    assert {setting.partition("=")[0] for setting in settings} == {
+        "from", "vision", "bridge", "bridge_options.qformer_config",
+    }  # fmt: skip
+    own = [f"vision={toys['vision']}", f"data.0.path={toys['data']}", "bridge_options.num_labels=2"]
+    model, _ = build_model(read_recipe("classification", [*settings, *own]))
+    assert sum(parameter.numel() for parameter in model.bridge.parameters()) < 1e6
 
 
 @pytest.mark.parametrize("family", FAMILIES)
