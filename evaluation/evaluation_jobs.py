@@ -73,7 +73,7 @@ def end_with_parent(pipe: int) -> None:
     """
     while os.read(pipe, 1):
         pass
-    os._exit(1)
+    signal.raise_signal(signal.SIGTERM)
 
 
 def child() -> None:

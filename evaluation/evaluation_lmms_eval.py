@@ -13,6 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from accelerate import Accelerator
 from lmms_eval.api.model import lmms
@@ -40,6 +41,11 @@ def manifest():
 
 
 # ---------------------------------------------------------------------- messages
+
+
+def _text_or_file(given: str | None) -> str | None:
+    """A text, or what the file of that name holds."""
+    return Path(given).read_text(encoding="utf-8").strip() if given and os.path.isfile(given) else given
 
 
 def few_shot_messages(demonstrations: Sequence[dict], query: dict) -> list[dict]:
@@ -194,7 +200,7 @@ class VLBridge(lmms):
         if form == "few_shot" and system_prompt:
             raise ValueError("form=few_shot has no place for a system prompt. Use form=chat.")
         self.batch_size, self.form, self.max_new_tokens = int(batch_size), form, int(max_new_tokens)
-        self.system_prompt = self._resolve_system_prompt(system_prompt) if system_prompt else None
+        self.system_prompt = _text_or_file(system_prompt)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if device is None and self._world_size > 1:

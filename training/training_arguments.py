@@ -43,6 +43,8 @@ def _alternatives(hint) -> tuple:
     allowed = typing.get_args(hint) if union else (hint,)
     if any(isinstance(each, type) and issubclass(each, enum.Enum) for each in allowed):  # beside `str`, which says less
         allowed = tuple(each for each in allowed if each is not str)
+    elif str in allowed:  # which may be a shorthand: fsdp takes true, though it is annotated as text
+        return ()
     plain = all(isinstance(typing.get_origin(each) or each, type) for each in allowed)
     return allowed if plain else ()
 

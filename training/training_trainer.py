@@ -258,14 +258,14 @@ class BridgeTrainer(ResumableTrainer):
     def _learned_only(self, inputs: dict) -> dict:
         """Inputs that ask for logits where something is learned, and nowhere else.
 
-        Few tokens of a prompt are answers, and a vocabulary is wide: logits of all positions took a third of a step.
+        Few tokens of a prompt are answers, and a vocabulary is wide. Packed rows ask for theirs already.
         """
-        # compiled models are compiled again for every shape, and DataParallel splits all tensors by rows
-        if "labels" not in inputs or not self._shifts_labels or self.args.torch_compile or self.args.n_gpu > 1:
+        if "labels" not in inputs or "shift_labels" in inputs or not self._shifts_labels:
             return inputs
-        targets = inputs.get("shift_labels")
-        if targets is None:
-            targets = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
+        # compiled models are compiled again for every shape, and DataParallel splits all tensors by rows
+        if self.args.torch_compile or self.args.n_gpu > 1:
+            return inputs
+        targets = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
         learned = (targets != IGNORED).any(dim=0)
         learned[-1] |= ~learned.any()  # a batch without anything to learn has a loss too
         kept = learned.nonzero().flatten()

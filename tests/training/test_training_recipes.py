@@ -101,6 +101,7 @@ def recipe_of(toys, **more) -> Recipe:
         ({"arguments": {"bf16": "yes"}}, "expected true or false"),
         ({"arguments": {"lr_scheduler_type": "cosin"}}, "expected one of linear, cosine"),
         ({"arguments": {"label_names": "labels"}}, "expected a list or null"),
+        ({"arguments": {"save_total_limit": "two"}}, "expected a whole number or null"),
         ({"arguments": {"learning_rate": -1e-3}}, "expected at least 0"),
         ({"arguments": {"per_device_train_batch_size": 0}}, "expected at least 1"),
         ({"arguments": {"save_steps": 0}}, "expected more than 0"),

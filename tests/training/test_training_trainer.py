@@ -482,16 +482,11 @@ def test_recomputed_activations_change_nothing(parts, tmp_path, bridge):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("bridge", vlbridge.FAMILIES)
-def test_logits_are_computed_where_something_is_learned(parts, tmp_path, bridge, packed):
+def test_logits_are_computed_where_something_is_learned(parts, tmp_path, bridge):
     trainer = toy_trainer(parts, bridge, dropout=0.0)(tmp_path, max_steps=1)
     batch = trainer.encoder.collate([trainer.encoder.encode(record) for record in toy_records(3)])
     batch["labels"][:, :5] = IGNORED
-    if packed:
-        targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-        targets[:, -3:] = IGNORED  # other targets than the labels' own
-        batch["shift_labels"] = targets
     model, seen = trainer.model.train(), []
     expected = model(**batch).loss
     expected.backward()
@@ -508,7 +503,6 @@ def test_logits_are_computed_where_something_is_learned(parts, tmp_path, bridge,
     torch.testing.assert_close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, gradients)
 
     batch["labels"] = torch.full_like(batch["labels"], IGNORED)
-    batch.pop("shift_labels", None)
     assert trainer.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(5)) == 0
 
 
