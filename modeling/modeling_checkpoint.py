@@ -345,7 +345,6 @@ class BridgeCheckpointMixin:
                               with_code=with_code, **kwargs)  # fmt: skip
             write_card(Path(save_directory), repo_id if push_to_hub else None)
         if push_to_hub:
-            self._warn_about_local_parts(bridge_only)
             publisher("push_to_hub").upload(Path(save_directory), repo_id, **{"commit_message": "Upload model", **hub})
 
     def _save_bridge(self, target: Path, *args, state_dict, processor, with_code: bool, **kwargs) -> None:
@@ -424,18 +423,9 @@ class BridgeCheckpointMixin:
                 folder, bridge_only=bridge_only, with_code=with_code, processor=processor, max_shard_size=max_shard_size
             )
             write_card(folder, repo_id, tags)
-            self._warn_about_local_parts(bridge_only)
             return publisher("push_to_hub").upload(
                 folder, repo_id, keep=["README.md"], **{"commit_message": "Upload model", **hub}
             )
-
-    def _warn_about_local_parts(self, bridge_only: bool) -> None:
-        for part, pin in (self.config.frozen_parts or {}).items() if bridge_only else ():
-            if pin.get("source") and os.path.isdir(pin["source"]):
-                logger.warning(
-                    f"The {part} is pinned to the folder {pin['source']!r}, which others don't have: they can load "
-                    f"this bridge only with {part}=<a loaded model>. Push the part and compose with its Hub id."
-                )
 
     @classmethod
     def from_pretrained(

@@ -218,14 +218,6 @@ def test_the_command(repositories, tmp_path, monkeypatch):
     assert done.exit_code == 1 and done.stderr.endswith("Log in first: hf auth login\n")
 
 
-def test_folders_of_ones_own_are_no_good_to_others(hub, parts, caplog):
-    model, _ = composed("mlp", str(parts / "clip"), str(parts / "llama"))
-    logging.getLogger("transformers").addHandler(caplog.handler)
-    model.push_to_hub("me/bridge", bridge_only=True)
-    logging.getLogger("transformers").removeHandler(caplog.handler)
-    assert f"The language_model is pinned to the folder '{parts / 'llama'}'" in caplog.text
-
-
 # ---------------------------------------------------------------------- failures
 
 
