@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -304,13 +304,19 @@ def peak_memory() -> dict[str, int]:
 
     Returns:
         Bytes: `process`, its largest resident set, libraries and mapped files included; and `cuda`, where a GPU was
-        used, the most that torch has allocated there.
+        used, the most that torch has allocated there. What the system doesn't tell is left out.
     """
-    found = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)}
+    found = {}
     status = Path("/proc/self/status")
     if status.exists():  # ru_maxrss begins with what the process that started this one had
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         found["process"] = int(line.split()[1]) * 1024
+    else:
+        with suppress(ImportError):  # on Windows
+            import resource
+
+            unit = 1 if sys.platform == "darwin" else 1024
+            found["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if torch.cuda.is_available() and (allocated := torch.cuda.max_memory_allocated()):
         found["cuda"] = allocated
     return found

@@ -62,7 +62,7 @@ def _name_parts(folder: Path, parts: dict[str, str]) -> None:
         if (found := weights_sha256(source)) not in (accepted := accepted_hashes(pins[part])):
             raise ValueError(
                 f"{source!r} does not hold the weights of the {part}: they hash to {found}, expected "
-                f"{' or '.join(sorted(accepted)) or 'a pinned hash, which this bridge has not'}."
+                f"{' or '.join(sorted(accepted)) or 'a pinned hash, but this bridge has none'}."
             )
         pins[part] |= {"source": source, "revision": commit_of(source), "sha256": found}
     if parts:
