@@ -21,7 +21,7 @@ from .modeling_pins import summary
 
 
 Objective = Literal["itc", "itm", "itg"]
-KeyValues = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of every layer
+KeyValues = list[tuple[torch.Tensor | None, torch.Tensor | None]]  # keys and values of every layer
 
 
 def joint_attention_mask(objective: Objective, num_queries: int, text_mask: torch.Tensor) -> torch.Tensor:
@@ -106,6 +106,7 @@ class QFormerAttention(nn.Module):
         past_key: torch.Tensor | None = None,
         past_value: torch.Tensor | None = None,
         is_causal: bool = False,
+        known: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Run attention, the residual connection and the layer norm.
 
@@ -116,19 +117,16 @@ class QFormerAttention(nn.Module):
             past_key: `(batch, heads, past_keys, head_dim)`: keys of earlier tokens.
             past_value: `(batch, heads, past_keys, head_dim)`: values of earlier tokens.
             is_causal: For flash attention: every token attends to itself and the tokens before it.
+            known: Keys and values of the states to attend to, from an earlier call, instead of `key_value_states`.
 
         Returns:
             Hidden states, `(batch, queries, hidden_size)`, and the keys and values of the new tokens.
         """
-        key_value_states = hidden_states if key_value_states is None else key_value_states
-        query, key, value = (
-            projection(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (batch, heads, tokens, head_dim)
-            for projection, states in (
-                (self.query, hidden_states),
-                (self.key, key_value_states),
-                (self.value, key_value_states),
-            )
-        )
+        query = self._heads(self.query, hidden_states)
+        if known is None:
+            key_value_states = hidden_states if key_value_states is None else key_value_states
+            known = self._heads(self.key, key_value_states), self._heads(self.value, key_value_states)
+        key, value = known
         keys = key if past_key is None else torch.cat((past_key, key), dim=2)
         values = value if past_value is None else torch.cat((past_value, value), dim=2)
         dropout = self.attention_dropout.p if self.training else 0.0
@@ -138,6 +136,10 @@ class QFormerAttention(nn.Module):
         )
         attended = attended.flatten(2)  # (batch, queries, hidden_size)
         return self.layer_norm(hidden_states + self.dropout(self.dense(attended))), key, value
+
+    def _heads(self, projection: nn.Linear, states: torch.Tensor) -> torch.Tensor:
+        """Projected states, `(batch, heads, tokens, head_dim)`."""
+        return projection(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class QFormerFeedForward(nn.Module):
@@ -187,30 +189,36 @@ class QFormerLayer(GradientCheckpointingLayer):
         past_value: torch.Tensor | None = None,
         return_key_values: bool = False,
         is_causal: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        image_key: torch.Tensor | None = None,
+        image_value: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
         """Run the block.
 
         Args:
             hidden_states: `(batch, num_queries + text_tokens, hidden_size)`.
-            patch_features: `(batch, num_patches, vision_dim)`; not needed without queries.
+            patch_features: `(batch, num_patches, vision_dim)`; not needed without queries, or if `image_key` is given.
             num_queries: Number of query tokens at the beginning; 0 for text alone.
             attention_mask: Mask of the self-attention, see `QFormerAttention`.
             past_key: Keys of earlier tokens in the self-attention, `(batch, heads, past_keys, head_dim)`.
             past_value: Values of earlier tokens in the self-attention, `(batch, heads, past_keys, head_dim)`.
-            return_key_values: Return the self-attention's keys and values of these tokens too.
+            return_key_values: Return the self-attention's keys and values of these tokens too, and the image's; those
+                are `None` if the block does not read it.
             is_causal: Whether the self-attention is causal, for flash attention.
+            image_key: Keys of the images from an earlier call, `(batch, heads, num_patches, head_dim)`.
+            image_value: Values of the images from that call, in the same shape.
         """
         hidden_states, key, value = self.attention(hidden_states, None, attention_mask, past_key, past_value, is_causal)
         queries, text = hidden_states[:, :num_queries], hidden_states[:, num_queries:]
         parts = []
         if num_queries:
             if self.cross_attention is not None:
-                queries, _, _ = self.cross_attention(queries, patch_features)
+                known = None if image_key is None else (image_key, image_value)
+                queries, image_key, image_value = self.cross_attention(queries, patch_features, known=known)
             parts.append(self.feed_forward_query(queries))
         if text.shape[1]:
             parts.append(self.feed_forward_text(text))
         hidden_states = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return (hidden_states, key, value) if return_key_values else hidden_states
+        return (hidden_states, key, value, image_key, image_value) if return_key_values else hidden_states
 
 
 class QFormer(nn.Module):
@@ -348,21 +356,25 @@ class QFormer(nn.Module):
         objective: Objective = "itm",
         past_key_values: KeyValues | None = None,
         return_key_values: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, KeyValues]:
+        image_key_values: KeyValues | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, KeyValues, KeyValues]:
         """Read images, text, or both together.
 
         Args:
-            patch_features: `(batch, num_patches, vision_dim)`, after the layer norm; `None` for text without queries.
+            patch_features: `(batch, num_patches, vision_dim)`, after the layer norm; `None` for text without queries,
+                and with `image_key_values`.
             input_ids: `(batch, text_tokens)`; `None` for queries alone.
             attention_mask: `(batch, text_tokens)`, 0 for padding. With `past_key_values` it covers the earlier text
                 too.
             objective: Selects the mask over queries and text, see `joint_attention_mask`.
             past_key_values: Keys and values per layer of the queries and the text before `input_ids` (for `"itg"` only:
                 with the other objectives queries attend to text, so both run together).
-            return_key_values: Return the keys and values of this call's tokens too.
+            return_key_values: Return the keys and values of this call's tokens and of its images too.
+            image_key_values: Keys and values of the images per layer, from an earlier call: a row per text here.
 
         Returns:
-            `(batch, tokens, hidden_size)`, queries first; with `return_key_values` also keys and values per layer.
+            `(batch, tokens, hidden_size)`, queries first; with `return_key_values` also keys and values per layer, of
+            the tokens and of the images (`None` where a layer does not read them).
 
         Raises:
             ValueError: There is nothing to read, the Q-Former has no text side, or flash attention does not support
@@ -370,14 +382,15 @@ class QFormer(nn.Module):
 
         Source: `lavis/models/blip2_models/Qformer.py`, `BertModel.forward`.
         """
-        if patch_features is None and input_ids is None:
+        images = image_key_values[0][0] if image_key_values is not None else patch_features  # the first layer reads them
+        if images is None and input_ids is None:
             raise ValueError("The Q-Former needs patch_features, input_ids or both.")
         num_all_queries = self.query_tokens.shape[1]
         past = 0 if past_key_values is None else past_key_values[0][0].shape[2]
-        num_queries = num_all_queries if patch_features is not None else 0
+        num_queries = num_all_queries if images is not None else 0
         embedded = []
         if num_queries:
-            embedded.append(self.query_tokens.expand(patch_features.shape[0], -1, -1))
+            embedded.append(self.query_tokens.expand(images.shape[0], -1, -1))
         self.check_precision()
         mask, is_causal = None, False
         if input_ids is not None:
@@ -389,15 +402,17 @@ class QFormer(nn.Module):
                 raise ValueError(f"The text has {text_length} tokens, but its mask {attention_mask.shape[1]}.")
             mask, is_causal = self.self_attention_mask(objective, num_queries, past, attention_mask)
         hidden_states = self.dropout(self.layer_norm(torch.cat(embedded, dim=1)))
-        key_values = []
-        for layer, (past_key, past_value) in zip(self.layers, past_key_values or [(None, None)] * len(self.layers)):
+        nothing = [(None, None)] * len(self.layers)
+        key_values, of_images = [], []
+        for layer, past_key_value, image in zip(self.layers, past_key_values or nothing, image_key_values or nothing):
             # Reentrant checkpointing gives gradients to positional arguments only.
             outputs = layer(
-                hidden_states, patch_features, num_queries, mask, past_key, past_value, return_key_values, is_causal
+                hidden_states, patch_features, num_queries, mask, *past_key_value, return_key_values, is_causal, *image
             )
-            hidden_states, *key_value = outputs if return_key_values else (outputs,)
-            key_values.append(tuple(key_value))
-        return (hidden_states, key_values) if return_key_values else hidden_states
+            hidden_states, *rest = outputs if return_key_values else (outputs,)
+            key_values.append(tuple(rest[:2]))
+            of_images.append(tuple(rest[2:]))
+        return (hidden_states, key_values, of_images) if return_key_values else hidden_states
 
     @torch.no_grad()
     def load_bert(self, source: str | os.PathLike | PreTrainedModel, **hub_kwargs) -> dict[str, torch.Tensor]:
@@ -453,4 +468,29 @@ class QFormer(nn.Module):
         return {name.removeprefix("cls.predictions."): t for name, t in weights.items() if name.startswith("cls.")}
 
 
-__all__ = ["Objective", "QFormer", "joint_attention_mask"]
+class QFormerLMHead(nn.Module):
+    """BERT's head for predicting tokens, tied to the Q-Former's word embeddings.
+
+    Args:
+        config: The Q-Former's configuration.
+    """
+
+    def __init__(self, config: QFormerConfig):
+        super().__init__()
+        self.transform_dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.transform_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def init_parameters(self, config: QFormerBlip2Config) -> None:
+        """Set the bias to zero."""
+        init.zeros_(self.bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map `(..., hidden_size)` to scores `(..., vocab_size)`."""
+        hidden = self.transform_layer_norm(self.activation(self.transform_dense(hidden_states)))
+        return self.decoder(hidden) + self.bias
+
+
+__all__ = ["Objective", "QFormer", "QFormerLMHead", "joint_attention_mask"]

@@ -26,35 +26,10 @@ from .modeling_bridge import Bridge
 from .modeling_bridged import BridgedModel
 from .modeling_contrastive import draw_negatives, gather, gather_texts, num_processes, similarities_of
 from .modeling_parts import resolve_part
-from .modeling_qformer_layers import QFormer
+from .modeling_qformer_layers import KeyValues, QFormer, QFormerLMHead
 
 
 # ---------------------------------------------------------------------- parts
-
-
-class QFormerLMHead(nn.Module):
-    """BERT's head for predicting tokens, tied to the Q-Former's word embeddings.
-
-    Args:
-        config: The Q-Former's configuration.
-    """
-
-    def __init__(self, config: QFormerConfig):
-        super().__init__()
-        self.transform_dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.activation = ACT2FN[config.hidden_act]
-        self.transform_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-
-    def init_parameters(self, config: QFormerBlip2PreTrainingConfig) -> None:
-        """Set the bias to zero."""
-        init.zeros_(self.bias)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Map `(..., hidden_size)` to scores `(..., vocab_size)`."""
-        hidden = self.transform_layer_norm(self.activation(self.transform_dense(hidden_states)))
-        return self.decoder(hidden) + self.bias
 
 
 class QFormerPreTrainingBridge(Bridge):
@@ -88,15 +63,22 @@ class QFormerPreTrainingBridge(Bridge):
         return nn.functional.normalize(self.text_projection(text_output[:, 0]).float(), dim=-1)
 
     def multimodal_features(
-        self, normed: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
+        self,
+        normed: torch.Tensor | None,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        image_key_values: KeyValues | None = None,
     ) -> torch.Tensor:
-        """Queries that have read image and text: `(batch, num_query_tokens, hidden_size)`."""
-        hidden_states = self.qformer(normed, input_ids, attention_mask, "itm")
+        """Queries that have read image and text: `(batch, num_query_tokens, hidden_size)`.
+
+        Instead of the patch features, `image_key_values` holds what an earlier pass of the Q-Former made of them.
+        """
+        hidden_states = self.qformer(normed, input_ids, attention_mask, "itm", image_key_values=image_key_values)
         return hidden_states[:, : self.qformer.query_tokens.shape[1]]
 
-    def itm_logits(self, normed: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Scores of no match and match, `(batch, 2)`."""
-        return self.itm_head(self.multimodal_features(normed, input_ids, attention_mask)).float().mean(dim=1)
+    def itm_logits(self, *inputs) -> torch.Tensor:
+        """Scores of no match and match, `(batch, 2)`, for the arguments of `multimodal_features`."""
+        return self.itm_head(self.multimodal_features(*inputs)).float().mean(dim=1)
 
 
 @dataclass
@@ -152,6 +134,11 @@ class Pairs:
     all_masks: torch.Tensor
     first: int
     gather: Callable[[torch.Tensor], torch.Tensor]
+
+
+def _rows_of(key_values: KeyValues, rows: torch.Tensor) -> KeyValues:
+    """Some rows of the keys and values of every layer."""
+    return [(key, value) if key is None else (key[rows], value[rows]) for key, value in key_values]
 
 
 # ---------------------------------------------------------------------- models
@@ -403,9 +390,8 @@ class QFormerBlip2ForPreTraining(QFormerBlip2Stage1Model):
         drawn = itm and (image_negatives is None or text_negatives is None)
         compared = itc or drawn or not return_loss
 
-        output, queries, key_values = QFormerBlip2PreTrainingOutput(), None, None
-        if compared or itg:
-            queries, key_values = self.bridge.qformer(pairs.normed, return_key_values=True)
+        output = QFormerBlip2PreTrainingOutput()
+        queries, key_values, of_images = self.bridge.qformer(pairs.normed, return_key_values=True)
         if compared:
             with torch.set_grad_enabled(torch.is_grad_enabled() and (itc or not return_loss)):
                 scores = self._compare(pairs, queries, output)  # of both directions
@@ -421,7 +407,7 @@ class QFormerBlip2ForPreTraining(QFormerBlip2Stage1Model):
                 if text_negatives is None:
                     text_negatives = draw_negatives(image_to_text, positives, **options)
             output.image_negatives, output.text_negatives = image_negatives, text_negatives
-            self._add_matching_loss(pairs, output)
+            self._add_matching_loss(pairs, of_images, output)
         if itg:
             self._add_generation_loss(pairs, key_values, itg_targets, output)
         terms = (
@@ -473,14 +459,25 @@ class QFormerBlip2ForPreTraining(QFormerBlip2Stage1Model):
         losses = [nn.functional.cross_entropy(each, targets, label_smoothing=smoothing) for each in scores]
         return sum(losses) / 2
 
-    def _add_matching_loss(self, pairs: Pairs, output) -> None:
-        """Compute the matching loss of the pairs, the texts with other images, and the images with other texts."""
-        normed, batch = pairs.normed, len(pairs.normed)
-        images = torch.cat((normed, pairs.gather(normed)[output.image_negatives], normed))
-        ids = torch.cat((pairs.input_ids, pairs.input_ids, pairs.all_ids[output.text_negatives]))
-        masks = torch.cat((pairs.attention_mask, pairs.attention_mask, pairs.all_masks[output.text_negatives]))
-        output.itm_logits = self.bridge.itm_logits(images, ids, masks)  # (3 * batch, 2)
-        matches = (torch.arange(3 * batch, device=ids.device) < batch).long()
+    def _add_matching_loss(self, pairs: Pairs, of_images: KeyValues, output) -> None:
+        """Compute the matching loss of the pairs, the texts with other images, and the images with other texts.
+
+        Of this process's images it takes the keys and values that the queries have read.
+        """
+        own, negatives = torch.arange(len(pairs.normed), device=pairs.normed.device), output.image_negatives
+        ids, masks = pairs.input_ids, pairs.attention_mask
+        other_ids, other_masks = pairs.all_ids[output.text_negatives], pairs.all_masks[output.text_negatives]
+        if num_processes() == 1:
+            images = _rows_of(of_images, torch.cat((own, negatives, own)))
+            texts = torch.cat((ids, ids, other_ids)), torch.cat((masks, masks, other_masks))
+            output.itm_logits = self.bridge.itm_logits(None, *texts, images)  # (3 * batch, 2)
+        else:
+            images = _rows_of(of_images, torch.cat((own, own)))
+            texts = torch.cat((ids, other_ids)), torch.cat((masks, other_masks))
+            of_pairs, of_other_texts = self.bridge.itm_logits(None, *texts, images).chunk(2)
+            of_other_images = self.bridge.itm_logits(pairs.gather(pairs.normed)[negatives], ids, masks)
+            output.itm_logits = torch.cat((of_pairs, of_other_images, of_other_texts))
+        matches = (torch.arange(3 * len(own), device=own.device) < len(own)).long()
         output.loss_itm = nn.functional.cross_entropy(output.itm_logits, matches)
 
     def _add_generation_loss(self, pairs: Pairs, key_values, targets, output) -> None:
@@ -522,7 +519,8 @@ class QFormerBlip2ForPreTraining(QFormerBlip2Stage1Model):
     ) -> QFormerBlip2PreTrainingOutput:
         """Run one step of captioning with the cache of the queries and the text so far."""
         past = [(layer.keys, layer.values) for layer in cache.layers]
-        hidden, key_values = self.bridge.qformer(None, input_ids, attention_mask, "itg", past, return_key_values=True)
+        options = {"past_key_values": past, "return_key_values": True}
+        hidden, key_values, _ = self.bridge.qformer(None, input_ids, attention_mask, "itg", **options)
         if use_cache:
             for index, (key, value) in enumerate(key_values):
                 cache.update(key, value, index)
@@ -561,7 +559,7 @@ class QFormerBlip2ForPreTraining(QFormerBlip2Stage1Model):
 
         Source: `blip2_qformer.py`, `Blip2Qformer.generate`.
         """
-        _, key_values = self.bridge.qformer(self._normed(pixel_values, patch_features), return_key_values=True)
+        _, key_values, _ = self.bridge.qformer(self._normed(pixel_values, patch_features), return_key_values=True)
         cache = DynamicCache()
         for index, (key, value) in enumerate(key_values):
             cache.update(key, value, index)

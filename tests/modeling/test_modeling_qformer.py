@@ -120,7 +120,7 @@ def test_itc_mask_is_two_separate_passes(model):
 def test_cached_queries_are_queries_run_along(model):
     qformer, data = model.bridge.qformer, pairs()
     whole = qformer(data["patch_features"], data["input_ids"], data["attention_mask"], "itg")
-    queries, key_values = qformer(data["patch_features"], return_key_values=True)
+    queries, key_values, _ = qformer(data["patch_features"], return_key_values=True)
     torch.testing.assert_close(queries, whole[:, :5], atol=ATOL, rtol=0)
     text = qformer(None, data["input_ids"], data["attention_mask"], "itg", key_values)
     torch.testing.assert_close(text, whole[:, 5:], atol=ATOL, rtol=0)
@@ -129,11 +129,11 @@ def test_cached_queries_are_queries_run_along(model):
 @torch.no_grad()
 def test_text_can_be_read_in_pieces(model):
     qformer, data = model.bridge.qformer, pairs()
-    _, past = qformer(data["patch_features"], return_key_values=True)
+    _, past, _ = qformer(data["patch_features"], return_key_values=True)
     whole = qformer(None, data["input_ids"], None, "itg", past)
     pieces = []
     for piece in data["input_ids"].split((4, 1, 4), dim=1):
-        hidden, new = qformer(None, piece, None, "itg", past, return_key_values=True)
+        hidden, new, _ = qformer(None, piece, None, "itg", past, return_key_values=True)
         past = [tuple(torch.cat(both, dim=2) for both in zip(old, extra)) for old, extra in zip(past, new)]
         pieces.append(hidden)
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=ATOL, rtol=0)
@@ -261,6 +261,34 @@ def test_instruction_aware_features_are_those_of_transformers():
     expected = theirs.get_image_features(pixel_values=torch.zeros(4, 3, 30, 30), **instruction, return_dict=True)
     found = model.get_image_features(patch_features=data["patch_features"], **instruction).pooler_output
     torch.testing.assert_close(found, expected.pooler_output.view_as(found), atol=ATOL, rtol=0)
+
+
+@pytest.mark.core
+def test_a_training_step_projects_every_image_once():
+    """Similarity, matching with negatives and captions read the same keys and values; losses are those of reading anew."""
+    model, _ = stage1()
+    model.train()
+    data, negatives = pairs(), torch.tensor([1, 2, 3, 0])
+    projected = []
+    for layer in model.bridge.qformer.layers:
+        if layer.cross_attention is not None:
+            layer.cross_attention.key.register_forward_hook(lambda module, args, output: projected.append(len(output)))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    output = model(**data, image_negatives=negatives, text_negatives=negatives)
+    assert projected == [4, 4]  # two layers read four images
+    normed = model.bridge.vision_layer_norm(data["patch_features"])
+    ids, mask = data["input_ids"], data["attention_mask"]
+    anew = model.bridge.itm_logits(
+        torch.cat((normed, normed[negatives], normed)),
+        torch.cat((ids, ids, ids[negatives])),
+        torch.cat((mask, mask, mask[negatives])),
+    )
+    torch.testing.assert_close(output.itm_logits, anew, atol=ATOL, rtol=0)
+    weight = model.bridge.qformer.layers[0].cross_attention.key.weight
+    found, expected = (torch.autograd.grad(logits.square().sum(), weight)[0] for logits in (output.itm_logits, anew))
+    torch.testing.assert_close(found, expected, atol=ATOL, rtol=1e-4)
 
 
 # ---------------------------------------------------------------------- BERT
