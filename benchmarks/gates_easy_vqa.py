@@ -2,9 +2,9 @@
 
     python benchmarks/gates_easy_vqa.py --output runs/small_perceiver --result benchmarks/results/gates_easy_vqa.json
 
-Every few steps the model is asked what is in pictures of easy-VQA's test split. Naming begins at the first step from which
-on it says both words, colour and shape, of at least half of them. The run is the one that `vlbridge train small_perceiver`
-makes; the gates, and what the resampler's tokens owe to the picture, are logged beside it.
+Every few steps the model is asked what is in pictures of easy-VQA's test split. Naming begins at the first step from
+which on it says both words, colour and shape, of at least half of them. The run is the one that `vlbridge train
+small_perceiver` makes; the gates, and what the resampler's tokens owe to the picture, are logged beside it.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def main(
         "cpus": os.cpu_count(),
     }
     write_text(result, json.dumps(figures, indent=1) + "\n")
-    draw_gates(figures["gates"], {} if begins is None else {"naming begins": begins}).savefig(result.with_suffix(".png"))
+    marks = {} if begins is None else {"naming begins": begins}
+    draw_gates(figures["gates"], marks).savefig(result.with_suffix(".png"))
     finish(trainer, run)
 
 

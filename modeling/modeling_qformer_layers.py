@@ -382,7 +382,7 @@ class QFormer(nn.Module):
 
         Source: `lavis/models/blip2_models/Qformer.py`, `BertModel.forward`.
         """
-        images = image_key_values[0][0] if image_key_values is not None else patch_features  # the first layer reads them
+        images = patch_features if image_key_values is None else image_key_values[0][0]  # the first layer reads them
         if images is None and input_ids is None:
             raise ValueError("The Q-Former needs patch_features, input_ids or both.")
         num_all_queries = self.query_tokens.shape[1]

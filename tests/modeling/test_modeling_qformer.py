@@ -265,7 +265,7 @@ def test_instruction_aware_features_are_those_of_transformers():
 
 @pytest.mark.core
 def test_a_training_step_projects_every_image_once():
-    """Similarity, matching with negatives and captions read the same keys and values; losses are those of reading anew."""
+    """Similarity, matching with negatives and captions read the same keys and values, which are right."""
     model, _ = stage1()
     model.train()
     data, negatives = pairs(), torch.tensor([1, 2, 3, 0])
