@@ -17,9 +17,9 @@ from torch import nn
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
-from ..compat import ACT2FN, accepts_cache, cache_argument, can_return_tuple
+from ..compat import accepts_cache, cache_argument, can_return_tuple
 from ..compat import initialization as init
-from ..configuration.configuration_qformer import QFormerBlip2PreTrainingConfig, QFormerConfig
+from ..configuration.configuration_qformer import QFormerBlip2PreTrainingConfig
 from ..processing.processing_parts import load_image_processor
 from ..processing.processing_qformer import QFormerBlip2PreTrainingProcessor, bert_tokenizer, end_of_text
 from .modeling_bridge import Bridge
