@@ -21,7 +21,7 @@ from .cli_data import capfilt, data_commands
 from .cli_evaluate import evaluate
 from .cli_inspect import inspect
 from .cli_run import ask, caption
-from .cli_train import train
+from .cli_train import new_recipe, train
 
 
 LIBRARIES = ("transformers", "torch", "peft", "accelerate", "huggingface_hub")  # whose versions `--version` shows
@@ -142,6 +142,7 @@ def main(
 
 for command in (caption, ask, info, inspect, capfilt, train, evaluate, bakeoff, export, transplant):
     app.command()(command)
+app.command("new-recipe")(new_recipe)
 app.command("list")(list_releases)
 app.command()(push)
 app.add_typer(data_commands)

@@ -1,4 +1,4 @@
-"""`vlbridge train`: a bridge from a recipe."""
+"""`vlbridge train`: a bridge from a recipe; and `vlbridge new-recipe`: a recipe for data of one's own."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .cli_common import CommandError, exit_codes, one_line, print_line
+from .cli_data import SetOption, reading_data, source_options
 
 
 @exit_codes()
@@ -65,4 +66,99 @@ def train(
     print_line(f"{output}: {summary['steps']} steps in {summary['seconds'] / 60:.1f} minutes", sys.stdout)
 
 
-__all__ = ["train"]
+# ---------------------------------------------------------------------- recipes for data of one's own
+
+
+@exit_codes()
+def new_recipe(
+    data: Annotated[
+        str | None,
+        typer.Argument(metavar="DATA", help="Folder of pictures, or file of records.", show_default="asked for"),
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(help="What to train on: captions, questions, classes, interleaved.", show_default="what there is"),
+    ] = None,
+    bridge: Annotated[
+        str | None, typer.Option(help="mlp, qformer or perceiver.", show_default="one that suits the kind")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Size of the bridge: small, medium, large.", show_default="fits the data")
+    ] = None,
+    vision: Annotated[
+        str | None, typer.Option(help="Vision encoder: folder or Hub id.", show_default="the embedded one")
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option(help="Language model: folder or Hub id.", show_default="the embedded one")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="What to train on: cpu or cuda.", show_default="this machine's")
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="Memory of the GPU, in GB.", show_default="this machine's")
+    ] = None,
+    settings: SetOption = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write.", show_default="DATA's name with .yaml")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Write a recipe for pictures of your own, with a bridge and batches that fit the data and the device.
+
+    Without DATA, it asks on a terminal.
+    """
+    asks = data is None and on_terminal()
+    if data is None and not asks:
+        raise CommandError("name your data: vlbridge new-recipe FOLDER", exit_code=2)
+    if asks:
+        data = typer.prompt("Folder of pictures, or file of records", err=True)
+    output = Path(f"{Path(data).resolve().name.split('.')[0] or 'recipe'}.yaml") if output is None else output
+    if output.exists() and not force:
+        raise CommandError(f"{output} exists: give another --output, or --force to replace it", exit_code=2)
+    options = source_options(settings)
+    with reading_data(data):
+        from vlbridge.families import FAMILIES
+        from vlbridge.files import write_text
+        from vlbridge.training import training_new_recipe as recipes
+
+        choices = {"--kind": (kind, recipes.KINDS), "--bridge": (bridge, FAMILIES), "--size": (size, recipes.SIZES),
+                   "--device": (device, ("cpu", "cuda"))}  # fmt: skip
+        for flag, (value, known) in choices.items():
+            if value is not None and value not in known:
+                raise CommandError(f"{flag} is {value!r}; expected one of {', '.join(known)}", exit_code=2)
+        try:
+            found = recipes.look_at(data, kind, options)
+        except recipes.SeveralKinds as several:
+            if not (on_terminal() and several.kinds):
+                raise
+            found = recipes.look_at(data, _asked("What to train on", several.kinds, several.kinds[0]), options)
+        if asks:
+            bridge = bridge or _asked("Bridge", FAMILIES, recipes.default_bridge(found.kind))
+            size = size or _asked("Size of the bridge", recipes.SIZES, recipes.size_for(found.records))
+            vision = vision or typer.prompt("Vision encoder", recipes.VISION, err=True)
+            if found.kind != "classes":
+                language = language or typer.prompt("Language model", recipes.LANGUAGE, err=True)
+            device = device or _asked("Train on", ("cpu", "cuda"), recipes.Device.here(None, memory).name)
+        parts = {name: part for name, part in (("vision", vision), ("language", language)) if part is not None}
+        text = recipes.new_recipe(found, bridge, size, device=recipes.Device.here(device, memory), **parts)
+        write_text(output, text)
+    for line in (
+        f"{output}: {found.records:,} {found.kind} to train on, {found.held_out:,} to evaluate on",
+        f"next: vlbridge train {output} --smoke",
+    ):
+        print_line(line, sys.stdout)
+
+
+def on_terminal() -> bool:
+    """Whether someone can be asked."""
+    return sys.stdin.isatty()
+
+
+def _asked(question: str, choices, default: str) -> str:
+    """The answer of someone on a terminal, which is one of some choices."""
+    import click
+
+    return typer.prompt(question, default, type=click.Choice(list(choices)), err=True)
+
+
+__all__ = ["new_recipe", "train"]

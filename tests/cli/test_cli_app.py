@@ -30,7 +30,7 @@ def test_version():
 def test_help_names_every_command():
     result = run("--help")
     assert result.exit_code == 0
-    named = re.findall(r"^  ([a-z]+)  ", result.stdout.partition("Commands:")[2], re.MULTILINE)
+    named = re.findall(r"^  ([a-z-]+)  ", result.stdout.partition("Commands:")[2], re.MULTILINE)
     assert named == COMMANDS
 
 
@@ -60,6 +60,7 @@ COMMANDS = [
     "bakeoff",
     "export",
     "transplant",
+    "new-recipe",
     "list",
     "push",
     "data",
