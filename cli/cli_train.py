@@ -1,12 +1,13 @@
 """`vlbridge train`: a bridge from a recipe; and `vlbridge new-recipe`: a recipe for data of one's own."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .cli_common import CommandError, exit_codes, one_line, print_line
+from .cli_common import CommandError, JsonOption, exit_codes, one_line, print_line
 from .cli_data import SetOption, reading_data, source_options
 
 
@@ -30,6 +31,7 @@ def train(
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Three steps on a few records, to see whether everything works.")
     ] = False,
+    as_json: JsonOption = False,
     list_recipes: Annotated[bool, typer.Option("--list", help="Show the shipped recipes and exit.")] = False,
 ) -> None:
     """Train a bridge from a recipe; on several devices with `accelerate launch -m vlbridge.cli train ...`."""
@@ -39,7 +41,9 @@ def train(
         names = shipped()
         width = max(map(len, names))
         for name in names:
-            print_line(f"{name:{width}}  {read_recipe(name).description}", sys.stdout)
+            about = {"recipe": name, "description": read_recipe(name).description}
+            line = json.dumps(about) if as_json else f"{name:{width}}  {about['description']}"
+            print_line(line, sys.stdout)
         return
     if recipe is None:
         raise CommandError("name a recipe: a YAML file, or one of those that --list shows", exit_code=2)
@@ -61,6 +65,12 @@ def train(
         raise CommandError(one_line(error), exit_code=2) from error
     except (OSError, ValueError, TrainingError) as error:
         raise CommandError(one_line(error)) from error
+    except KeyboardInterrupt:
+        left = any(output.glob("checkpoint-*"))
+        raise KeyboardInterrupt(f"{output} goes on with --resume" if left else "") from None
+    if as_json:
+        print_line(json.dumps({"output": str(output), **summary}), sys.stdout)
+        return
     for row in summary["evaluation"]:
         print_line(f"{row['dataset']} ({row['split']}): {row['metric']} {row['value']:.4f}", sys.stdout)
     print_line(f"{output}: {summary['steps']} steps in {summary['seconds'] / 60:.1f} minutes", sys.stdout)
@@ -102,6 +112,7 @@ def new_recipe(
         Path | None, typer.Option("--output", "-o", help="File to write.", show_default="DATA's name with .yaml")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Write a recipe for pictures of your own, with a bridge and batches that fit the data and the device.
 
@@ -142,11 +153,12 @@ def new_recipe(
         parts = {name: part for name, part in (("vision", vision), ("language", language)) if part is not None}
         text = recipes.new_recipe(found, bridge, size, device=recipes.Device.here(device, memory), **parts)
         write_text(output, text)
-    for line in (
-        f"{output}: {found.records:,} {found.kind} to train on, {found.held_out:,} to evaluate on",
-        f"next: vlbridge train {output} --smoke",
-    ):
-        print_line(line, sys.stdout)
+    about = {"recipe": str(output), "kind": found.kind, "records": found.records, "held_out": found.held_out}
+    if as_json:
+        print_line(json.dumps(about), sys.stdout)
+        return
+    print_line(f"{output}: {found.records:,} {found.kind} to train on, {found.held_out:,} to evaluate on", sys.stdout)
+    print_line(f"next: vlbridge train {output} --smoke", sys.stdout)
 
 
 def on_terminal() -> bool:

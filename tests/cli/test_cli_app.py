@@ -25,6 +25,7 @@ def test_version():
     lines = result.stdout.splitlines()
     assert (lines[0], result.exit_code) == (f"vlbridge {vlbridge.__version__}", 0)
     assert f"transformers {transformers.__version__}" in lines
+    assert lines[-1] == f"python {sys.version.split()[0]}"
 
 
 def test_help_names_every_command():
