@@ -168,9 +168,11 @@ def on_terminal() -> bool:
 
 def _asked(question: str, choices, default: str) -> str:
     """The answer of someone on a terminal, which is one of some choices."""
-    import click
-
-    return typer.prompt(question, default, type=click.Choice(list(choices)), err=True)
+    while True:
+        answer = typer.prompt(f"{question} ({', '.join(choices)})", default, err=True)
+        if answer in choices:
+            return answer
+        print_line(f"{answer!r} is none of {', '.join(choices)}", sys.stderr)
 
 
 __all__ = ["new_recipe", "train"]

@@ -17,7 +17,7 @@ from vlbridge.cli import app
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "guides" / "own-data.md"
-SHORT = ["--set", "arguments.max_steps=6", "--set", "arguments.use_cpu=true"]  # instead of some hundreds of steps
+SHORT = ["--set", "arguments.max_steps=3", "--set", "arguments.use_cpu=true"]  # instead of some hundreds of steps
 
 
 def commands() -> list[list[str]]:

@@ -269,14 +269,15 @@ def default_bridge(kind: str) -> str:
     return {"classes": "qformer", "interleaved": "perceiver"}.get(kind, "mlp")
 
 
-def options_for(bridge: str, size: str, classifies: bool = False) -> dict:
+def options_for(bridge: str, size: str, layers: int | None = None) -> dict:
     """Options of a bridge of a size.
 
     Args:
         bridge: A family.
         size: One of `SIZES`; `"large"` is the papers' size.
-        classifies: Whether it is for classes, without a language model.
+        layers: Number of layers of the language model; `None` for classes, which need none.
     """
+    classifies = layers is None
     if size == "large":
         return {}
     options = dict(read_recipe(f"small_{bridge}").bridge_options)
@@ -288,6 +289,8 @@ def options_for(bridge: str, size: str, classifies: bool = False) -> dict:
     elif size == "small" and bridge == "perceiver":
         options |= {"num_latents": 8, "resampler_depth": 1, "resampler_num_heads": 2, "feed_forward_multiplier": 1}
         options |= {"cross_attention_every_n_layers": 10, "cross_attention_num_heads": 4}
+    if "cross_attention_every_n_layers" in options and layers is not None:
+        options["cross_attention_every_n_layers"] = min(options["cross_attention_every_n_layers"], max(1, layers // 3))
     if classifies:
         options = {name: value for name, value in options.items() if not name.startswith(("cross_attention", "gate"))}
         if bridge == "mlp":
@@ -406,7 +409,10 @@ def new_recipe(
     for name, value, known in (("bridge", bridge, tuple(FAMILIES)), ("size", size, SIZES)):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}.")
-    options = options_for(bridge, size, found.kind == "classes")
+    layers = None
+    if found.kind != "classes":
+        layers = AutoConfig.from_pretrained(where_to_load(language)).get_text_config().num_hidden_layers
+    options = options_for(bridge, size, layers)
     model = built_without_weights(found, bridge, vision, language, options)
     fit = rows_that_fit(model, device)
     if not fit:

@@ -27,7 +27,7 @@ def folders(tmp_path_factory):
     tiny_bridge_folder(folder, "mlp").rename(folder / "bridge")
     torch.manual_seed(0)
     classifier, image_processor = vlbridge.FAMILIES["mlp"].classifier_class.from_vision(
-        folder / "eye", num_labels=2, hidden_size=16, image_processor=clip_image_processor()
+        folder / "eye", id2label={0: "cat", 1: "dog"}, hidden_size=16, image_processor=clip_image_processor()
     )
     classifier.save_pretrained(folder / "classifier", processor=image_processor)
     classifier.save_pretrained(folder / "classifier-bridge", bridge_only=True, processor=image_processor)

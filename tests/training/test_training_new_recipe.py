@@ -66,7 +66,7 @@ def test_what_it_writes_is_sound_and_runs(kind, bridge, toys, tmp_path, monkeypa
         kind, {"classes": 12, "interleaved": 8}.get(kind, 40)
     )  # fmt: skip
     parts = {name: toys["parts"][name] for name in ("vision", "language")}
-    text = new_recipe(found, device=Device("cpu"), **parts)
+    text = new_recipe(found, bridge, device=Device("cpu"), **parts)
     file = tmp_path / "mine.yaml"
     file.write_text(text)
     recipe = read_recipe(file)
@@ -114,7 +114,9 @@ def test_bridges_grow_with_the_data(toys):
             found = OwnData("p", "imagefolder", kind, 200, num_labels=3 if kind == "classes" else None)
             sizes = []
             for size in SIZES:
-                model = built_without_weights(found, bridge, *parts, options_for(bridge, size, kind == "classes"))
+                model = built_without_weights(
+                    found, bridge, *parts, options_for(bridge, size, None if kind == "classes" else 2)
+                )
                 sizes.append(sum(parameter.numel() for parameter in model.bridge.parameters()))
             assert sizes == sorted(sizes) and sizes[0] < 1_000_000, (bridge, kind, sizes)
             assert bridge != "qformer" or sizes[2] > 80_000_000
@@ -172,12 +174,13 @@ def test_the_command(toys, tmp_path, monkeypatch):
 
 def test_it_asks_on_a_terminal(toys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    answers = [str(toys["folder"] / "both"), "captions", "perceiver", "", toys["parts"]["vision"],
+    answers = [str(toys["folder"] / "both"), "captions", "percever", "perceiver", "", toys["parts"]["vision"],
                toys["parts"]["language"], "cpu"]  # fmt: skip
     runner = CliRunner()
     monkeypatch.setattr("vlbridge_cli.cli_train.on_terminal", lambda: True)
     done = runner.invoke(app, ["new-recipe", "-o", "mine.yaml"], input="\n".join(answers) + "\n")
     assert done.exit_code == 0, done.output
+    assert "'percever' is none of mlp, qformer, perceiver" in done.stderr
     assert (read_recipe("mine.yaml").bridge, read_recipe("mine.yaml").text.ask_for_captions) == ("perceiver", True)
 
 
