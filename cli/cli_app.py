@@ -7,6 +7,7 @@ The subcommands are in the modules `cli_*`; here they are put together.
 """
 
 import json
+import platform
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -15,13 +16,22 @@ from typing import Annotated
 import typer
 
 from .cli_bakeoff import bakeoff
-from .cli_common import CommandError, JsonOption, exit_codes, loading, one_line, print_line, quiet_libraries
+from .cli_common import (
+    CommandError,
+    JsonOption,
+    exit_codes,
+    loading,
+    one_line,
+    print_line,
+    quiet_libraries,
+    refuse_adapters,
+)
 from .cli_convert import converters, export, transplant
 from .cli_data import capfilt, data_commands
 from .cli_evaluate import evaluate
 from .cli_inspect import inspect
 from .cli_run import ask, caption
-from .cli_train import train
+from .cli_train import new_recipe, train
 
 
 LIBRARIES = ("transformers", "torch", "peft", "accelerate", "huggingface_hub")  # whose versions `--version` shows
@@ -98,24 +108,29 @@ def push(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to.", show_default="the main one")] = None,
     message: Annotated[str, typer.Option("--message", "-m", help="Commit message.")] = "Upload model",
+    as_json: JsonOption = False,
 ) -> None:
     """Upload a saved model to the Hub, in one commit; a model card is added if the folder has none."""
     named = dict(part.partition("=")[::2] for part in parts or ())
     if not all(named.values()):
         raise CommandError("--part: expected PART=ID, such as vision_model=openai/clip-vit-base-patch32", exit_code=2)
+    refuse_adapters(folder)
     quiet_libraries()
-    from vlbridge.hub import push_saved
+    from vlbridge.hub import PublishedError, push_saved
 
     try:
         done = push_saved(
             folder, repo, with_code=with_code, parts=named, private=private or None, revision=revision,
             commit_message=message,
         )  # fmt: skip
+    except PublishedError as error:
+        raise CommandError(one_line(error)) from error
     except Exception as error:  # which ones depends on the HTTP client of this version of huggingface_hub
         refused = getattr(getattr(error, "response", None), "status_code", None) == 401
         hint = " Log in first: hf auth login" if refused else ""
         raise CommandError(f"cannot push {folder} to {repo}: {one_line(error)}{hint}") from error
-    print_line(done.commit_url, sys.stdout)
+    about = {"repository": done.repo_url.repo_id, "commit": done.oid, "url": done.commit_url}
+    print_line(json.dumps(about) if as_json else done.commit_url, sys.stdout)
 
 
 # ---------------------------------------------------------------------- the whole
@@ -128,6 +143,7 @@ def _print_version(wanted: bool) -> None:
         for name in ("vlbridge", *LIBRARIES):
             with suppress(PackageNotFoundError):
                 print_line(f"{name} {version(name)}", sys.stdout)
+        print_line(f"python {platform.python_version()}", sys.stdout)
         raise typer.Exit
 
 
@@ -142,6 +158,7 @@ def main(
 
 for command in (caption, ask, info, inspect, capfilt, train, evaluate, bakeoff, export, transplant):
     app.command()(command)
+app.command("new-recipe")(new_recipe)
 app.command("list")(list_releases)
 app.command()(push)
 app.add_typer(data_commands)

@@ -1,6 +1,7 @@
 """What the subcommands of `vlbridge` share: errors and exit codes, output, loading, and options."""
 
 # torch, transformers, PIL and tqdm are imported where they are used: --help and --version need none of them.
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -161,9 +162,26 @@ def loading(model: str) -> Iterator[None]:
             if model.startswith((".", "/")) or model.count("/") > 1:
                 raise CommandError("no such folder")
             look_up(model)
+        refuse_adapters(path)
         yield
     except Exception as error:
         raise CommandError(f"cannot load {model!r}: {one_line(error)}") from error
+
+
+def refuse_adapters(folder: Path) -> None:
+    """Refuse a folder that holds an adapter of PEFT and no model.
+
+    Raises:
+        CommandError: It does.
+    """
+    about = folder / "adapter_config.json"
+    if about.is_file() and not (folder / "config.json").is_file():
+        with suppress(OSError, ValueError):
+            base = json.loads(about.read_text(encoding="utf-8")).get("base_model_name_or_path")
+            raise CommandError(
+                f"{folder} holds an adapter alone, of {base or 'a model that it does not name'}: load that in Python, "
+                "then PeftModel.from_pretrained(model, FOLDER).merge_and_unload().save_pretrained(OTHER)"
+            )
 
 
 def look_up(model: str) -> None:
@@ -203,4 +221,5 @@ __all__ = [
     "one_line",
     "print_line",
     "quiet_libraries",
+    "refuse_adapters",
 ]

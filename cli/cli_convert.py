@@ -10,7 +10,16 @@ from typing import Annotated
 import typer
 import typer.core
 
-from .cli_common import CommandError, JsonOption, exit_codes, look_up, one_line, print_line, quiet_libraries
+from .cli_common import (
+    CommandError,
+    JsonOption,
+    exit_codes,
+    look_up,
+    one_line,
+    print_line,
+    quiet_libraries,
+    refuse_adapters,
+)
 
 
 BERT = "google-bert/bert-base-uncased"  # whose tokenizer all of BLIP uses
@@ -253,6 +262,7 @@ def export(
 
     if to not in TARGETS:
         raise CommandError(f"--to is {to!r}; expected one of {', '.join(TARGETS)}", exit_code=2)
+    refuse_adapters(Path(model))
     try:
         done = convert.export(model, output, to, verify=verify)
     except (OSError, ValueError, TypeError) as error:
@@ -271,6 +281,7 @@ def transplant(
     """Warm-start a bridge on another language model, through the tokens that both models know."""
     if output.exists():
         raise CommandError(f"--output {output} exists already; give another folder")
+    refuse_adapters(Path(bridge))
     quiet_libraries()
     from vlbridge.transplant import describe
     from vlbridge.transplant import transplant as transplant_bridge

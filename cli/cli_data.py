@@ -143,7 +143,7 @@ SetOption = Annotated[
 
 
 @contextmanager
-def _reading_data(source: str) -> Iterator[None]:
+def reading_data(source: str) -> Iterator[None]:
     """Turn errors in the data into an error of one line.
 
     Raises:
@@ -163,18 +163,14 @@ def _reading_data(source: str) -> Iterator[None]:
         raise CommandError(f"{source}: {one_line(error)}") from error
 
 
-def _load_records(source: str, path: str | None, split: str | None, streaming: bool, settings: list[str] | None):
-    """The data set that the command line names.
+def source_options(settings: list[str] | None) -> dict:
+    """Options of a source from `--set KEY=VALUE`, with values in YAML.
 
     Raises:
-        CommandError: There is no such source, or an option is not of the form KEY=VALUE.
+        CommandError: One is not of this form.
     """
     import yaml
 
-    from vlbridge.training.training_data import SOURCES, load
-
-    if source not in SOURCES:
-        raise CommandError(f"SOURCE is {source!r}; expected one of {', '.join(SOURCES)}", exit_code=2)
     options = {}
     for setting in settings or ():
         key, equals, value = setting.partition("=")
@@ -184,7 +180,20 @@ def _load_records(source: str, path: str | None, split: str | None, streaming: b
             options[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise CommandError(f"--set {setting}: {one_line(error)}", exit_code=2) from error
-    return load(source, path, split=split, streaming=streaming, **options)
+    return options
+
+
+def _load_records(source: str, path: str | None, split: str | None, streaming: bool, settings: list[str] | None):
+    """The data set that the command line names.
+
+    Raises:
+        CommandError: There is no such source, or an option is not of the form KEY=VALUE.
+    """
+    from vlbridge.training.training_data import SOURCES, load
+
+    if source not in SOURCES:
+        raise CommandError(f"SOURCE is {source!r}; expected one of {', '.join(SOURCES)}", exit_code=2)
+    return load(source, path, split=split, streaming=streaming, **source_options(settings))
 
 
 def _sheet_format(sheet: Path) -> str:
@@ -255,11 +264,11 @@ def check(
     """
     sheet_format = None if sheet is None else _sheet_format(sheet)
     processor = None
-    with _reading_data(source):
+    with reading_data(source):
         records = _load_records(source, path, split, streaming, settings)
     if model is not None:
         processor, max_length = _token_counting(model, max_length)
-    with _reading_data(source):
+    with reading_data(source):
         from vlbridge.files import replacing
         from vlbridge.training.training_data_check import check_data, contact_sheet
 
@@ -290,7 +299,7 @@ def show(
     """Print records as training sees them, one JSON object per line."""
     from vlbridge.compat import take
 
-    with _reading_data(source):
+    with reading_data(source):
         records = _load_records(source, path, split, streaming, settings)
         for record in take(records.skip(skip), number):
             for image in record["images"]:
@@ -299,4 +308,4 @@ def show(
             print_line(json.dumps(record, ensure_ascii=False), sys.stdout)
 
 
-__all__ = ["capfilt", "data_commands"]
+__all__ = ["SetOption", "capfilt", "data_commands", "reading_data", "source_options"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ..configuration.configuration_classification import ClassificationConfigMixin
 from ..configuration.configuration_flamingo import PerceiverFlamingoConfig
 from ..configuration.configuration_llava import MLPLlavaConfig
 from .convert_assembly import Conversion
@@ -46,6 +47,11 @@ def export(
         return write_official_blip(model, output, verify)
     saved = open_saved(model)
     config = saved.config
+    if isinstance(config, ClassificationConfigMixin):
+        raise ConversionError(
+            f"{model} is a classifier, for which there is no other layout. `vlbridge push` publishes it as it is, and "
+            "pipeline('image-classification') loads it where vlbridge is installed."
+        )
     if to == "official":
         return write_official(saved, output, verify)
     if isinstance(config, PerceiverFlamingoConfig):

@@ -8,22 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..drawing import colored, empty_figure
+from ..training.training_gates import KINDS, plot_gates
 from .inspection_geometry import Grid, heat, seen
-
-
-# Colours from nothing to most: black, violet, red, orange, pale yellow
-COLORS = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
-
-
-def colored(values: np.ndarray) -> np.ndarray:
-    """Colours of numbers from 0 to 1, `(..., 3)` of 0 to 255.
-
-    Args:
-        values: `(...)`.
-    """
-    steps = np.linspace(0, 1, len(COLORS))
-    channels = [np.interp(values, steps, [color[channel] for color in COLORS]) for channel in range(3)]
-    return np.stack(channels, axis=-1).astype(np.uint8)
 
 
 def overlay(
@@ -68,19 +55,6 @@ def matrix(values: torch.Tensor, low: float = 0.0, high: float = 1.0, side: int 
 # ---------------------------------------------------------------------- figures
 
 
-def _figure(width: float, height: float):
-    """An empty figure of matplotlib, in inches.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(f'{error}; figures need matplotlib: pip install "vlbridge[inspect]"') from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def draw_gates(history: Sequence[dict], marks: dict[str, int] | None = None):
     """Gates over a training run.
 
@@ -97,20 +71,12 @@ def draw_gates(history: Sequence[dict], marks: dict[str, int] | None = None):
     """
     if not history:
         raise ValueError("The history has no gates: train with GateLogger, and give gate_history(log_history).")
-    figure = _figure(8, 3.5)
-    layers = sorted({row["layer"] for row in history})
-    for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("attention", "feed_forward")):
-        for number, layer in enumerate(layers):
-            rows = [row for row in history if row["layer"] == layer]
-            color = colored(np.array(0.15 + 0.7 * number / max(len(layers) - 1, 1))) / 255
-            label = f"layer {layer}" if number in (0, len(layers) - 1) else None
-            axes.plot([row["step"] for row in rows], [row[kind] for row in rows], color=color, label=label)
+    figure = empty_figure(8, 3.5)
+    for axes, kind in zip(figure.subplots(1, 2, sharey=True), KINDS):
+        plot_gates(axes, history, kind)
         for name, step in (marks or {}).items():
             axes.axvline(step, color="gray", linestyle=":")
             axes.annotate(name, (step, 1), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right")
-        axes.axhline(0, color="black", linewidth=0.5)
-        axes.set(title=f"tanh of the {kind.replace('_', '-')} gates", xlabel="step")
-        axes.legend()
     return figure
 
 
@@ -127,7 +93,7 @@ def draw_similarity(within: torch.Tensor, title: str = "Cosine similarity of que
     Raises:
         ImportError: matplotlib is not installed.
     """
-    figure = _figure(4.5, 4)
+    figure = empty_figure(4.5, 4)
     axes = figure.subplots()
     shown = axes.imshow(within.detach().float().cpu().numpy(), vmin=-1, vmax=1, cmap="coolwarm")
     figure.colorbar(shown, ax=axes)
@@ -156,7 +122,7 @@ def draw_maps(picture: Image.Image, maps: torch.Tensor, grids: list[Grid], title
         raise ValueError(f"{len(maps)} maps and {len(titles)} titles; expected one title for each of at least one map.")
     columns = min(columns, len(maps))
     rows = -(-len(maps) // columns)
-    figure = _figure(1.4 * columns, 1.6 * rows)
+    figure = empty_figure(1.4 * columns, 1.6 * rows)
     places = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in places:
         axes.axis("off")
@@ -182,7 +148,7 @@ def draw_budget(rows: Sequence[dict]):
     limited = [row for row in rows if row["left"] is not None]
     if not limited:
         raise ValueError("No row of the budget has a context window: give one, token_budget(..., window=8192).")
-    figure = _figure(7, 3.5)
+    figure = empty_figure(7, 3.5)
     axes = figure.subplots()
     for name in dict.fromkeys(row["model"] for row in limited):
         of_model = [row for row in limited if row["model"] == name]

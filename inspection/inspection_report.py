@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from PIL import Image
 
+from ..drawing import cell, page_html, picture_html, table_html
 from ..inference import question_inputs
 from ..modeling import BridgedModel
 from .inspection_attention import AnswerAttention, answer_attention
@@ -30,7 +29,6 @@ from .inspection_queries import (
 )
 
 
-LONGEST_SIDE = 480  # pixels of the pictures in a report
 TURNS = 10
 MOST_MAPS = 64  # maps of queries in a report
 
@@ -242,12 +240,6 @@ def _query_maps(attention: AnswerAttention) -> torch.Tensor | None:
 # ---------------------------------------------------------------------- text
 
 
-def _cell(value) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-
-
 def table_lines(rows: Sequence[dict], columns: Sequence[str]) -> Iterator[str]:
     """Rows as aligned text.
 
@@ -256,7 +248,7 @@ def table_lines(rows: Sequence[dict], columns: Sequence[str]) -> Iterator[str]:
         columns: Their keys to show.
     """
     cells = [[column.replace("_", " ") for column in columns]]
-    cells += [[_cell(row.get(column)) for column in columns] for row in rows]
+    cells += [[cell(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(line[number]) for line in cells) for number in range(len(columns))]
     for line in cells:
         first, *rest = (cell.ljust(width) if not n else cell.rjust(width)
@@ -286,7 +278,7 @@ def finding_lines(found: Findings) -> Iterator[str]:
             yield "the answer depends most on what is at x={:.0f}, y={:.0f}".format(*picture["occlusion"]["peak"])
     if found.tokens:
         yield ""
-        yield from (f"visual tokens: {name.replace('_', ' ')} {_cell(value)}" for name, value in found.tokens.items())
+        yield from (f"visual tokens: {name.replace('_', ' ')} {cell(value)}" for name, value in found.tokens.items())
     if found.specialisation is not None:
         yield _specialised(found.specialisation)
     if found.gates:
@@ -311,59 +303,20 @@ def _specialised(score: Specialisation) -> str:
 
 # ---------------------------------------------------------------------- HTML
 
-STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;max-width:60rem;padding:0 1rem 3rem;color:#222;background:#fff}
-h1{font-size:1.4rem;overflow-wrap:anywhere}h2{font-size:1.2rem;border-top:1px solid #ccc;padding-top:1rem}
-.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}
-th,td{padding:.2rem .6rem;text-align:right;border-bottom:1px solid #eee}th:first-child,td:first-child{text-align:left}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(8.5rem,1fr));gap:.6rem}
-.small{grid-template-columns:repeat(auto-fill,minmax(4.5rem,1fr))}
-figure{margin:0}figcaption{font-size:.85rem;overflow-wrap:anywhere}img{width:100%;display:block}
-.wide img{max-width:22rem}.bar{display:inline-block;height:.7rem;background:#bc3754;vertical-align:middle}
-.note{color:#555;font-size:.9rem}
-"""
-
-
-def _image(picture: Image.Image, caption: str, kind: str = "") -> str:
-    """A picture within the page."""
-    scale = min(1.0, LONGEST_SIDE / max(picture.size))
-    size = tuple(max(1, round(side * scale)) for side in picture.size)
-    buffer = io.BytesIO()
-    picture.convert("RGB").resize(size).save(buffer, "PNG", optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    caption = html.escape(caption)
-    return (
-        f'<figure class="{kind}"><img alt="{caption}" width="{size[0]}" height="{size[1]}" style="height:auto" '
-        f'src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
-    )
-
-
-def _table(rows: Sequence[dict], columns: Sequence[str], bar: str | None = None) -> str:
-    """A table; `bar` is a column of numbers from -1 to 1 that are drawn too."""
-    head = "".join(f"<th>{html.escape(column.replace('_', ' '))}</th>" for column in columns) + "<th></th>" * bool(bar)
-    body = ""
-    for row in rows:
-        cells = "".join(f"<td>{html.escape(_cell(row.get(column)))}</td>" for column in columns)
-        if bar:
-            width = min(abs(row[bar] or 0.0), 1.0) * 6
-            cells += f'<td style="text-align:left"><span class="bar" style="width:{width:.2f}rem"></span></td>'
-        body += f"<tr>{cells}</tr>"
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
-
 
 def _picture_html(found: PictureFindings, facts: dict, question: str) -> Iterator[str]:
     yield f"<h2>{html.escape(found.name)}</h2>"
     yield f"<p><b>{html.escape(question)}</b> {html.escape(found.answer)}</p>"
-    figures = [_image(found.picture, "the picture")]
+    figures = [picture_html(found.picture, "the picture")]
     if found.occlusion is not None:
         drop = found.occlusion.drop.flatten()
-        figures.append(_image(overlay(found.picture, drop, [found.occlusion.grid]), "what the answer depends on"))
+        figures.append(picture_html(overlay(found.picture, drop, [found.occlusion.grid]), "what the answer depends on"))
     yield f'<div class="grid">{"".join(figures)}</div>'
     yield "<h3>Did it look?</h3><p class='note'>Log-likelihood of each word in nats, with the picture, with a grey one"
     yield "and with another one; what the picture gains; how much attention lies on its visual tokens.</p>"
-    yield _table(facts["words"], WORDS)
+    yield table_html(facts["words"], WORDS)
     yield "<h3>Where it looks for each word</h3>"
-    maps = [_image(overlay(found.picture, weights, found.grids), word.word or "(space)")
+    maps = [picture_html(overlay(found.picture, weights, found.grids), word.word or "(space)")
             for word, weights in zip(found.words, found.word_maps) if float(weights.sum()) > 0]  # fmt: skip
     yield f'<div class="grid">{"".join(maps)}</div>'
     if found.query_maps is not None:
@@ -371,10 +324,10 @@ def _picture_html(found: PictureFindings, facts: dict, question: str) -> Iterato
         maps = [overlay(found.picture, weights, found.grids) for weights in found.query_maps[:MOST_MAPS]]
         for each in maps:
             each.thumbnail((120, 120))
-        yield f'<div class="grid small">{"".join(_image(each, str(n)) for n, each in enumerate(maps))}</div>'
+        yield f'<div class="grid small">{"".join(picture_html(each, str(n)) for n, each in enumerate(maps))}</div>'
         yield "<details><summary>as a table</summary>"
         rows = query_table(found.query_maps[None], found.grids[0].tokens)
-        yield _table(rows, ("query", "entropy", "x", "y"))
+        yield table_html(rows, ("query", "entropy", "x", "y"))
         yield "</details>"
 
 
@@ -390,30 +343,22 @@ def report_html(found: Findings) -> str:
         parts += _picture_html(picture, its_facts, found.question)
     if found.tokens:
         parts.append("<h2>Visual tokens</h2>")
-        parts.append(_table([{"figure": name.replace("_", " "), "value": value}
+        parts.append(table_html([{"figure": name.replace("_", " "), "value": value}
                              for name, value in found.tokens.items()], ("figure", "value")))  # fmt: skip
     if found.similarity is not None:
         caption = "cosine similarity of the queries: dark is 0 or less, bright is 1"
-        parts.append(_image(matrix(found.similarity), caption, "wide"))
+        parts.append(picture_html(matrix(found.similarity), caption, "wide"))
     if found.specialisation is not None:
         parts.append(f"<p>{html.escape(_specialised(found.specialisation).capitalize())}.</p>")
     if found.gates:
         parts.append("<h2>Gates</h2><p class='note'>tanh: 0 is closed; the bar shows attention.</p>")
-        parts.append(_table(found.gates, GATES, bar="attention"))
+        parts.append(table_html(found.gates, GATES, bar="attention"))
     parts.append("<h2>Context window</h2><p class='note'>One image at the beginning, 100 tokens of text per turn.</p>")
-    parts.append(_table(found.budget, BUDGET))
+    parts.append(table_html(found.budget, BUDGET))
     if found.measured:
         parts.append("<h3>Measured, until the first token</h3>")
-        parts.append(_table(found.measured, MEASURED))
-    return _page(found.model, parts)
-
-
-def _page(title: str, parts: Iterable[str]) -> str:
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-    return (
-        f'<!doctype html><html lang="en"><head>{head}<title>{html.escape(title)}</title><style>{STYLE}</style></head>'
-        f"<body>{chr(10).join(parts)}</body></html>\n"
-    )
+        parts.append(table_html(found.measured, MEASURED))
+    return page_html(found.model, parts)
 
 
 __all__ = [

@@ -19,6 +19,7 @@ several, of which all but one are `None` in each record, so ask with `kind_of(re
 
     load(source, path, split=None, streaming=False, **options) -> Dataset | IterableDataset  # source: a key of SOURCES
     mix(datasets, weights=None, seed=0, stopping="all_exhausted") -> Dataset | IterableDataset
+    hold_out(dataset, every, held_out) -> Dataset | IterableDataset  # a part of the pictures, or all others
     skip_broken(dataset, max_broken=0.01, num_proc=None, log=None) -> (dataset, BrokenReport)
         # report.num_records, .num_broken, .entries(), .check(), str(report)
     open_image(value) -> PIL.Image.Image
@@ -39,6 +40,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
+from pathlib import Path
 
 import torch
 from datasets import Dataset, Features, IterableDataset, Value, interleave_datasets
@@ -110,6 +112,33 @@ def mix(
     total = None if weights is None else sum(weights)
     probabilities = None if weights is None else [weight / total for weight in weights]
     return interleave_datasets(datasets, probabilities=probabilities, seed=seed, stopping_strategy=stopping)
+
+
+# ---------------------------------------------------------------------- pictures to evaluate on
+
+
+def hold_out(dataset: Dataset | IterableDataset, every: int, held_out: bool) -> Dataset | IterableDataset:
+    """A part of the pictures, chosen by their names alone, or all others.
+
+    All records of a picture are on the same side, and a picture stays where it is when others are added.
+
+    Args:
+        dataset: Records.
+        every: One picture in so many is held out.
+        held_out: Give these pictures; by `False`, the others.
+    """
+    if isinstance(dataset, IterableDataset):
+        return dataset.filter(partial(_is_on_side, every=every, held_out=held_out))
+    names = dataset.select_columns(["id", "images"])
+    return dataset.select([number for number, row in enumerate(names) if _is_on_side(row, every, held_out)])
+
+
+def _is_on_side(record: dict, every: int, held_out: bool) -> bool:
+    first = (record["images"] or [{}])[0]
+    name = first.get("path") or first.get("bytes") or str(record["id"])
+    if isinstance(name, str):
+        name = "/".join(Path(name).parts[-2:]).encode("utf-8", "surrogateescape")
+    return (int.from_bytes(hashlib.sha256(name).digest()[:8], "big") % every == 0) == held_out
 
 
 # ---------------------------------------------------------------------- broken records
@@ -318,6 +347,7 @@ __all__ = [
     "STOPPING",
     "BrokenDataError",
     "BrokenReport",
+    "hold_out",
     "items_of",
     "kind_of",
     "load",

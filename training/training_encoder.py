@@ -71,6 +71,8 @@ class Encoder:
         conversation: Format of conversations in training, if it is not the processor's: MLP-LLaVA only, one of
             `vlbridge.processing.processing_llava.CONVERSATIONS` (stage 1's is `"plain"`).
         max_images: Number of images of a document that are kept; the text of later ones stays.
+        ask_for_captions: Captions answer the processor's `caption_prompt`, in a conversation, as `vlbridge caption`
+            asks for them; by default they stand behind the image alone, as in the papers' first stages.
         seed: Seed of what is random, which depends on this and the record's id alone.
 
     Raises:
@@ -92,6 +94,7 @@ class Encoder:
         prefix_lm: bool = False,
         conversation: str | None = None,
         max_images: int | None = None,
+        ask_for_captions: bool = False,
         seed: int = 0,
     ):
         self.processor, self.tokenizer = processor, processor.tokenizer
@@ -106,6 +109,9 @@ class Encoder:
         end = self.default_end if end is None else end
         self.end = (self.tokenizer.eos_token or "") if end is None else end
         self.prompt, self.max_length, self.max_images, self.seed = prompt, max_length, max_images, seed
+        self.ask_for_captions = ask_for_captions
+        if ask_for_captions and (prompt or prefix_lm):
+            raise ValueError("ask_for_captions asks with the processor's own prompt: leave prompt and prefix_lm out.")
         if prefix_lm and not self.is_encoder_decoder:
             raise ValueError(
                 "prefix_lm splits captions between encoder and decoder, but the language model is decoder-only. "
@@ -154,6 +160,7 @@ class Encoder:
             SampleError: Nothing can be learned from it.
             vlbridge.images.ImageError: An image can't be read.
         """
+        record = self.as_asked(record)
         kind = checked_kind(record)
         if kind == "document":
             if self.is_encoder_decoder:
@@ -166,6 +173,15 @@ class Encoder:
         return sample
 
     __call__ = encode
+
+    def as_asked(self, record: dict) -> dict:
+        """A caption as the answer to the processor's `caption_prompt`, with `ask_for_captions`; other records stay."""
+        if not self.ask_for_captions or record.get("caption") is None:
+            return record
+        question = [{"type": "image", "text": None}, {"type": "text", "text": self.processor.caption_prompt}]
+        answer = [{"type": "text", "text": record["caption"].strip()}]
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return {**record, "caption": None, "messages": messages}
 
     def encode_caption(self, record: dict, images: list) -> dict[str, torch.Tensor]:
         """Model inputs of a record with a caption.
@@ -324,6 +340,7 @@ class Encoder:
         Returns:
             Model inputs of a batch of one, and the text.
         """
+        record = self.as_asked(record)
         kind = checked_kind(record)
         record = self.with_few_images(record) if kind == "document" else record
         images = self.images_of(record)

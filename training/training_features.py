@@ -136,8 +136,8 @@ class FeatureCache:
     """Patch features of images: read from disk if they are there, else made by the vision encoder.
 
     Args:
-        model: A bridged model, or stage 1 of Q-Former BLIP-2; it may be wrapped by PEFT.
-        processor: Its processor.
+        model: A bridged model, stage 1 of Q-Former BLIP-2 or a classifier; it may be wrapped by PEFT.
+        processor: Its processor; a classifier's image processor.
         folder: Folder of all caches; by default `features` in vlbridge's own cache.
         dtype: `"float32"` is exact; `"float16"` and `"bfloat16"` take half the space.
         max_bytes: Largest size of this encoder's features on disk, in bytes.

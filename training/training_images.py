@@ -70,14 +70,17 @@ def prepare_image(processor, image: Image.Image, key: str | None = None) -> Prep
     """Process one picture.
 
     Args:
-        processor: The model's processor.
+        processor: The model's processor, or a classifier's image processor.
         image: The picture.
         key: Its name in the feature cache.
 
     Returns:
         The image with its `pixel_values`.
     """
-    inputs, _ = process_images(processor, [image], return_tensors="pt")
+    if getattr(processor, "tokenizer", None) is None:  # a classifier's image processor
+        inputs = processor(images=[image], return_tensors="pt")
+    else:
+        inputs, _ = process_images(processor, [image], return_tensors="pt")
     pixel_values = torch.as_tensor(inputs["pixel_values"])
     shape = tuple(pixel_values.shape[1:])
     return PreparedImage(shape, (image.height, image.width), len(pixel_values), key, pixel_values=pixel_values)

@@ -68,6 +68,8 @@ class DataRecipe:
         loss_weight: What the mean loss of its tokens counts. Where data sets differ in it, each has its own mean.
         streaming: Read records as they are needed, without an index; needs `max_steps`.
         limit: Use this many records.
+        hold_out: One picture in so many, chosen by its name, is not trained on. A data set of `evaluation` with the
+            same number has these pictures alone.
         options: For the source.
     """
 
@@ -79,7 +81,13 @@ class DataRecipe:
     loss_weight: float = 1.0
     streaming: bool = False
     limit: int | None = None
+    hold_out: int | None = None
     options: dict = field(default_factory=dict)
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is trained on."""
+        return not isinstance(self, EvaluationRecipe)
 
     def called(self) -> tuple[str, str]:
         """What summaries and cards call the data set and its split; layouts of one's own data are named by the path."""
@@ -94,7 +102,7 @@ class DataRecipe:
                 split, place = place.name, place.parent
             is_id = self.source == "hub" and not Path(self.path).exists()
             name = name or (self.path if is_id else place.absolute().name)
-        return name or self.source, split or "train"
+        return name or self.source, split or ("train" if self.trains or self.hold_out is None else "held-out")
 
 
 @dataclass
@@ -120,6 +128,7 @@ class TextRecipe:
     prefix_lm: bool = False
     conversation: str | None = None
     max_images: int | None = None
+    ask_for_captions: bool = False
 
 
 @dataclass
@@ -276,7 +285,7 @@ class Recipe:
             raise RecipeError("from brings its own vision encoder: leave vision out.")
         if self.stage == "stage1" and any(given is not None for given in (self.language, self.lora, self.packing)):
             raise RecipeError("stage1 has no language model: leave language, lora and packing out.")
-        unused = ("language", "tokenizer", "lora", "packing", "cache_features")
+        unused = ("language", "tokenizer", "lora", "packing")
         if self.stage == "classification" and (given := [n for n in unused if getattr(self, n) is not None]):
             raise RecipeError(f"classification has no use for {_listed(given)}: leave it out.")
         if self.cache_features is not None and "vision_model" not in self.freeze:
@@ -295,6 +304,10 @@ class Recipe:
                     f"data.{number}: weight is {data.weight} and loss_weight {data.loss_weight}; expected weights "
                     "above 0 and loss weights of at least 0."
                 )
+        for key, sets in (("data", self.data), ("evaluation", self.evaluation)):
+            for number, data in enumerate(sets):
+                if data.hold_out is not None and data.hold_out < 2:
+                    raise RecipeError(f"{key}.{number}.hold_out is {data.hold_out}; expected at least 2 pictures.")
         if not self.data:
             raise RecipeError("data is empty: name at least one data set to train on.")
         streamed = {data.streaming for data in self.data}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from contextlib import ExitStack, suppress
@@ -63,6 +64,7 @@ class ResumableTrainer(TrainerHooks, Trainer):
         self.resumed_from: Path | None = None  # the checkpoint that the run was resumed from
         self._note: dict = {}  # what the checkpoint that the run is resumed from holds besides transformers' own files
         self._loss_sum, self._last_logged = torch.zeros(()), 0  # of the steps since the last log, and its step
+        self._loss_total = torch.zeros(())  # of all steps, earlier parts of a resumed run included
         super().__init__(*args, **kwargs)
         self.add_callback(_OnTrainBegin(self.on_train_begin))
 
@@ -112,7 +114,8 @@ class ResumableTrainer(TrainerHooks, Trainer):
         with failing_together():
             if self.args.should_save:
                 delete_leftovers(self.args.output_dir)
-        return super().train(checkpoint, *args, **kwargs)
+        done = super().train(checkpoint, *args, **kwargs)
+        return done._replace(training_loss=done.metrics.get("train_loss", done.training_loss))
 
     def _optimizer_file(self) -> str:
         """Pattern of the name that this launch gives the optimizer's state in a checkpoint."""
@@ -127,11 +130,15 @@ class ResumableTrainer(TrainerHooks, Trainer):
         """Restore what transformers does not, when everything else is restored and prepared."""
         self._loss_sum = torch.tensor(self._note.get("loss", 0.0), device=self.args.device)
         self._last_logged = self._note.get("last_logged", self.state.global_step)
+        self._loss_total = torch.tensor(self._note.get("loss_total", math.nan if self._note else 0.0)).to(
+            self._loss_sum
+        )
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         """See `Trainer.training_step`; the loss is added up for the log."""
         loss = super().training_step(*args, **kwargs)
         self._loss_sum += loss
+        self._loss_total += loss
         return loss
 
     def get_batch_samples(self, *args, **kwargs):
@@ -151,12 +158,16 @@ class ResumableTrainer(TrainerHooks, Trainer):
         return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with a training loss that is the mean since the last log also if a checkpoint lies between."""
+        """Log, with means of the loss since the last log and of the whole run, also if it was resumed in between."""
         if "loss" in logs:
             total = self.accelerator.gather(self._loss_sum).mean().item()
             logs["loss"] = total / (self.state.global_step - self._last_logged)
             self._loss_sum.zero_()
             self._last_logged = self.state.global_step
+        if "train_loss" in logs:
+            total = self.accelerator.gather(self._loss_total).mean().item()
+            if math.isfinite(total):  # checkpoints of earlier releases don't tell
+                logs["train_loss"] = total / max(self.state.global_step, 1)
         super().log(logs, start_time)
 
     def load_trained(self, default, checkpoint: str) -> None:
@@ -261,7 +272,8 @@ class ResumableTrainer(TrainerHooks, Trainer):
                 default()
             with failing_together():
                 if self.args.should_save:
-                    note = {"loss": self._loss_sum.item(), "last_logged": self._last_logged, "seconds": self.seconds}
+                    note = {"loss": self._loss_sum.item(), "loss_total": self._loss_total.item()}
+                    note |= {"last_logged": self._last_logged, "seconds": self.seconds}
                     complete_checkpoint(checkpoint, note)
         except Exception as error:
             if not is_storage_error(error):

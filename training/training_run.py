@@ -18,7 +18,7 @@ from ..compat import take
 from ..files import write_text
 from ..hub import check_pins
 from .training_checkpoints import last_checkpoint
-from .training_data import load, mix, skip_broken
+from .training_data import hold_out, load, mix, skip_broken
 from .training_datasets import Samples, SampleStream
 from .training_encoding import encoder_for
 from .training_features import FeatureCache, FlushFeatures, PreparedEncoder
@@ -27,6 +27,7 @@ from .training_packing import PackedEncoder
 from .training_recipes import PARTS, DataRecipe, EvaluationRecipe, Recipe, RecipeError, read_recipe
 from .training_samples import SampleTable, generate, rows_of
 from .training_trainer import BridgeTrainer
+from .training_watch import RunReport
 
 
 logger = logging.get_logger(__name__)
@@ -50,6 +51,8 @@ def load_data(data: DataRecipe, max_broken: float = 0.01, source: str | None = N
         OSError: It can't be read.
     """
     records = load(data.source, data.path, split=data.split, streaming=data.streaming, **data.options)
+    if data.hold_out is not None:
+        records = hold_out(records, data.hold_out, held_out=not data.trains)
     if data.limit is not None:
         records = take(records, data.limit)
     if not data.streaming:
@@ -165,6 +168,7 @@ def build_trainer(recipe: Recipe, output: str | os.PathLike) -> BridgeTrainer:
         callback.trainer_callbacks = trainer.callback_handler.callbacks
     if cache is not None:
         trainer.add_callback(FlushFeatures(cache))
+    trainer.add_callback(RunReport(trainer, recipe.description or Path(output).name))
     return trainer
 
 
@@ -272,6 +276,9 @@ def finish(trainer: BridgeTrainer, recipe: Recipe) -> dict:
         options = trainer.encoder.generation_options(trainer.bare_model, 1)
         trainer.bare_model.generation_config.eos_token_id = options["eos_token_id"]
     files["training_summary.json"] = json.dumps(summary, indent=1) + "\n"
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, RunReport):
+            callback.write(summary)
     trainer.save_result(files, recipe.push_to, recipe.private)
     return summary
 

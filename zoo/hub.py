@@ -10,11 +10,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoConfig
 
 from . import extensions
+from .demo import EMBEDDED
 from .families import class_named
-from .files import read_json, replacing, retried, write_json
+from .files import read_json, replacing, retried, sha256_of, write_json
 from .modeling.modeling_pins import WEIGHTS, accepted_hashes, commit_of, weights_sha256
 from .remote_code import add_code, auto_map_of
 
@@ -135,6 +137,55 @@ def push_folder(
     return retried(commit)
 
 
+class PublishedError(ValueError):
+    """Something was uploaded, but nobody could load it."""
+
+
+def check_published(folder: Path, commit: CommitInfo, token: str | bool | None = None) -> None:
+    """Load what was uploaded as someone else would: from the Hub, with an empty cache.
+
+    The configuration is read, a bridge's weights are downloaded and compared (of a whole model, which may have many
+    gigabytes, the Hub's hashes), and the places of the frozen parts are asked for.
+
+    Args:
+        folder: What was uploaded.
+        commit: The commit.
+        token: Hub token.
+
+    Raises:
+        PublishedError: It can't be loaded from there: what is wrong, and what to do.
+    """
+    api, repo_id, pins = HfApi(library_name="vlbridge", token=token), commit.repo_url.repo_id, _pins_of(folder)
+    weights = [path.name for path in sorted(folder.iterdir()) if path.suffix == ".safetensors"]
+    where = f"{repo_id} was uploaded ({commit.commit_url}), but"
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            for name in ["config.json", *(weights if pins else ())]:
+                found = retried(api.hf_hub_download, repo_id, name, revision=commit.oid, cache_dir=cache)
+                if sha256_of(found) != sha256_of(folder / name):
+                    raise PublishedError(f"{where} {name} there is not what was sent. Push it again.")
+                if name == "config.json":
+                    AutoConfig.from_pretrained(Path(found).parent)
+            if weights and not pins:
+                for info in retried(api.get_paths_info, repo_id, weights, revision=commit.oid):
+                    if info.lfs is not None and info.lfs.sha256 != sha256_of(folder / info.path):
+                        raise PublishedError(f"{where} {info.path} there is not what was sent. Push it again.")
+        except (HfHubHTTPError, OSError) as error:
+            raise PublishedError(f"{where} it can't be fetched from there: {error}. Try to load it later.") from error
+    for part, pin in pins.items():
+        source, revision = str(pin.get("source")), pin.get("revision")
+        if source in EMBEDDED:  # also from PyPI
+            continue
+        try:
+            retried(api.model_info, source, revision=revision)
+        except (HfHubHTTPError, OSError, HFValidationError) as error:
+            at = f" at commit {revision}" if revision else ""
+            raise PublishedError(
+                f"{where} its {part}, {source}{at}, can't be found on the Hub: nobody can load the bridge. Publish "
+                f"that first, or name a repository with the same weights (vlbridge push --part {part}=OWNER/NAME)."
+            ) from error
+
+
 def push_saved(
     folder: str | os.PathLike, repo_id: str, *, with_code: bool = False, parts: dict[str, str] | None = None, **options
 ) -> CommitInfo:
@@ -152,6 +203,7 @@ def push_saved(
 
     Raises:
         ValueError: The folder does not hold a model of this package, or a bridge that nobody else could load.
+        PublishedError: What was uploaded can't be loaded, see `check_published`.
         huggingface_hub.errors.HfHubHTTPError: The Hub refuses the upload, or fails at every attempt.
     """
     from .cards import card_of_folder
@@ -181,7 +233,9 @@ def push_saved(
         if not (view / "README.md").exists():
             card_of_folder(view, repo_id).save(view / "README.md")
             keep = ["README.md"]  # an existing card of the repository takes precedence over a generated one
-        return push_folder(view, repo_id, keep=keep, **{"commit_message": "Upload model", **options})
+        done = push_folder(view, repo_id, keep=keep, **{"commit_message": "Upload model", **options})
+        check_published(view, done, options.get("token"))
+        return done
 
 
 class HubPublisher:
@@ -219,4 +273,4 @@ class HubPublisher:
 
 extensions.register_publisher(HubPublisher())
 
-__all__ = ["check_pins", "push_folder", "push_saved"]
+__all__ = ["PublishedError", "check_pins", "check_published", "push_folder", "push_saved"]

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from .assets import default_model
 from .configuration import BridgedConfig
+from .configuration.configuration_classification import ClassificationConfigMixin
 from .modeling import BridgedModel
 
 
@@ -78,7 +79,11 @@ def bridged_config(source: str, generates: bool = False) -> BridgedConfig:
     if not isinstance(config, BridgedConfig):
         raise ValueError(f"it is a {config.model_type!r} model, not a bridged one")
     if generates and config.text_config is None:
-        raise ValueError(f"it is a {config.model_type!r} model, which has no language model to answer with")
+        task = "classification" if isinstance(config, ClassificationConfigMixin) else "retrieval_coco"
+        raise ValueError(
+            f"it is a {config.model_type!r} model, which has no language model to answer with; what it can do: "
+            f"vlbridge evaluate --task {task}, and info, push and train (from:)"
+        )
     return config
 
 

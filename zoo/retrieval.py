@@ -45,11 +45,12 @@ def encoder_facts(model: BridgedModel, processor) -> dict:
         processor: Its processor.
     """
     config, ignored = model.config, {"_name_or_path", "transformers_version", "processor_class", "_processor_class"}
+    image_processor = getattr(processor, "image_processor", processor)  # classifiers have that alone
     digest = hashlib.sha256()
     for name, tensor in sorted(model.vision_model.state_dict().items()):
         digest.update(tensor_digest(name, tensor))
     vision = {name: value for name, value in config.vision_config.to_dict().items() if name not in ignored}
-    pixels = {name: value for name, value in processor.image_processor.to_dict().items() if name not in ignored}
+    pixels = {name: value for name, value in image_processor.to_dict().items() if name not in ignored}
     chosen = ("vision_feature_layer", "vision_feature_select_strategy", "pooling", "pooling_factor")
     cut = ("image_aspect_ratio", "image_grid_pinpoints", "image_size")
     return {

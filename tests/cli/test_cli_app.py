@@ -25,12 +25,13 @@ def test_version():
     lines = result.stdout.splitlines()
     assert (lines[0], result.exit_code) == (f"vlbridge {vlbridge.__version__}", 0)
     assert f"transformers {transformers.__version__}" in lines
+    assert lines[-1] == f"python {sys.version.split()[0]}"
 
 
 def test_help_names_every_command():
     result = run("--help")
     assert result.exit_code == 0
-    named = re.findall(r"^  ([a-z]+)  ", result.stdout.partition("Commands:")[2], re.MULTILINE)
+    named = re.findall(r"^  ([a-z-]+)  ", result.stdout.partition("Commands:")[2], re.MULTILINE)
     assert named == COMMANDS
 
 
@@ -60,6 +61,7 @@ COMMANDS = [
     "bakeoff",
     "export",
     "transplant",
+    "new-recipe",
     "list",
     "push",
     "data",

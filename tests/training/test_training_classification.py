@@ -142,3 +142,23 @@ def test_what_recipes_and_encoders_refuse(toys):
     model, processor = classifier()
     with pytest.raises(ValueError, match="no option prompt"):
         encoder_for(model, processor, prompt="a")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_features_give_the_same_losses(family, toys, tmp_path):
+    def losses(name: str, *settings: str) -> torch.Tensor:
+        options = json.dumps({"num_labels": 2, **OPTIONS[family]})
+        settings = ["from=null", f"vision={toys['vision']}", f"bridge={family}", f"bridge_options={options}",
+                    f"data.0.path={toys['data']}", "arguments.per_device_train_batch_size=3",
+                    f"evaluation.0.path={toys['data']}", "arguments.logging_steps=1", *FAST, *settings]  # fmt: skip
+        summary = train(read_recipe("classification", settings), tmp_path / name)
+        state = json.loads((tmp_path / name / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+        found = [row["loss"] for row in state if "loss" in row]
+        return torch.tensor(found + [row["value"] for row in summary["evaluation"]])
+
+    plain = losses("plain")
+    assert len(plain) == 4
+    cached = losses("cached", f"cache_features.folder={tmp_path / 'features'}")
+    torch.testing.assert_close(cached, plain, atol=1e-5, rtol=1e-5)
+    shards = list((tmp_path / "features").rglob("*"))
+    assert any(path.is_file() and path.stat().st_size > 1000 for path in shards)

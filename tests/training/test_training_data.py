@@ -24,6 +24,7 @@ from vlbridge.training.training_data import (
     SOURCES,
     BrokenDataError,
     BrokenReport,
+    hold_out,
     kind_of,
     load,
     mix,
@@ -952,3 +953,25 @@ def test_features_hold_what_records_have():
         "document": [IMAGE, text("a")], "why_broken": None,
     }  # fmt: skip
     assert Dataset.from_list([record], features=FEATURES)[0] == record
+
+
+def test_pictures_are_held_out_with_all_their_records(tmp_path):
+    """The two sides share no picture and lose no record; a picture stays on its side when others come."""
+    (tmp_path / "pictures").mkdir()
+    for count in (60, 80):
+        rows = []
+        for number in range(count):
+            Image.new("RGB", (6, 4)).save(tmp_path / "pictures" / f"{number}.png")
+            rows += [{"file_name": f"{number}.png", "caption": f"{word} {number}"} for word in ("one", "two")]
+        (tmp_path / "pictures" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        records = load("imagefolder", tmp_path / "pictures")
+        sides = [{row["caption"] for row in hold_out(records, 5, held_out)} for held_out in (False, True)]
+        assert sides[0] | sides[1] == {row["caption"] for row in rows}
+        pictures = [{caption.split()[1] for caption in side} for side in sides]
+        assert not pictures[0] & pictures[1] and count / 10 < len(pictures[1]) < count / 2.5
+        assert len(sides[1]) == 2 * len(pictures[1])
+        stream = load("imagefolder", tmp_path / "pictures", streaming=True)
+        assert {row["caption"] for row in hold_out(stream, 5, True)} == sides[1]
+        if count == 60:
+            before = pictures[1]
+    assert before == {name for name in pictures[1] if int(name) < 60}

@@ -9,6 +9,7 @@ import torch
 from tiny import COMBINATIONS, tiny_image, tiny_model, tiny_stage1
 from toy_records import TEXT, caption, document, talk
 
+from vlbridge.inference import question_inputs
 from vlbridge.processing.processing_bridged import mark_answers
 from vlbridge.training.training_encoding import IGNORED, SampleError, encoder_for
 
@@ -42,6 +43,24 @@ def test_llava_stage_1_learns_the_caption_behind_the_image():
     assert sample["input_ids"].tolist() == [processor.image_token_id] * 25 + said
     assert sample["labels"].tolist() == [IGNORED] * 25 + said
     assert sample["pixel_values"].shape == (1, 3, 30, 30)
+
+
+@pytest.mark.parametrize(("family", "language"), COMBINATIONS)
+def test_captions_are_learned_as_they_are_asked_for(family, language):
+    """What `vlbridge caption` gives the model is what stands before the caption in training."""
+    model, processor = tiny_model(family, language)
+    encoder = encoder_for(model, processor, ask_for_captions=True)
+    record = caption("two dogs", 3)
+    asked = question_inputs(processor, encoder.images_of(record), processor.caption_prompt)
+    sample = encoder.encode(record)
+    length = asked["input_ids"].shape[1]
+    assert sample["input_ids"][:length].tolist() == asked["input_ids"][0].tolist()
+    assert learned(encoder, sample).replace("<|endofchunk|>", "").removesuffix("</s>").strip() == "two dogs"
+    prompt, wanted = encoder.prompt_of(record)
+    assert wanted == "two dogs" and prompt["input_ids"].tolist() == asked["input_ids"].tolist()
+    torch.testing.assert_close(prompt["pixel_values"], asked["pixel_values"])
+    with pytest.raises(ValueError, match="leave prompt and prefix_lm out"):
+        encoder_for(model, processor, ask_for_captions=True, prompt="a photo of")
 
 
 def test_the_plain_conversation_leaves_out_what_the_user_says():

@@ -218,6 +218,39 @@ def test_the_command(repositories, tmp_path, monkeypatch):
     assert done.exit_code == 1 and done.stderr.endswith("Log in first: hf auth login\n")
 
 
+@families
+def test_what_was_pushed_is_loaded_again(bridge, repositories, tmp_path, monkeypatch):
+    """After the upload, from an empty cache: what can't be loaded then is an error that says what to do."""
+    hub = repositories
+    model, processor = composed(bridge)
+    model.save_pretrained(tmp_path / "bridge", bridge_only=True, processor=processor)
+    command = ["push", str(tmp_path / "bridge"), "me/bridge"]
+    hub.requests.clear()
+    assert CliRunner().invoke(app, command).exit_code == 0
+    asked = [path for method, path in hub.requests[[m for m, _ in hub.requests].index("POST") :]]
+    last = [number for number, path in enumerate(asked) if "/commit/" in path][-1]
+    for place in ("/resolve/", "/models/lab/clip", f"/models/lab/{LANGUAGE_OF[bridge]}"):
+        assert any(place in path for path in asked[last:]), place
+    assert any("safetensors" in path or "/cdn/" in path for path in asked[last:])
+
+    # a part that is not there any more
+    part = hub.repositories.pop("lab/clip")
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1 and "me/bridge was uploaded" in done.stderr, done.output
+    assert "its vision_model, lab/clip at commit" in done.stderr and "--part vision_model=OWNER/NAME" in done.stderr
+    hub.repositories["lab/clip"] = part
+
+    # weights that were changed on the way, and a Hub that does not give them
+    before = vlbridge.hub.sha256_of
+    monkeypatch.setattr(vlbridge.hub, "sha256_of", lambda path: str(path) if str(path).endswith("tensors") else "1")
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1 and "there is not what was sent. Push it again." in done.stderr, done.output
+    monkeypatch.setattr(vlbridge.hub, "sha256_of", before)
+    hub.fail(r"/resolve/.*/config.json", times=99, status=503)
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1 and "it can't be fetched from there" in done.stderr, done.output
+
+
 # ---------------------------------------------------------------------- failures
 
 
