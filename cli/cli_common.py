@@ -25,6 +25,12 @@ DtypeOption = Annotated[
     ),
 ]
 BatchSizeOption = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Number of images per batch.")]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shard", metavar="I/N", help="Do the I-th of N parts of the job.", show_default="all, or as torchrun says"
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
 
 
@@ -143,6 +149,23 @@ def device_and_dtype(device: str | None, dtype: str | None):
         raise CommandError(f"--{one_line(error)}") from error
 
 
+def share_of(shard: str | None) -> tuple[int, int]:
+    """Which process this is, of how many that share a job.
+
+    Args:
+        shard: `--shard`; `None` takes what `torchrun` and `accelerate launch` say.
+
+    Raises:
+        CommandError: It is not of the form `I/N`.
+    """
+    from vlbridge.bulk import parse_share, share_of_environment
+
+    try:
+        return share_of_environment() if shard is None else parse_share(shard)
+    except ValueError as error:
+        raise CommandError(f"--{error}", exit_code=2) from error
+
+
 @contextmanager
 def loading(model: str) -> Iterator[None]:
     """Check that a model exists, and name it in whatever goes wrong while it is being loaded.
@@ -195,6 +218,7 @@ __all__ = [
     "DtypeOption",
     "JsonOption",
     "ModelOption",
+    "ShardOption",
     "device_and_dtype",
     "exit_codes",
     "explaining_out_of_memory",
@@ -203,4 +227,5 @@ __all__ = [
     "one_line",
     "print_line",
     "quiet_libraries",
+    "share_of",
 ]
