@@ -26,7 +26,7 @@ from vlbridge.bulk import Question, plan, run  # noqa: E402
 from vlbridge.inference import load  # noqa: E402
 
 
-PICTURES = 24
+PICTURES = 40
 
 
 def main(root: Path, kills: int, seed: int) -> None:
@@ -39,7 +39,7 @@ def main(root: Path, kills: int, seed: int) -> None:
         model, processor = tiny_model(family)
         model.save_pretrained(root / family)
         processor.save_pretrained(root / family)
-        question = Question.of(root / family, max_new_tokens=8, device="cpu")
+        question = Question.of(root / family, max_new_tokens=4, device="cpu")
         model, processor = load(root / family, "cpu")
 
         def job(name, family=family, question=question):
@@ -57,7 +57,7 @@ def main(root: Path, kills: int, seed: int) -> None:
             child = forked(lambda work=work: work("killed"))
             while len(job("killed").todo()) == left:
                 time.sleep(0.002)
-            time.sleep(rng.uniform(0, 0.03))
+            time.sleep(rng.uniform(0, 0.02))
             os.kill(child, signal.SIGKILL)
             statuses.append(os.waitpid(child, 0)[1])
             before.append(len(job("killed").files.done()))
