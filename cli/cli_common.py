@@ -26,6 +26,12 @@ DtypeOption = Annotated[
     ),
 ]
 BatchSizeOption = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Number of images per batch.")]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shard", metavar="I/N", help="Do the I-th of N parts of the job.", show_default="all, or as torchrun says"
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
 
 
@@ -144,6 +150,23 @@ def device_and_dtype(device: str | None, dtype: str | None):
         raise CommandError(f"--{one_line(error)}") from error
 
 
+def share_of(shard: str | None) -> tuple[int, int]:
+    """Which process this is, of how many that share a job.
+
+    Args:
+        shard: `--shard`; `None` takes what `torchrun` and `accelerate launch` say.
+
+    Raises:
+        CommandError: It is not of the form `I/N`.
+    """
+    from vlbridge.bulk import parse_share, share_of_environment
+
+    try:
+        return share_of_environment() if shard is None else parse_share(shard)
+    except ValueError as error:
+        raise CommandError(f"--{error}", exit_code=2) from error
+
+
 @contextmanager
 def loading(model: str) -> Iterator[None]:
     """Check that a model exists, and name it in whatever goes wrong while it is being loaded.
@@ -213,6 +236,7 @@ __all__ = [
     "DtypeOption",
     "JsonOption",
     "ModelOption",
+    "ShardOption",
     "device_and_dtype",
     "exit_codes",
     "explaining_out_of_memory",
@@ -222,4 +246,5 @@ __all__ = [
     "print_line",
     "quiet_libraries",
     "refuse_adapters",
+    "share_of",
 ]

@@ -14,6 +14,7 @@ from .cli_common import (
     CommandError,
     DeviceOption,
     DtypeOption,
+    ShardOption,
     device_and_dtype,
     exit_codes,
     explaining_out_of_memory,
@@ -21,6 +22,7 @@ from .cli_common import (
     one_line,
     print_line,
     quiet_libraries,
+    share_of,
 )
 
 
@@ -66,12 +68,14 @@ def capfilt(
     batch_size: BatchSizeOption = 8,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    shard: ShardOption = None,
 ) -> None:
     """Clean image-text pairs (CapFilt): generate captions, score all captions, keep those that match.
 
     An interrupted run resumes where it stopped. Scores are cached: changing --threshold does not rerun the models.
     """
     chosen_device, default_dtype = device_and_dtype(device, dtype)
+    part = share_of(shard)
     quiet_libraries()
     from vlbridge.training import training_capfilt
 
@@ -85,10 +89,13 @@ def capfilt(
         with explaining_out_of_memory(batch_size):
             summary = training_capfilt.capfilt(
                 samples, output, settings, threshold=threshold, batch_size=batch_size, device=chosen_device,
-                load=_load_capfilt_models,
+                load=_load_capfilt_models, shard=part,
             )  # fmt: skip
     except (OSError, ValueError, FloatingPointError) as error:
         raise CommandError(one_line(error)) from error
+    if "left" in summary:
+        print_line(f"{summary['left']:,} of {summary['images']:,} images are left to other shards", sys.stdout)
+        return
     for image, reason in summary["failed"].items():
         print_line(f"vlbridge: error: {image}: {reason}", sys.stderr)
     for source in ("web", "synthetic"):

@@ -17,6 +17,7 @@ from .cli_common import (
     DtypeOption,
     JsonOption,
     ModelOption,
+    ShardOption,
     device_and_dtype,
     exit_codes,
     explaining_out_of_memory,
@@ -24,6 +25,7 @@ from .cli_common import (
     one_line,
     print_line,
     quiet_libraries,
+    share_of,
 )
 
 
@@ -34,6 +36,29 @@ MaxNewTokensOption = Annotated[
     int, typer.Option("--max-new-tokens", min=1, help="Maximum length of an answer, in tokens.")
 ]
 RecursiveOption = Annotated[bool, typer.Option("--recursive", "-r", help="Include subfolders.")]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", "-o", help="Folder to write to, or to go on in; IMAGE may also be tars and Parquet files."
+    ),
+]
+FormatOption = Annotated[
+    str | None, typer.Option("--format", help="Files in --output: jsonl, parquet or tar.", show_default="jsonl")
+]
+RowsOption = Annotated[
+    int | None, typer.Option("--rows-per-file", min=1, help="Rows of a file in --output.", show_default="64")
+]
+ImageColumnOption = Annotated[
+    str | None,
+    typer.Option("--image-column", help="Column of Parquet files with the pictures.", show_default="image"),
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, help="Threads that prepare pictures.", show_default="one per core, at most 8"),
+]
+ActorsOption = Annotated[
+    int | None, typer.Option("--ray-actors", min=1, help="Run on Ray Data with this many copies of the model.")
+]
 
 
 @dataclass
@@ -50,6 +75,7 @@ class Run:
         batch_size: Number of images per batch.
         recursive: Look into subfolders.
         as_json: Print a JSON object per image.
+        workers: Threads that prepare pictures; `None` takes one per core.
     """
 
     patterns: list[str]
@@ -61,6 +87,7 @@ class Run:
     batch_size: int
     recursive: bool
     as_json: bool
+    workers: int | None = None
 
 
 def load_model(model: str | None, device: str | None, dtype: str | None):
@@ -100,33 +127,41 @@ def answer_files(run: Run, files: Sequence[Path | str]) -> Iterator[tuple[Path |
     Yields:
         The file, address or `-`, and its text or what is wrong with it.
     """
+    from vlbridge.bulk import answer_batches, num_workers
     from vlbridge.images import ImageError
-    from vlbridge.inference import answer_each
 
-    model = processor = None
-    for start in range(0, len(files), run.batch_size):
-        batch = files[start : start + run.batch_size]
-        images, texts, errors = {}, {}, {}
-        for file in batch:
-            try:
-                images[file] = _read(file)
-            except ImageError as error:
-                errors[file] = error.reason
-        if images:
-            if model is None:
-                model, processor = load_model(run.model, run.device, run.dtype)
-            prompt = processor.caption_prompt if run.prompt is None else run.prompt
-            with explaining_out_of_memory(len(images)):
-                answers = answer_each(
-                    model, processor, list(images.values()), prompt, max_new_tokens=run.max_new_tokens
-                )
-            for file, text in zip(images, answers, strict=True):
-                if isinstance(text, ValueError):
-                    errors[file] = one_line(text)
+    known = {}  # stdin can't be read twice
+
+    def read(file):
+        if file not in known:
+            return _read(file)
+        if isinstance(known[file], ImageError):
+            raise known[file]
+        return known[file]
+
+    for file in files:
+        try:
+            known[file] = _read(file)
+            break
+        except ImageError as error:
+            known[file] = error
+    else:
+        yield from ((file, None, error.reason) for file, error in known.items())
+        return
+    model, processor = load_model(run.model, run.device, run.dtype)
+    prompt = processor.caption_prompt if run.prompt is None else run.prompt
+    batches = [files[start : start + run.batch_size] for start in range(0, len(files), run.batch_size)]
+    workers = min(run.workers or num_workers(), max(len(batches) - 1, 1))
+    with explaining_out_of_memory(min(run.batch_size, len(files))):
+        answered = answer_batches(
+            batches, model, processor, prompt, read=read, max_new_tokens=run.max_new_tokens, workers=workers
+        )
+        for batch, results in zip(batches, answered, strict=True):
+            for file, result in zip(batch, results, strict=True):
+                if isinstance(result, ValueError):
+                    yield file, None, result.reason if isinstance(result, ImageError) else one_line(result)
                 else:
-                    texts[file] = text
-        for file in batch:
-            yield file, texts.get(file), errors.get(file)
+                    yield file, result, None
 
 
 def print_answers(run: Run, as_row: Callable[[str], dict]) -> None:
@@ -185,6 +220,140 @@ def print_answers(run: Run, as_row: Callable[[str], dict]) -> None:
         raise typer.Exit(1)
 
 
+@dataclass
+class Writing:
+    """Where and how rows are written, instead of lines on stdout.
+
+    Args:
+        output: Folder to write to; `None` prints.
+        file_format: `jsonl`, `parquet` or `tar`; `None` is `jsonl`.
+        rows_per_file: Rows in a file; `None` takes the library's number.
+        image_column: Column of Parquet files that has the pictures; `None` is `image`.
+        shard: `I/N`; `None` does all of the job, or what torchrun says.
+        ray_actors: Run on Ray Data with so many actors.
+    """
+
+    output: Path | None
+    file_format: str | None
+    rows_per_file: int | None
+    image_column: str | None
+    shard: str | None
+    ray_actors: int | None
+
+    def share(self) -> tuple[int, int]:
+        """Which process this is, of how many.
+
+        Raises:
+            CommandError: Options contradict each other.
+        """
+        if self.ray_actors and self.shard:
+            raise CommandError("--ray-actors shares the job out by itself; leave --shard out", exit_code=2)
+        if self.ray_actors:
+            return 1, 1
+        return share_of(self.shard)
+
+
+def answer(run: Run, writing: Writing, question: str | None, as_row: Callable[[str], dict]) -> None:
+    """Do what a command line asks for: print answers, or write them to a folder.
+
+    Args:
+        run: What to do.
+        writing: Where to write.
+        question: The question of `ask`.
+        as_row: See `print_answers`.
+
+    Raises:
+        CommandError: An option can't be used.
+        typer.Exit: With code 1, if an image failed.
+    """
+    if writing.output is not None:
+        write_answers(run, writing, question)
+        return
+    for name in ("file_format", "rows_per_file", "image_column", "shard", "ray_actors"):
+        if getattr(writing, name) is not None:
+            option = "format" if name == "file_format" else name.replace("_", "-")
+            raise CommandError(f"--{option} needs --output FOLDER", exit_code=2)
+    print_answers(run, as_row)
+
+
+def write_answers(run: Run, writing: Writing, question: str | None) -> None:
+    """Write a row per image into files in a folder; what is there already is not done again.
+
+    Args:
+        run: What to do.
+        writing: Where to write.
+        question: The question of `ask`; `None` captions.
+
+    Raises:
+        CommandError: Something can't be used, or went wrong; what was written stays.
+        typer.Exit: With code 1, if every image has failed.
+    """
+    from vlbridge import bulk, inference
+
+    number, count = writing.share()
+    if elsewhere := [pattern for pattern in run.patterns if _is_elsewhere(pattern)]:
+        raise CommandError(f"{elsewhere[0]}: --output takes files, folders and shards only", exit_code=2)
+    device = run.device
+    if device is None and writing.shard is None and count > 1 and device_and_dtype(None, None)[0].type == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    device_and_dtype(device, run.dtype)
+    quiet_libraries()
+    source = inference.model_source(run.model)
+    with loading(source):
+        asked = bulk.Question.of(run.model, question, run.prompt, run.max_new_tokens, device, run.dtype)
+    try:
+        if writing.ray_actors:
+            from vlbridge.bulk_ray import require_ray, run_on_ray
+
+            require_ray()
+        job = bulk.plan(
+            run.patterns, writing.output, asked, file_format=writing.file_format or "jsonl",
+            rows_per_file=writing.rows_per_file or bulk.ROWS_PER_FILE, recursive=run.recursive,
+            image_column=writing.image_column or "image",
+        )  # fmt: skip
+        todo = job.todo(number, count)
+        options = {"batch_size": run.batch_size, "workers": run.workers}
+        if writing.ray_actors:
+            running = run_on_ray(job, writing.ray_actors, device=device, **options)
+        elif todo:
+            model, processor = load_model(run.model, device, run.dtype)
+            running = bulk.run(job, [part for part, _ in todo], model, processor, **options)
+        else:
+            running = iter(())
+        _follow(run, writing, job, sum(pictures for _, pictures in todo), running)
+    except (ValueError, OSError, ImportError) as error:
+        raise CommandError(one_line(error)) from error
+
+
+def _follow(run: Run, writing: Writing, job, pictures: int, running: Iterator) -> None:
+    """Show how far a job is, and print at its end what it has given."""
+    from tqdm import tqdm
+
+    if pictures < len(job):
+        print_line(f"{len(job) - pictures:,} of {len(job):,} images are done, or another shard's", sys.stderr)
+    done = failed = 0
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    with tqdm(total=pictures, unit="image", file=sys.stderr, mininterval=interval, disable=not pictures) as bar:
+        try:
+            with explaining_out_of_memory(run.batch_size):
+                for part in running:
+                    done, failed = done + part.pictures, failed + part.failed
+                    bar.update(part.pictures)
+        except RuntimeError as error:
+            if not writing.ray_actors:
+                raise
+            raise CommandError(one_line(error)) from error
+    left = sum(count for _, count in job.todo())
+    if run.as_json:
+        summary = {"output": str(writing.output), "images": len(job), "done": done, "failed": failed, "left": left}
+        print_line(json.dumps(summary), sys.stdout)
+    else:
+        more = f"; {left:,} of {len(job):,} are left to other shards" if left else ""
+        print_line(f"{done:,} images done, {failed:,} of them with an error, in {writing.output}{more}", sys.stdout)
+    if done and failed == done:
+        raise typer.Exit(1)
+
+
 @exit_codes()
 def caption(
     images: Annotated[list[str], IMAGES],
@@ -198,13 +367,22 @@ def caption(
     batch_size: BatchSizeOption = 8,
     recursive: RecursiveOption = False,
     as_json: JsonOption = False,
+    output: OutputOption = None,
+    file_format: FormatOption = None,
+    rows_per_file: RowsOption = None,
+    image_column: ImageColumnOption = None,
+    shard: ShardOption = None,
+    workers: WorkersOption = None,
+    ray_actors: ActorsOption = None,
 ) -> None:
     """Describe images.
 
-    One image gives its caption; several give a line "path<TAB>caption" each.
+    One image gives its caption; several give a line "path<TAB>caption" each. With --output rows go to files instead,
+    and a run that was killed goes on where it stopped.
     """
-    run = Run(images, prompt, model, device, dtype, max_new_tokens, batch_size, recursive, as_json)
-    print_answers(run, lambda text: {"caption": text})
+    run = Run(images, prompt, model, device, dtype, max_new_tokens, batch_size, recursive, as_json, workers)
+    writing = Writing(output, file_format, rows_per_file, image_column, shard, ray_actors)
+    answer(run, writing, None, lambda text: {"caption": text})
 
 
 @exit_codes()
@@ -220,10 +398,18 @@ def ask(
     batch_size: BatchSizeOption = 8,
     recursive: RecursiveOption = False,
     as_json: JsonOption = False,
+    output: OutputOption = None,
+    file_format: FormatOption = None,
+    rows_per_file: RowsOption = None,
+    image_column: ImageColumnOption = None,
+    shard: ShardOption = None,
+    workers: WorkersOption = None,
+    ray_actors: ActorsOption = None,
 ) -> None:
     """Ask a question about images.
 
-    One image gives its answer; several give a line "path<TAB>answer" each.
+    One image gives its answer; several give a line "path<TAB>answer" each. With --output rows go to files instead,
+    and a run that was killed goes on where it stopped.
     """
     if not images or question is None:  # a single argument is taken for the question
         lacking = "image" if question is None else "question" if os.path.exists(question) else "image"
@@ -232,8 +418,9 @@ def ask(
         raise CommandError(f"the last argument must be the question, but {question!r} is a file or folder", exit_code=2)
     if not question.strip():
         raise CommandError("the question is empty", exit_code=2)
-    run = Run(images, question, model, device, dtype, max_new_tokens, batch_size, recursive, as_json)
-    print_answers(run, lambda text: {"question": question, "answer": text})
+    run = Run(images, question, model, device, dtype, max_new_tokens, batch_size, recursive, as_json, workers)
+    writing = Writing(output, file_format, rows_per_file, image_column, shard, ray_actors)
+    answer(run, writing, question, lambda text: {"question": question, "answer": text})
 
 
-__all__ = ["Run", "answer_files", "ask", "caption", "load_model", "print_answers"]
+__all__ = ["Run", "Writing", "answer_files", "ask", "caption", "load_model", "print_answers", "write_answers"]

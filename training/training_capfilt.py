@@ -9,9 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -19,8 +17,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ..bulk import ahead, num_workers, share
 from ..files import replacing, write_json
 from ..images import ImageError, load_image
+from ..row_files import RowFiles
 from .training_capfilt_models import (
     BlipCaptioner,
     BlipMatcher,
@@ -37,6 +37,7 @@ from .training_rows import FORMATS, as_object, json_rows, read_json, read_rows
 IMAGE_KEYS = ("image", "file_name", "image_path")
 CAPTION_KEYS = ("caption", "text", "captions")
 METADATA, SCORES, OPTIONS, SUMMARY = "metadata.jsonl", "scores.jsonl", "options.json", "summary.json"
+PARTS = "parts"
 WEB, SYNTHETIC = "web", "synthetic"
 
 
@@ -229,6 +230,7 @@ def capfilt(
     device: str | torch.device = "cpu",
     load: Callable[[Settings, str | torch.device], tuple[Captioner | None, Matcher]] = load_models,
     progress: bool = True,
+    shard: tuple[int, int] = (1, 1),
 ) -> dict:
     """Generate captions, score all captions, and keep those that match.
 
@@ -242,16 +244,19 @@ def capfilt(
               the images in `images`.
             - `options.json`: the settings.
             - `summary.json`: what is returned.
+            - `parts`: a file of scores per batch while the run lasts; with several processes it stays.
         settings: What the scores depend on, from `settings_for`.
         threshold: Captions are kept that match with at least this probability, 0 to 1.
         batch_size: Number of images per batch of the captioner, and of pairs per batch of the filter.
         device: Where to put the models.
         load: Gives the models; called only if there is something to compute.
         progress: Show a progress bar on stderr.
+        shard: Which process this is, from 1, of how many that share the images.
 
     Returns:
         `threshold`; `images`, their number; `failed`, the reason for each image that could not be read; `web` and
-        `synthetic`, how many `captions` were scored and `kept`.
+        `synthetic`, how many `captions` were scored and `kept`. While other processes have still to do some of the
+        images: `images`, and `left`, the number of those.
 
     Raises:
         ValueError: The threshold, or what is in `output`, can't be used.
@@ -263,25 +268,30 @@ def capfilt(
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / OPTIONS, asdict(settings))
     records = read_scores(output / SCORES)
+    rows = RowFiles(output / PARTS)
+    records |= {record["image"]: record for record in rows.rows()}
     remaining = [sample for sample in samples if not _is_done(records.get(sample.image), sample)]
-    if remaining:
+    mine = [sample for sample in share(samples, *shard) if not _is_done(records.get(sample.image), sample)]
+    if mine:
         captioner, matcher = load(settings, device)
-        with (
-            (output / SCORES).open("a", encoding="utf-8") as file,
-            tqdm(
-                total=len(samples),
-                initial=len(samples) - len(remaining),
-                desc="capfilt",
-                unit="image",
-                disable=not progress,
-            ) as bar,
-        ):
-            for batch in _load_batches(remaining, batch_size):
-                for record in _score_all(batch, captioner, matcher, settings, batch_size):
-                    records[record["image"]] = record
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                file.flush()
+        with tqdm(total=len(mine), desc="capfilt", unit="image", disable=not progress) as bar:
+            batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+            first = max(rows.done(), default=-1) // shard[1] + 1  # numbers that no other process takes
+            for number, batch in enumerate(ahead(_read_images, batches, num_workers(), depth=2), first):
+                scored = _score_all(batch, captioner, matcher, settings, batch_size)
+                rows.write(number * shard[1] + shard[0] - 1, scored)
+                records |= {record["image"]: record for record in scored}
                 bar.update(len(batch))
+    if len(mine) < len(remaining):  # the last of the processes finds everything
+        records |= {record["image"]: record for record in rows.rows()}
+        left = sum(not _is_settled(records.get(sample.image), sample) for sample in samples)
+        if left:
+            return {"images": len(samples), "left": left}
+    if remaining:
+        with replacing(output / SCORES) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(records[sample.image], ensure_ascii=False) + "\n" for sample in samples)
+    if shard[1] == 1:
+        shutil.rmtree(rows.folder, ignore_errors=True)
     return _keep(samples, records, output, threshold)
 
 
@@ -326,27 +336,20 @@ def _texts(record: dict, source: str) -> list[str]:
     return [caption["text"] for caption in record["captions"] if caption["source"] == source]
 
 
-def _load_batches(
-    samples: Sequence[Sample], batch_size: int
-) -> Iterator[list[tuple[Sample, Image.Image | ImageError]]]:
-    """Batches of samples with their images, or what is wrong with them. The next batch is read in the background."""
+def _is_settled(record: dict | None, sample: Sample) -> bool:
+    """Whether a process has done what it could about an image."""
+    return record is not None and ("error" in record or _is_done(record, sample))
 
-    def read(sample: Sample) -> Image.Image | ImageError:
+
+def _read_images(batch: Sequence[Sample]) -> list[tuple[Sample, Image.Image | ImageError]]:
+    """Samples with their images, or what is wrong with them."""
+    found: list[tuple[Sample, Image.Image | ImageError]] = []
+    for sample in batch:
         try:
-            return load_image(sample.path)
+            found.append((sample, load_image(sample.path)))
         except ImageError as error:
-            return error
-
-    with ThreadPoolExecutor() as pool:
-        pending: deque = deque()
-        for start in range(0, len(samples), batch_size):
-            batch = samples[start : start + batch_size]
-            pending.append((batch, [pool.submit(read, sample) for sample in batch]))
-            if len(pending) > 1:
-                batch, images = pending.popleft()
-                yield [(sample, image.result()) for sample, image in zip(batch, images)]
-        for batch, images in pending:
-            yield [(sample, image.result()) for sample, image in zip(batch, images)]
+            found.append((sample, error))
+    return found
 
 
 def generator_of(sample: Sample, seed: int, index: int) -> torch.Generator:

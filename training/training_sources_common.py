@@ -15,6 +15,7 @@ from pathlib import Path
 
 from datasets import Dataset, Features, IterableDataset
 
+from .. import shards
 from .training_records import FEATURES, IMAGE_TOKEN
 
 
@@ -24,6 +25,7 @@ def _hash_of_code() -> str:
         *sorted(folder.glob("training_sources*.py")),
         folder / "training_records.py",
         folder / "training_rows.py",
+        Path(shards.__file__),
     ]
     return hashlib.sha256(b"".join(module.read_bytes() for module in modules)).hexdigest()
 

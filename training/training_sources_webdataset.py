@@ -8,6 +8,7 @@ from collections.abc import Container, Iterator
 from contextlib import suppress
 from itertools import islice
 
+from ..shards import IMAGE_SUFFIXES, CheckedHeader
 from .training_rows import as_object, parse_json
 from .training_sources_annotations import llava_messages
 from .training_sources_common import build_dataset, field_value, find_files, record_or_reason, text_value
@@ -16,8 +17,6 @@ from .training_sources_datasets import CAPTION_KEYS
 
 #: Largest size of the members of one sample that are read, in bytes; a sample is held in memory.
 MAX_SAMPLE_BYTES = 1 << 30
-
-_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jp2", "ppm", "pgm")
 
 
 def load_webdataset(path, split=None, streaming=False, caption=None, image_first=False, source="webdataset"):
@@ -75,23 +74,12 @@ def _about(members: dict[str, bytes], place: str) -> dict:
     return as_object(parse_json(members["json"].decode("utf-8", "replace"), place), place)
 
 
-class _CheckedHeader(tarfile.TarInfo):
-    """A member's header; a broken one is an error, where `tarfile` takes it for the end of the archive."""
-
-    @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        try:
-            return super().fromtarfile(archive)
-        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
-            raise tarfile.ReadError(f"{error} at byte {archive.offset:,}") from error
-
-
 def _text_members(caption: str | None) -> set[str]:
     return {"json", *([caption] if caption else ["txt", *CAPTION_KEYS])}
 
 
 def _is_image(suffix: str) -> bool:
-    return suffix.rpartition(".")[2] in _IMAGE_SUFFIXES
+    return suffix.rpartition(".")[2] in IMAGE_SUFFIXES
 
 
 def _samples(file: str, texts: Container[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -107,7 +95,7 @@ def _samples(file: str, texts: Container[str]) -> Iterator[tuple[str, dict[str, 
     """
     name, members, size, done = None, {}, 0, 0
     try:
-        with tarfile.open(file, "r|*", tarinfo=_CheckedHeader) as archive:
+        with tarfile.open(file, "r|*", tarinfo=CheckedHeader) as archive:
             for info in archive:
                 folder, base = os.path.split(info.name)
                 stem, dot, suffix = base.partition(".")

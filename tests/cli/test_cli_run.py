@@ -50,6 +50,9 @@ class StubProcessor:
         prompts = torch.tensor([[100, 101, text_id] for text_id in ids])
         return BatchFeature({"input_ids": prompts, "attention_mask": torch.ones_like(prompts)})
 
+    def __deepcopy__(self, memo):
+        return self  # threads have copies of their own, whose prompts the test would not see
+
     def batch_decode(self, ids, skip_special_tokens):
         assert skip_special_tokens
         assert ids.shape[1] == 1, "the prompt must be cut off"
@@ -386,6 +389,70 @@ class TestRealModel:
         assert result.exit_code == 0
         [expected] = inference.answer(model, processor, [tiny_image(1)], processor.caption_prompt, max_new_tokens=6)
         assert lines_of_json(result.stdout) == [{"image": "image.png", "caption": expected}]
+
+
+class TestOutput:
+    """`--output`: rows in files."""
+
+    @pytest.fixture
+    def model(self, pictures):
+        model, processor = tiny_model("mlp")
+        model.save_pretrained("model")
+        processor.save_pretrained("model")
+        return ["--model", "model", "--device", "cpu", "--max-new-tokens", 4, "--output", "out"]
+
+    @staticmethod
+    def refused(arguments, match: str, exit_code: int):
+        result = run("caption", *arguments)
+        assert result.stdout == "" and match in result.stderr and result.exit_code == exit_code
+        assert result.stderr.startswith("vlbridge: error: ") and result.stderr.count("\n") == 1
+
+    def test_written_once(self, pictures, model, monkeypatch):
+        (pictures / "broken.png").write_bytes(b"no picture")
+        first = run("caption", "pictures", *model, "--rows-per-file", 3, "--shard", "1/2")
+        assert (
+            first.exit_code == 0 and "3 images done, 1 of them with an error, in out; 1 of 4 are left" in first.stdout
+        )
+        second = run("caption", "pictures", *model, "--rows-per-file", 3, "--json")
+        assert json.loads(second.stdout) == {"output": "out", "images": 4, "done": 1, "failed": 0, "left": 0}
+        assert "3 of 4 images are done" in second.stderr and "1/1" in second.stderr
+        rows = [row for part in (0, 1) for row in lines_of_json(open(f"out/part-00000{part}.jsonl").read())]
+        names = [os.path.basename(row["image"]) for row in rows]
+        assert names == ["blue.png", "broken.png", "green.png", "red.png"]
+        assert [row["error"] is None for row in rows] == [True, False, True, True]
+        monkeypatch.setattr(cli_run, "load_model", None)  # nothing is left that would need it
+        third = run("caption", "pictures", *model, "--rows-per-file", 3)
+        assert third.stdout == "0 images done, 0 of them with an error, in out\n" and third.exit_code == 0
+        self.refused(["pictures", *model], "out holds another job, with rows_per_file 3 (now 64)", 1)
+        result = run("ask", "pictures", "What?", *model, "--rows-per-file", 3)
+        assert "captions True (now False)" in result.stderr and result.exit_code == 1
+
+    def test_answers(self, pictures, model):
+        assert run("ask", "pictures", "pictures/more", "What?", *model, "--format", "parquet").exit_code == 0
+        from pyarrow import parquet
+
+        rows = parquet.read_table("out/part-000000.parquet").to_pylist()
+        assert [row["question"] for row in rows] == ["What?"] * 4 and all(row["answer"] for row in rows)
+
+    def test_only_failures(self, pictures, model):
+        assert run("caption", "pictures/notes.txt", *model).exit_code == 1
+
+    def test_refused(self, pictures, model):
+        (pictures / "empty").mkdir()
+        self.refused(["pictures/empty", *model], "pictures/empty: no image files, tars or Parquet files", 1)
+        self.refused(["nowhere", *model], "nowhere: no such file or folder", 1)
+        (pictures / "cut.tar").write_bytes(b"x" * 700)
+        self.refused(["pictures", *model], "cut.tar is damaged or cut off", 1)
+        self.refused(["-", *model], "-: --output takes files, folders and shards only", 2)
+        self.refused(["pictures", *model, "--shard", "3/2"], "--shard is '3/2'; expected NUMBER/COUNT", 2)
+        self.refused(["pictures", *model, "--shard", "1/2", "--ray-actors", 2], "leave --shard out", 2)
+        for option in (["--format", "tar"], ["--rows-per-file", 2], ["--shard", "1/2"], ["--ray-actors", 2]):
+            self.refused(["pictures", *option], f"{option[0]} needs --output FOLDER", 2)
+        assert not os.path.exists("out")
+
+    def test_without_ray(self, pictures, model, monkeypatch):
+        monkeypatch.setitem(sys.modules, "ray", None)
+        self.refused(["pictures/red.png", *model, "--ray-actors", 2], 'pip install "vlbridge[ray]"', 1)
 
 
 class TestProcess:

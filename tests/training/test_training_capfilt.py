@@ -22,6 +22,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from vlbridge import cli
+from vlbridge.row_files import RowFiles
 from vlbridge.training import training_capfilt_models
 from vlbridge.training.training_capfilt import (
     BlipMatcher,
@@ -393,10 +394,26 @@ def test_interrupted_between_batches(models, data, tmp_path, monkeypatch):
     monkeypatch.setattr(training_capfilt_models.Matcher, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         capfilt(samples, out, settings(models), batch_size=2)
-    assert len(lines(out / "scores.jsonl")) == 2 and not (out / "metadata.jsonl").exists()
+    assert len(list(RowFiles(out / "parts").rows())) == 2 and not (out / "metadata.jsonl").exists()
     capfilt(samples, out, settings(models), batch_size=2)
     assert seen == [2, 2, 2, 1]
     assert len(lines(out / "scores.jsonl")) == len(CAPTIONS)
+
+
+def test_shared_by_processes(models, data, tmp_path, monkeypatch):
+    """Two shards of one run, the second while the first has failed on a picture, give what one process gives."""
+    samples = read_samples(data)
+    samples[0].path.write_bytes(b"no picture")
+    whole = capfilt(samples, tmp_path / "whole", settings(models))
+    seen = counting(monkeypatch)
+    assert capfilt(samples, tmp_path / "out", settings(models), shard=(1, 2)) == {"images": 5, "left": 3}
+    assert not (tmp_path / "out" / "metadata.jsonl").exists()
+    assert capfilt(samples, tmp_path / "out", settings(models), shard=(2, 2)) == whole
+    assert sum(seen) == 4
+    for name in ("scores.jsonl", "metadata.jsonl", "summary.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert capfilt(samples, tmp_path / "out", settings(models)) == whole and sum(seen) == 4
+    assert not (tmp_path / "out" / "parts").exists()
 
 
 def test_damaged_scores(models, data, tmp_path):
