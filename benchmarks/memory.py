@@ -215,7 +215,8 @@ def gigabytes(size: float) -> str:
 def table(rows: list[dict]) -> str:
     """The table of docs/hardware.md: sizes in GB, that is 10^9 bytes."""
     lines = [
-        "| release | parameters | bridge | visual tokens | answering, 16 bits | answering, 4 bits | training the bridge |",
+        "| release | parameters | bridge | visual tokens | answering, 16 bits | answering, 4 bits "
+        "| training the bridge |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -1,7 +1,7 @@
-"""Draw the pictures of the README and of the documentation. Only the standard library is needed, and vlbridge for the last.
+"""Draw the pictures of the README and of the documentation.
 
-    python docs/draw.py              # images/bridges-light.svg and images/bridges-dark.svg
-    python docs/draw.py terminal     # images/terminal.svg: runs the commands that it shows
+python docs/draw.py              # images/bridges-light.svg and images/bridges-dark.svg
+python docs/draw.py terminal     # images/terminal.svg: runs the commands that it shows
 """
 
 from __future__ import annotations
@@ -35,12 +35,15 @@ class Drawing:
         self.size, self.title = (width, height), title
 
     def box(self, x, y, width, height, fill, edge=None, radius=6):
+        """A box with round corners, in colours of the theme."""
         stroke = f' stroke="{self.colour[edge]}"' if edge else ""
         self.elements.append(
-            f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="{radius}" fill="{self.colour[fill]}"{stroke}/>'
+            f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="{radius}" '
+            f'fill="{self.colour[fill]}"{stroke}/>'
         )
 
     def text(self, x, y, words, colour="ink", size=13, weight=400, anchor="middle"):
+        """A line of text."""
         self.elements.append(
             f'<text x="{x}" y="{y}" fill="{self.colour[colour]}" font-size="{size}" font-weight="{weight}" '
             f'text-anchor="{anchor}">{escape(words)}</text>'
@@ -61,10 +64,12 @@ class Drawing:
         )
 
     def svg(self) -> str:
+        """The file's text."""
         width, height = self.size
         return "\n".join(
             [
-                f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="{SANS}" role="img">',
+                f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+                f'font-family="{SANS}" role="img">',
                 f"<title>{escape(self.title)}</title>",
                 *self.elements,
                 "</svg>\n",
@@ -146,7 +151,8 @@ def terminal() -> str:
         f'viewBox="0 0 700 {height}" font-family="{MONO}" font-size="14" role="img">',
         "<title>vlbridge captions a picture and answers two questions about it</title>",
         f'<rect width="700" height="{height}" rx="10" fill="#161b22" stroke="#444c56"/>',
-        *(f'<circle cx="{20 + 18 * k}" cy="18" r="5.5" fill="{c}"/>' for k, c in enumerate(("#ff5f57", "#febc2e", "#28c840"))),
+        *(f'<circle cx="{x}" cy="18" r="5.5" fill="{colour}"/>'
+          for x, colour in ((20, "#ff5f57"), (38, "#febc2e"), (56, "#28c840"))),
         f'<image x="540" y="44" width="140" height="140" xlink:href="data:image/png;base64,{picture}"/>',
         '<text x="610" y="202" fill="#8b949e" font-size="12" text-anchor="middle">example.png</text>',
     ]  # fmt: skip

@@ -43,14 +43,15 @@ def cli_reference() -> str:
     sys.path.insert(0, str(assemble()))
     try:
         from typer.main import get_command
+
         from vlbridge_cli.cli_app import app
     finally:
         sys.path.pop(0)
     lines = [
         "# Command line",
         "",
-        "Results go to stdout, everything else to stderr. Exit codes: 0, all went well; 1, something failed; 2, the command "
-        "line is wrong; 130, interrupted. `vlbridge COMMAND --help` shows the same as this page.",
+        "Results go to stdout, everything else to stderr. Exit codes: 0, all went well; 1, something failed; 2, the "
+        "command line is wrong; 130, interrupted. `vlbridge COMMAND --help` shows the same as this page.",
     ]
     for name, text in _helps(get_command(app), "vlbridge", None):
         # a release is converted by its name, without the name of the command
@@ -88,8 +89,9 @@ def recipe_reference() -> str:
         "```",
     ]
     titles = {
-        "Recipe": "Keys of a recipe", "DataRecipe": "`data`", "EvaluationRecipe": "`evaluation`", "TextRecipe": "`text`",
-        "CacheRecipe": "`cache_features`", "PackingRecipe": "`packing`", "SamplesRecipe": "`samples`",
+        "Recipe": "Keys of a recipe", "DataRecipe": "`data`", "EvaluationRecipe": "`evaluation`",
+        "TextRecipe": "`text`", "CacheRecipe": "`cache_features`", "PackingRecipe": "`packing`",
+        "SamplesRecipe": "`samples`",
     }  # fmt: skip
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef) and node.name in titles}
     for name, title in titles.items():
