@@ -13,10 +13,14 @@ import typer
 
 
 ModelOption = Annotated[
-    str | None, typer.Option("--model", "-m", help="Folder, or id on the Hub.", show_default="the embedded bridge")
+    str | None,
+    typer.Option("--model", "-m", help="Model to use: a folder or Hub id.", show_default="the embedded bridge"),
 ]
 DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps...", show_default="cuda, else mps, else cpu")
+    str | None,
+    typer.Option(
+        "--device", help="Device to run on, such as cpu, cuda, cuda:1 or mps.", show_default="cuda, else mps, else cpu"
+    ),
 ]
 DtypeOption = Annotated[
     str | None,
@@ -25,7 +29,7 @@ DtypeOption = Annotated[
     ),
 ]
 BatchSizeOption = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Number of images per batch.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")]
 
 
 # ---------------------------------------------------------------------- errors

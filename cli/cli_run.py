@@ -190,7 +190,8 @@ def caption(
     images: Annotated[list[str], IMAGES],
     model: ModelOption = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", help="What to ask for.", show_default="the model's own")
+        str | None,
+        typer.Option("--prompt", help="Prompt to use instead of the model's own.", show_default="the model's own"),
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -201,7 +202,8 @@ def caption(
 ) -> None:
     """Describe images.
 
-    One image gives its caption; several give a line "path<TAB>caption" each.
+    One image gives its caption; several give a line "path<TAB>caption" each. An image that cannot be read is reported,
+    the others are still captioned, and the exit code is 1.
     """
     run = Run(images, prompt, model, device, dtype, max_new_tokens, batch_size, recursive, as_json)
     print_answers(run, lambda text: {"caption": text})
@@ -211,7 +213,8 @@ def caption(
 def ask(
     images: Annotated[list[str] | None, IMAGES] = None,
     question: Annotated[
-        str | None, typer.Argument(metavar="QUESTION", help="What to ask about each of them.", show_default=False)
+        str | None,
+        typer.Argument(metavar="QUESTION", help="The question, which is asked about each image.", show_default=False),
     ] = None,
     model: ModelOption = None,
     device: DeviceOption = None,
@@ -223,7 +226,8 @@ def ask(
 ) -> None:
     """Ask a question about images.
 
-    One image gives its answer; several give a line "path<TAB>answer" each.
+    One image gives its answer; several give a line "path<TAB>answer" each. An image that cannot be read is reported,
+    the others are still answered, and the exit code is 1.
     """
     if not images or question is None:  # a single argument is taken for the question
         lacking = "image" if question is None else "question" if os.path.exists(question) else "image"
