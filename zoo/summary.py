@@ -109,7 +109,7 @@ def summary_lines(summary: dict) -> Iterator[str]:
     yield f"{summary['model']}: {summary['model_type']}, {summary['class']}"
     yield ""
     rows = [("part", "class", "model type", "trainable", "parameters", "source")]
-    total = {**summary, "name": "altogether", "class": "", "model_type": "", "source": ""}
+    total = {**summary, "name": "total", "class": "", "model_type": "", "source": ""}
     for part in [*summary["parts"], total]:
         counts = (f"{part[key]:,}" for key in ("trainable_parameters", "parameters"))
         rows.append((part["name"], part["class"], part["model_type"], *counts, part["source"]))
