@@ -148,13 +148,13 @@ def terminal() -> str:
     height = 62 + 24 * len(lines)
     elements = [
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="0 0 700 {height}" font-family="{MONO}" font-size="14" role="img">',
+        f'viewBox="0 0 784 {height}" font-family="{MONO}" font-size="14" role="img">',
         "<title>vlbridge captions a picture and answers two questions about it</title>",
-        f'<rect width="700" height="{height}" rx="10" fill="#161b22" stroke="#444c56"/>',
+        f'<rect width="784" height="{height}" rx="10" fill="#161b22" stroke="#444c56"/>',
         *(f'<circle cx="{x}" cy="18" r="5.5" fill="{colour}"/>'
           for x, colour in ((20, "#ff5f57"), (38, "#febc2e"), (56, "#28c840"))),
-        f'<image x="540" y="44" width="140" height="140" xlink:href="data:image/png;base64,{picture}"/>',
-        '<text x="610" y="202" fill="#8b949e" font-size="12" text-anchor="middle">example.png</text>',
+        f'<image x="624" y="36" width="140" height="140" xlink:href="data:image/png;base64,{picture}"/>',
+        '<text x="694" y="194" fill="#8b949e" font-size="12" text-anchor="middle">example.png</text>',
     ]  # fmt: skip
     for number, (kind, words) in enumerate(lines):
         y = 56 + 24 * number
