@@ -8,7 +8,7 @@ TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal 
 # constraints.txt holds versions that were tested together
 INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test matrix clients conformance parity zero3 lint format train-demo evaluate-demo build lock clean
+.PHONY: demo test docs matrix clients conformance parity zero3 lint format train-demo evaluate-demo build lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/vlbridge caption zoo/assets/example.png
@@ -16,6 +16,10 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(TEST)
+
+# the documentation, into site/; warnings are errors
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # the same with the lowest, the locked and the newest versions that setup.cfg allows, in environments of their own
 matrix: $(VENV)/.dev
@@ -76,5 +80,9 @@ $(VENV)/.dev: $(VENV)/.demo
 	$(INSTALL) --editable ".[dev]"
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.demo
+	$(INSTALL) --editable ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) .nox build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .nox build dist site *.egg-info .pytest_cache .ruff_cache

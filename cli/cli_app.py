@@ -38,7 +38,8 @@ LIBRARIES = ("transformers", "torch", "peft", "accelerate", "huggingface_hub")  
 
 app = typer.Typer(
     name="vlbridge",
-    help="Caption images, ask about them, and inspect bridges between vision encoders and language models.",
+    help="Bridges between frozen vision encoders and frozen language models: caption and ask, train, evaluate, look "
+    "inside, convert and publish.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
@@ -54,7 +55,10 @@ def info(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Show a model's parts, parameters and token budget, without its weights."""
+    """Show a model's parts, parameters and token budget.
+
+    No weights are loaded.
+    """
     quiet_libraries()
     from vlbridge.inference import model_source
     from vlbridge.summary import summarize, summary_lines
@@ -68,7 +72,10 @@ def info(
 
 @exit_codes()
 def list_releases(as_json: JsonOption = False) -> None:
-    """List the official releases that `vlbridge convert NAME OUTPUT` knows."""
+    """List the official releases, with their published figures.
+
+    vlbridge convert NAME OUTPUT downloads a release and converts it.
+    """
     from vlbridge.catalogue import CATALOGUE, rows
 
     if as_json:
@@ -104,13 +111,21 @@ def push(
     ] = False,
     parts: Annotated[
         list[str] | None,
-        typer.Option("--part", metavar="PART=ID", help="Where a part that lies in a folder here is on the Hub."),
+        typer.Option(
+            "--part",
+            metavar="PART=ID",
+            help="Hub id with the same weights as a part that was composed from a local folder, such as "
+            "vision_model=openai/clip-vit-base-patch32; may be repeated.",
+        ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to.", show_default="the main one")] = None,
     message: Annotated[str, typer.Option("--message", "-m", help="Commit message.")] = "Upload model",
     as_json: JsonOption = False,
 ) -> None:
-    """Upload a saved model to the Hub, in one commit; a model card is added if the folder has none."""
+    """Upload a saved model to the Hub.
+
+    The upload is one commit. A model card is added if the folder has none.
+    """
     named = dict(part.partition("=")[::2] for part in parts or ())
     if not all(named.values()):
         raise CommandError("--part: expected PART=ID, such as vision_model=openai/clip-vit-base-patch32", exit_code=2)

@@ -43,8 +43,8 @@ def bakeoff(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change all recipes, as in `vlbridge train`; may be repeated."),
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Trainings per recipe, or their seeds, such as 0,1,2.")] = "1",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to, or to go on in.")] = Path(
+    seeds: Annotated[str, typer.Option(help="Number of trainings per recipe, or their seeds, such as 0,1,2.")] = "1",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to, or to continue in.")] = Path(
         "bakeoff"
     ),
     split: SplitOption = None,
@@ -62,10 +62,12 @@ def bakeoff(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print bakeoff.json instead of the table.")] = False,
 ) -> None:
-    """Train several bridges on the same parts, data and budget, or take trained ones, and compare them.
+    """Compare several bridges in one table.
 
-    Writes a table, a picture and bakeoff.json. An interrupted command goes on where it stopped. --device and --dtype
-    are for answering; for training see the recipes' arguments.
+    Recipes are trained on the same parts, data and budget; trained bridges are taken as they are.
+
+    Writes a table, a picture and bakeoff.json. An interrupted command continues where it stopped. --device and --dtype
+    apply to the evaluation; training follows the recipes.
     """
     options = {
         "split": split, "shots": shots, "demonstrations": demonstrations, "limit": limit, "blind": blind, "grey": grey,

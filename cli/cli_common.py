@@ -14,10 +14,14 @@ import typer
 
 
 ModelOption = Annotated[
-    str | None, typer.Option("--model", "-m", help="Folder, or id on the Hub.", show_default="the embedded bridge")
+    str | None,
+    typer.Option("--model", "-m", help="Model to use: a folder or Hub id.", show_default="the embedded bridge"),
 ]
 DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps...", show_default="cuda, else mps, else cpu")
+    str | None,
+    typer.Option(
+        "--device", help="Device to run on, such as cpu, cuda, cuda:1 or mps.", show_default="cuda, else mps, else cpu"
+    ),
 ]
 DtypeOption = Annotated[
     str | None,
@@ -32,7 +36,7 @@ ShardOption = Annotated[
         "--shard", metavar="I/N", help="Do the I-th of N parts of the job.", show_default="all, or as torchrun says"
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")]
 
 
 # ---------------------------------------------------------------------- errors

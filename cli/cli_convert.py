@@ -27,7 +27,7 @@ HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 
 
 class ConverterGroup(typer.core.TyperGroup):
-    """`convert FAMILY ...` for a checkpoint at hand, `convert NAME OUTPUT` for a release of the catalogue."""
+    """`convert FAMILY ...` for files that the user has, `convert NAME OUTPUT` for a release of the catalogue."""
 
     def resolve_command(self, ctx, args):
         if args and args[0] not in self.commands:
@@ -38,7 +38,10 @@ class ConverterGroup(typer.core.TyperGroup):
 converters = typer.Typer(
     name="convert",
     cls=ConverterGroup,
-    help="Convert official checkpoints: a release by its name (`vlbridge list`), or the files of a family.",
+    help="Convert an official checkpoint.\n\nvlbridge convert NAME OUTPUT downloads a release and converts it; "
+    "vlbridge list shows the names, and vlbridge convert NAME --help the options. vlbridge convert FAMILY ... converts "
+    "files that you have.",
+    subcommand_metavar="{NAME OUTPUT | FAMILY} [OPTIONS]",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -48,7 +51,7 @@ TokenizerOption = Annotated[
     str | None, typer.Option(help="The tokenizer, if it is not with the language model: a folder or Hub id.")
 ]
 ConfigOption = Annotated[
-    Path | None, typer.Option(help="JSON file with what tensor shapes can't tell, such as head counts.")
+    Path | None, typer.Option(help="JSON file with settings that tensor shapes do not show, such as numbers of heads.")
 ]
 VerifyOption = Annotated[
     bool, typer.Option("--verify/--no-verify", help="Check what was written, and record the result in conversion.json.")
@@ -112,13 +115,20 @@ def _print_conversion(conversion, output: Path) -> None:
 def release(
     name: Annotated[str, typer.Argument(help="Name of a release, as shown by `vlbridge list`.")],
     output: Annotated[Path, typer.Argument(help="Folder to write to.")],
-    vision: Annotated[str | None, typer.Option(help="Vision encoder to use instead.")] = None,
-    language: Annotated[str | None, typer.Option(help="Language model to use instead.")] = None,
+    vision: Annotated[
+        str | None, typer.Option(help="Vision encoder to use instead of the official one: a folder or Hub id.")
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option(help="Language model to use instead of the official one: a folder or Hub id.")
+    ] = None,
     tokenizer: TokenizerOption = None,
     config: ConfigOption = None,
     verify: VerifyOption = True,
 ) -> None:
-    """An official release: its files are downloaded from where they were published."""
+    """Convert an official release.
+
+    Its files are downloaded from where they were published.
+    """
     from vlbridge.catalogue import find
     from vlbridge.convert.convert_release import convert_release as convert
 
@@ -147,12 +157,15 @@ def openflamingo(
     output: OutputOption,
     tokenizer: TokenizerOption = None,
     cross_attn_every_n_layers: Annotated[
-        int | None, typer.Option(min=1, help="Checked against the checkpoint.")
+        int | None, typer.Option(min=1, help="Layers per cross-attention layer; checked against the checkpoint.")
     ] = None,
     config: ConfigOption = None,
     verify: VerifyOption = True,
 ) -> None:
-    """OpenFlamingo: 3B, 4B, 9B, the first 9B, and checkpoints of its training code."""
+    """Convert OpenFlamingo.
+
+    Reads 3B, 4B, 9B, the first 9B, and checkpoints of its training code.
+    """
     _convert(
         "convert_openflamingo", checkpoint, output, config, vision=vision, language=language, tokenizer=tokenizer,
         cross_attn_every_n_layers=cross_attn_every_n_layers, verify=verify,
@@ -182,7 +195,10 @@ def blip2(
     config: ConfigOption = None,
     verify: VerifyOption = True,
 ) -> None:
-    """BLIP-2 and InstructBLIP: stage 1, OPT, FlanT5, Vicuna, with EVA ViT-g or CLIP ViT-L."""
+    """Convert BLIP-2 and InstructBLIP.
+
+    Reads stage 1, and models with OPT, FlanT5 or Vicuna, with EVA ViT-g or CLIP ViT-L.
+    """
     _convert(
         "convert_blip2", checkpoint, output, config, vision=vision, language=language, tokenizer=tokenizer,
         qformer_tokenizer=qformer_tokenizer, verify=verify,
@@ -198,7 +214,10 @@ def blip(
     config: ConfigOption = None,
     verify: VerifyOption = True,
 ) -> None:
-    """BLIP (2022), for transformers' BlipForConditionalGeneration and BlipForImageTextRetrieval."""
+    """Convert BLIP (2022).
+
+    The result is a BlipForConditionalGeneration or BlipForImageTextRetrieval of transformers.
+    """
     _convert("convert_blip", checkpoint, output, config, tokenizer=tokenizer, verify=verify)
 
 
@@ -236,7 +255,10 @@ def llava(
     ] = None,
     verify: VerifyOption = True,
 ) -> None:
-    """LLaVA v1, v1.5 and v1.6 (NeXT): full models, projectors, LoRA, and transformers' llava-hf."""
+    """Convert LLaVA v1, v1.5 and v1.6 (NeXT).
+
+    Reads full models, projectors, LoRA fine-tunes, and llava-hf models of transformers.
+    """
     _convert(
         "convert_llava", checkpoint, output, config, vision=vision, language=language, conversation=conversation,
         verify=verify,
@@ -255,7 +277,7 @@ def export(
     ] = "transformers",
     verify: VerifyOption = True,
 ) -> None:
-    """Write a model in a format that needs no vlbridge."""
+    """Write a model in a format that loads without vlbridge."""
     quiet_libraries()
     from vlbridge import convert
     from vlbridge.convert.convert_export import TARGETS
@@ -278,7 +300,11 @@ def transplant(
     tokenizer: TokenizerOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Warm-start a bridge on another language model, through the tokens that both models know."""
+    """Move a trained bridge to another language model.
+
+    The result is a start for training: a map between the embeddings of the tokens that both models share is multiplied
+    into the bridge's last layer.
+    """
     if output.exists():
         raise CommandError(f"--output {output} exists already; give another folder")
     refuse_adapters(Path(bridge))

@@ -70,7 +70,9 @@ def capfilt(
     dtype: DtypeOption = None,
     shard: ShardOption = None,
 ) -> None:
-    """Clean image-text pairs (CapFilt): generate captions, score all captions, keep those that match.
+    """Clean the captions of images (CapFilt).
+
+    Generates new captions, scores old and new ones by how well they match their image, and keeps those that match.
 
     An interrupted run resumes where it stopped. Scores are cached: changing --threshold does not rerun the models.
     """
@@ -265,9 +267,9 @@ def check(
     ] = 0.01,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Open every image, read every text, and say whether the data is fit for training.
+    """Check whether data is fit for training.
 
-    The exit code is 1 if it is not.
+    Opens every image and reads every text. The exit code is 1 if the data is not fit.
     """
     sheet_format = None if sheet is None else _sheet_format(sheet)
     processor = None
@@ -303,7 +305,10 @@ def show(
     number: Annotated[int, typer.Option("--number", "-n", min=1, help="Number of records to print.")] = 3,
     skip: Annotated[int, typer.Option(min=0, help="Number of records to skip first.")] = 0,
 ) -> None:
-    """Print records as training sees them, one JSON object per line."""
+    """Print records as training sees them.
+
+    Each line is a JSON object.
+    """
     from vlbridge.compat import take
 
     with reading_data(source):

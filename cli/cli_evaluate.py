@@ -22,56 +22,80 @@ from .cli_common import (
 
 
 ModelArgument = Annotated[
-    str | None, typer.Argument(help="Folder, or id on the Hub.", show_default="the embedded bridge")
+    str | None, typer.Argument(help="Model to evaluate: a folder or Hub id.", show_default="the embedded bridge")
 ]
 TaskOption = Annotated[
     str | None, typer.Option("--task", "-t", help="Name of a task (--list), or a YAML file of the same form.")
 ]
 DataOption = Annotated[
     Path | None,
-    typer.Option("--data", "-d", help="Folder of the benchmark's files.", show_default="easy_vqa fetches its own"),
+    typer.Option("--data", "-d", help="Folder with the benchmark's files.", show_default="easy_vqa fetches its own"),
 ]
 SplitOption = Annotated[str | None, typer.Option(help="Split to evaluate.", show_default="the task's")]
-ShotsOption = Annotated[int, typer.Option(min=0, help="Demonstrations per query.")]
+ShotsOption = Annotated[int, typer.Option(min=0, help="Number of examples shown in the prompt before each question.")]
 DemonstrationsOption = Annotated[
-    str, typer.Option(help="random: the same for all queries; rices: those with the most similar pictures.")
+    str,
+    typer.Option(
+        help="Which examples: random, the same for all questions; or rices, those with the most similar pictures."
+    ),
 ]
-TextOnlyOption = Annotated[bool, typer.Option("--text-only", help="Show demonstrations without their pictures.")]
+TextOnlyOption = Annotated[bool, typer.Option("--text-only", help="Show the examples without their pictures.")]
 ShownSplitOption = Annotated[
-    str | None, typer.Option(help="Split that demonstrations are taken from.", show_default="the task's")
+    str | None, typer.Option(help="Split that the examples are taken from.", show_default="the task's")
 ]
-ShownDataOption = Annotated[Path | None, typer.Option(help="Folder of that split.", show_default="that of --data")]
-SeedOption = Annotated[int, typer.Option(help="Random seed of all draws.")]
+ShownDataOption = Annotated[
+    Path | None, typer.Option(help="Folder of that split's files.", show_default="that of --data")
+]
+SeedOption = Annotated[int, typer.Option(help="Random seed.")]
 BlindOption = Annotated[bool, typer.Option("--blind", help="Also ask without pictures.")]
 GreyOption = Annotated[bool, typer.Option("--grey", help="Also ask with a grey picture.")]
 ShuffledOption = Annotated[bool, typer.Option("--shuffled", help="Also ask with other samples' pictures.")]
 LimitOption = Annotated[
-    int | None, typer.Option(min=1, help="Use so many samples, drawn at random.", show_default="all of them")
+    int | None, typer.Option(min=1, help="Use only this many samples, drawn at random.", show_default="all of them")
 ]
 OutputOption = Annotated[
     Path | None,
-    typer.Option("--output", "-o", help="Folder to write to, or to go on in.", show_default="results/MODEL/TASK-SPLIT"),
+    typer.Option(
+        "--output", "-o", help="Folder to write to, or to continue in.", show_default="results/MODEL/TASK-SPLIT"
+    ),
 ]
 PromptOption = Annotated[
-    str | None, typer.Option(help="What to ask, with {question}, {context}, {choices}.", show_default="the task's")
+    str | None,
+    typer.Option(help="Prompt, in which {question}, {context} and {choices} are filled in.", show_default="the task's"),
 ]
 FormOption = Annotated[
-    str | None, typer.Option(help="few_shot (the family's own prompt) or chat.", show_default="the task's")
+    str | None,
+    typer.Option(
+        help="Form of the prompt: few_shot (the family's own) or chat (a conversation).", show_default="the task's"
+    ),
 ]
 MethodOption = Annotated[
-    str | None, typer.Option(help="generate, or rank: the likeliest choice.", show_default="the task's")
+    str | None,
+    typer.Option(
+        help="generate: write an answer; rank: take the likeliest of the given answers.", show_default="the task's"
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="An argument of generate, such as num_beams=5; may be repeated."),
 ]
 TopKOption = Annotated[
-    int | None, typer.Option(min=0, help="Retrieval: candidates to read again (ITM).", show_default="the task's")
+    int | None,
+    typer.Option(
+        min=0,
+        help="Retrieval: number of candidates that are ranked again by matching (ITM).",
+        show_default="the task's",
+    ),
 ]
 NameOption = Annotated[
-    str | None, typer.Option(help="What results call the data.", show_default="the benchmark's or folder's name")
+    str | None,
+    typer.Option(
+        help="Name of the data in the results and the model card.", show_default="the benchmark's or folder's name"
+    ),
 ]
-CardOption = Annotated[bool, typer.Option("--card", help="Write the figures into the model's card.")]
+CardOption = Annotated[
+    bool, typer.Option("--card", help="Also write the figures into the model card in the model's folder.")
+]
 SamplesOption = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Samples per batch.")]
 TableOption = Annotated[bool, typer.Option("--json", help="Print results.json instead of a table.")]
 ListOption = Annotated[bool, typer.Option("--list", help="Show the tasks and their files, and exit.")]
@@ -149,9 +173,12 @@ def evaluate(
     as_json: TableOption = False,
     list_tasks: ListOption = False,
 ) -> None:
-    """Evaluate a model on a benchmark: figures with confidence intervals, predictions, and baselines on request.
+    """Evaluate a model on a benchmark.
 
-    An interrupted run goes on where it stopped. Several processes share the samples: accelerate launch (on CPUs
+    Prints figures with confidence intervals, and writes them and all predictions to a folder. --blind, --grey and
+    --shuffled add baselines: what the model scores without looking.
+
+    An interrupted run continues where it stopped. Several processes share the samples: accelerate launch (on CPUs
     torchrun) -m vlbridge.cli evaluate ...
     """
     if list_tasks:

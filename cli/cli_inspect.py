@@ -25,22 +25,26 @@ ModelArgument = Annotated[
 ImagesArgument = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[IMAGE]...", help="Files, folders or quoted globs; without any, gates and token budget alone."
+        metavar="[IMAGE]...",
+        help="Files, folders or quoted globs. Without them, only gates and the token budget are shown.",
     ),
 ]
 QuestionOption = Annotated[
     str | None, typer.Option("--question", "-q", help="What to ask.", show_default="the model's prompt for captions")
 ]
 AnswerOption = Annotated[
-    str | None, typer.Option("--answer", help="The answer to look into.", show_default="what the model answers")
+    str | None, typer.Option("--answer", help="The answer to examine.", show_default="what the model answers")
 ]
 ReportOption = Annotated[
-    Path | None, typer.Option("--report", help="Write an HTML file with all pictures, which needs no network.")
+    Path | None, typer.Option("--report", help="Write an HTML file with all results and pictures; it needs no network.")
 ]
 OcclusionOption = Annotated[
-    bool, typer.Option("--occlusion/--no-occlusion", help="Cover parts of each picture in turn: the slow part.")
+    bool,
+    typer.Option(
+        "--occlusion/--no-occlusion", help="Cover parts of each picture in turn, and see what that changes. Slow."
+    ),
 ]
-MeasureOption = Annotated[bool, typer.Option("--measure", help="Measure time and memory of 0, 1, 2 and 4 images.")]
+MeasureOption = Annotated[bool, typer.Option("--measure", help="Measure time and memory with 0, 1, 2 and 4 images.")]
 InspectJsonOption = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 
 
@@ -57,7 +61,10 @@ def inspect(
     dtype: DtypeOption = None,
     as_json: InspectJsonOption = False,
 ) -> None:
-    """Look inside a model: gates, queries, attention, whether it looked at the picture, and the token budget."""
+    """Look inside a model, and at what it makes of pictures.
+
+    Shows gates, queries, attention, whether the answer needed the picture, and the token budget.
+    """
     for name, text in (("--question", question), ("--answer", answer)):
         if text is not None and not text.strip():
             raise CommandError(f"{name} is empty", exit_code=2)

@@ -359,7 +359,8 @@ def caption(
     images: Annotated[list[str], IMAGES],
     model: ModelOption = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", help="What to ask for.", show_default="the model's own")
+        str | None,
+        typer.Option("--prompt", help="Prompt to use instead of the model's own.", show_default="the model's own"),
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -377,8 +378,9 @@ def caption(
 ) -> None:
     """Describe images.
 
-    One image gives its caption; several give a line "path<TAB>caption" each. With --output rows go to files instead,
-    and a run that was killed goes on where it stopped.
+    One image gives its caption; several give a line "path<TAB>caption" each. An image that cannot be read is reported,
+    the others are still captioned, and the exit code is 1. With --output, rows are written to files instead, and a run
+    that was killed resumes where it stopped.
     """
     run = Run(images, prompt, model, device, dtype, max_new_tokens, batch_size, recursive, as_json, workers)
     writing = Writing(output, file_format, rows_per_file, image_column, shard, ray_actors)
@@ -389,7 +391,8 @@ def caption(
 def ask(
     images: Annotated[list[str] | None, IMAGES] = None,
     question: Annotated[
-        str | None, typer.Argument(metavar="QUESTION", help="What to ask about each of them.", show_default=False)
+        str | None,
+        typer.Argument(metavar="QUESTION", help="The question, which is asked about each image.", show_default=False),
     ] = None,
     model: ModelOption = None,
     device: DeviceOption = None,
@@ -408,8 +411,9 @@ def ask(
 ) -> None:
     """Ask a question about images.
 
-    One image gives its answer; several give a line "path<TAB>answer" each. With --output rows go to files instead,
-    and a run that was killed goes on where it stopped.
+    One image gives its answer; several give a line "path<TAB>answer" each. An image that cannot be read is reported,
+    the others are still answered, and the exit code is 1. With --output, rows are written to files instead, and a run
+    that was killed resumes where it stopped.
     """
     if not images or question is None:  # a single argument is taken for the question
         lacking = "image" if question is None else "question" if os.path.exists(question) else "image"

@@ -29,12 +29,15 @@ def train(
         bool, typer.Option("--resume", help="Resume from the last checkpoint in the output folder, if there is one.")
     ] = False,
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="Three steps on a few records, to see whether everything works.")
+        bool, typer.Option("--smoke", help="Run three steps on a few records, to check that everything works.")
     ] = False,
     as_json: JsonOption = False,
     list_recipes: Annotated[bool, typer.Option("--list", help="Show the shipped recipes and exit.")] = False,
 ) -> None:
-    """Train a bridge from a recipe; on several devices with `accelerate launch -m vlbridge.cli train ...`."""
+    """Train a bridge from a recipe.
+
+    On several devices: accelerate launch -m vlbridge.cli train ...
+    """
     from vlbridge.training.training_recipes import RecipeError, read_recipe, shipped
 
     if list_recipes:

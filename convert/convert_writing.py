@@ -77,7 +77,7 @@ def output_folder(output: str | os.PathLike, key: str | None = None) -> Iterator
         keep = key is not None and bool(finished := finished_shards(temporary))
         if keep:
             raise KeyboardInterrupt(
-                f"{len(finished)} finished files stay in {temporary}: the same command goes on from there."
+                f"{len(finished)} finished files stay in {temporary}: the same command continues from there."
             ) from None
         raise
     finally:

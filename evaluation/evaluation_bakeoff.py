@@ -163,13 +163,13 @@ def bakeoff(
 
     `output_dir` then holds `bakeoff.json`, `bakeoff.md` (a table) and `bakeoff.png`, and a folder `NAME/seed-N` for
     each run. Every training and every evaluation has a process of its own, so that its peak of memory is its own. The
-    same call goes on where an earlier one was killed: what is complete is only read.
+    same call continues where an earlier one was killed: what is complete is only read.
 
     Args:
         entrants: Recipes, by file or name, and folders or Hub ids of trained models; `"NAME=RECIPE"` names one.
         task: As for `evaluate`; by default easy-VQA, if the recipes are evaluated on it.
         data: Folder with the task's files; for easy-VQA by default what the recipes say, else it is downloaded.
-        output_dir: Folder to write to, and to go on in.
+        output_dir: Folder to write to, or to continue in.
         seeds: Number of trainings per recipe, or their seeds: of first weights, and of the order of the data.
         settings: Changes to all recipes, `"key=value"`, as for `read_recipe`.
         allow_different: Compare bridges with different parts, data or budgets, and say so in the table.
@@ -291,7 +291,7 @@ def _run_all(runs: Sequence[Run], task: str, data: str, chosen: Options, tell: C
             try:
                 in_own_process(job)
             except JobError as error:
-                raise JobError(f"{run.label}, {what}: {error} The same command goes on from here.") from error
+                raise JobError(f"{run.label}, {what}: {error} The same command continues from here.") from error
 
 
 def _command(entrants, task, data, output, seeds, settings, allow_different: bool, chosen: Options) -> str:

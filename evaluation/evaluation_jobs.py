@@ -33,7 +33,7 @@ def work(job: dict) -> None:
     Raises:
         ValueError: Something is not as expected.
         OSError: A file can't be read or written.
-        TrainingError: Training can't go on.
+        TrainingError: Training can't continue.
     """
     if "recipe" in job:
         train(Recipe.from_dict(job["recipe"]), job["output"], resume=True)

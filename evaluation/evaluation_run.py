@@ -47,7 +47,7 @@ class Options:
         shuffled: Ask everything with other samples' pictures too.
         limit: Use so many samples, drawn with the seed.
         batch_size: Samples per batch. Padding may change the last digits of what a model computes, so that a run can
-            only go on with the batch size that it began with.
+            only continue with the batch size that it began with.
         prompt: Ask this instead of the task's prompt, with `{question}`, `{context}` and `{choices}`.
         form: `"few_shot"` or `"chat"`, see `Asking`.
         method: `"generate"` or `"rank"`, see `Asking`.
@@ -251,7 +251,7 @@ def evaluate(
     """Evaluate a model on a benchmark that lies in a folder.
 
     Processes that `accelerate launch` or `torchrun` has started share the samples and agree with one process. With an
-    `output_dir` a run that was killed goes on where it stopped, and its files get the bytes of a run that was not:
+    `output_dir` a run that was killed continues where it stopped, and its files get the bytes of a run that was not:
     `results.json`, `settings.json` and the predictions. What differs from run to run is in `timing.json` alone.
 
     Args:
@@ -259,7 +259,7 @@ def evaluate(
         processor: Of a loaded model.
         task: Name of a task (`task_names()`), a YAML file of the same form, or a `Task`.
         data: Folder with the benchmark's official files; the task's `layout` names them. easy-VQA's are fetched.
-        output_dir: Folder to write to and to go on in; `None` writes nothing.
+        output_dir: Folder to write to or to continue in; `None` writes nothing.
         options: Fields of `Options`: `split`, `shots`, `demonstrations`, `seed`, `blind`, `shuffled`, `limit`...
 
     Returns:
@@ -361,7 +361,7 @@ def _check(task: Task, chosen: Options, num_processes: int) -> None:
 
 
 def _begin(folder: Path, settings: dict) -> None:
-    """Begin a run in a folder, or go on with one.
+    """Begin a run in a folder, or continue one.
 
     Raises:
         ValueError: The folder holds a run with other settings.

@@ -267,7 +267,12 @@ class BridgedProcessor(KeepsBackend, ProcessorHooks, ProcessorMixin):
     # ------------------------------------------------------------------ calls
 
     def apply_chat_template(self, conversation, *args, **kwargs):
-        """See `ProcessorMixin.apply_chat_template`.
+        """Write conversations in the language model's format; see transformers' `ProcessorMixin.apply_chat_template`.
+
+        Args:
+            conversation: A list of messages, or a list of such lists. Contents are texts and images.
+            *args: As for `ProcessorMixin`.
+            **kwargs: As for `ProcessorMixin`.
 
         Raises:
             ValueError: A message holds something else than text and images, or not one image per placeholder.

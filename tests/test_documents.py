@@ -1,8 +1,13 @@
-"""The documents for contributors: links lead somewhere, every file is listed, and the example of a family works."""
+"""The documents: links lead somewhere, what is quoted or computed is so, and the example of a family works."""
 
 from __future__ import annotations
 
+import ast
 import configparser
+import dataclasses
+import importlib
+import importlib.util
+import json
 import os
 import re
 import shutil
@@ -16,10 +21,12 @@ from packaging.requirements import Requirement
 from test_readme import blocks_of, check_targets
 
 from vlbridge import __version__
+from vlbridge.catalogue import CATALOGUE
 
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted(path.name for path in ROOT.glob("*.md"))
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
+DOCUMENTS = sorted(path.name for path in ROOT.glob("*.md")) + PAGES
 LINK = re.compile(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]+))?\)")
 EXAMPLE = """
 import torch, vlbridge
@@ -48,6 +55,14 @@ assert torch.equal(classifier.bridge.projection.weight, model.bridge.projection.
 """
 
 
+def script(path: str):
+    """A script of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def package_folders() -> dict[str, Path]:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
@@ -64,9 +79,10 @@ def anchors_of(path: Path) -> set[str]:
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_links_lead_somewhere(name):
     wrong = []
+    generated = {ROOT / "docs" / page for page in script("docs/hooks.py").GENERATED}
     for target, anchor in LINK.findall((ROOT / name).read_text(encoding="utf-8")):
-        path = ROOT / (target or name)
-        if not path.exists() or (anchor and anchor not in anchors_of(path)):
+        path = Path(os.path.normpath((ROOT / name).parent / target)) if target else ROOT / name
+        if path not in generated and (not path.exists() or (anchor and anchor not in anchors_of(path))):
             wrong.append(f"{target}#{anchor}")
     assert not wrong
 
@@ -75,6 +91,125 @@ def test_links_lead_somewhere(name):
 def test_make_targets_exist(name):
     for target in re.findall(r"`make ([\w.-]+)[^`]*`", (ROOT / name).read_text(encoding="utf-8")):
         check_targets(name, [target])
+
+
+@pytest.mark.parametrize("name", ["README.md", *PAGES])
+def test_pictures_are_there(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for target in re.findall(r"(?:src|srcset)=\"([^\"]+)\"", text):
+        assert ((ROOT / name).parent / target).is_file(), target
+
+
+def test_every_page_is_in_the_navigation():
+    hooks = script("docs/hooks.py")
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = re.findall(r"^ +- [^#\n]*: ([\w/-]+\.md)$", text, re.MULTILINE)
+    assert sorted(listed) == sorted({*(name.removeprefix("docs/") for name in PAGES), *hooks.GENERATED})
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 110
+
+
+def shown_text(node: ast.AST) -> str | None:
+    """A text of the code as a message shows it, with `...` for values."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
+    return None
+
+
+def test_messages_of_the_troubleshooting_page_are_in_the_code():
+    texts = []
+    for folder in package_folders().values():
+        for path in folder.glob("*.py"):
+            texts += [shown_text(node) or "" for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    code = "\n".join(texts)
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\| `(.+?)`(?: \((\w+)\))? \|", page, re.MULTILINE)
+    messages = [message for message, library in quoted if not library]  # those of other libraries name it
+    assert len(messages) > 50
+    # a value at the beginning or the end of a message may be outside of the text
+    assert not [message for message in messages if message.strip(". ") not in code]
+
+
+def test_every_command_is_in_the_reference():
+    hooks = script("docs/hooks.py")
+    text = hooks.cli_reference()
+    shutil.rmtree(hooks.assemble())
+    for name in ("caption", "ask", "train", "evaluate", "data check", "convert llava", "convert NAME OUTPUT", "push"):
+        assert f"\n## vlbridge {name}\n" in text
+    assert text.count("```text\nUsage: vlbridge ") == text.count("\n## ")
+
+
+def test_every_recipe_and_every_key_is_in_the_reference():
+    from vlbridge.training import training_recipes as recipes
+
+    text = script("docs/hooks.py").recipe_reference()
+    for name in recipes.shipped():
+        assert f"\n### {name}\n" in text
+    for kind in (recipes.Recipe, recipes.DataRecipe, recipes.TextRecipe, recipes.SamplesRecipe):
+        for key in dataclasses.fields(kind):
+            assert f"| `{key.name.rstrip('_')}` |" in text
+
+
+def test_public_names_are_in_the_reference():
+    """Of the names that packages export, all but those that the reference describes with their base."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").glob("*.md"))
+    listed = {line.rpartition(".")[2] for line in text.splitlines() if line.startswith("::: ")}
+    exported = set()
+    for package in ("vlbridge", "vlbridge.training", "vlbridge.convert", "vlbridge.evaluation", "vlbridge.inspection"):
+        exported |= set(importlib.import_module(package).__all__)
+    like_their_base = {name for name in exported if "Classification" in name}
+    left = exported - listed - like_their_base
+    assert left == {"FAMILIES", "QFormerBlip2PreTrainingProcessor", "__version__", "default_model", "example_picture",
+                    "BakeoffError", "TaskError", "task_names"}  # fmt: skip
+
+
+def test_the_table_of_memory_is_that_of_the_results():
+    results = json.loads((ROOT / "benchmarks/results/memory.json").read_text(encoding="utf-8"))
+    table = script("benchmarks/memory.py").table(results["releases"])
+    assert table in (ROOT / "docs/hardware.md").read_text(encoding="utf-8")
+    assert {row["release"] for row in results["releases"]} == set(CATALOGUE)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| (?:OpenFlamingo|BLIP-2|LLaVA)[^|]+(?: \| [\d.]+)+ \|$", readme, re.MULTILINE)
+    assert len(lines) == 4
+    for line in lines:
+        numbers = line.partition(" | ")[2]
+        assert any(row.endswith(numbers) for row in table.splitlines()), line
+
+
+def test_memory_counts_what_official_manifests_hold():
+    """Parameters of parts, against the shapes of official checkpoints."""
+    memory, manifests = script("benchmarks/memory.py"), ROOT / "tests/convert/manifests"
+    rows = {
+        row["release"]: row for row in json.loads((ROOT / "benchmarks/results/memory.json").read_text())["releases"]
+    }
+    indexes = [json.loads(path.read_text()) for path in manifests.glob("index_*.json")]
+    counts = {name: entry["n_elements"] for index in indexes for name, entry in index.items()}
+    llava = rows["liuhaotian/llava-v1.5-7b"]
+    assert llava["bridge_parameters"] == counts["llava_v1.5_7b.stage1_mm_projector_bin"]
+    assert llava["bridge_parameters"] + llava["language_parameters"] == counts["llava_v1.5_7b.checkpoint"]
+    vicuna = rows["blip2_vicuna_instruct/vicuna7b"]
+    total = sum(vicuna[f"{part}_parameters"] for part in ("vision", "bridge", "language"))
+    assert total == pytest.approx(counts["blip2_instruct_vicuna7b.full_model"], rel=1e-3)  # which counts buffers too
+    flamingo = rows["openflamingo/OpenFlamingo-9B-vitl-mpt7b"]
+    trained = counts["openflamingo_9b_vitl_mpt7b.checkpoint_frozenemb"]  # without the rows of the special tokens
+    assert flamingo["bridge_parameters"] == pytest.approx(trained, rel=1e-4)
+    small = memory.row_of(CATALOGUE["blip2/pretrain_vitL"])
+    assert small == rows["blip2/pretrain_vitL"]
+    assert small["training"] == 2 * small["vision_parameters"] + 16 * small["bridge_parameters"]
+
+
+def test_the_pictures_are_drawn_by_their_script():
+    draw = script("docs/draw.py")
+    for theme in draw.COLOURS:
+        assert (ROOT / f"docs/images/bridges-{theme}.svg").read_text(encoding="utf-8") == draw.bridges(theme)
+    terminal = (ROOT / "docs/images/terminal.svg").read_text(encoding="utf-8")
+    guide = (ROOT / "docs/guides/caption-and-ask.md").read_text(encoding="utf-8")  # whose commands a test runs
+    for shown in re.findall(r"xml:space=\"preserve\">([^<]+)</text>", terminal)[:4]:
+        assert shown in guide
 
 
 def test_every_module_has_its_line():

@@ -81,7 +81,7 @@ def mix(
         weights: How often to draw from each, relative to each other; by default in turn.
         seed: Seed of the draws.
         stopping: One of `STOPPING`: end with the first data set that ends, or start those that end again until each has
-            ended once, or go on without them.
+            ended once, or continue without them.
 
     Returns:
         The mixture.

@@ -22,7 +22,7 @@ WRITER_WORDS = ("PytorchStreamWriter", "file write failed", "No space left", "un
 
 
 class TrainingError(RuntimeError):
-    """Training can't go on."""
+    """Training can't continue."""
 
 
 class OtherProcessError(TrainingError):

@@ -250,7 +250,7 @@ class ResumableTrainer(TrainerHooks, Trainer):
                 push_folder(staging, push_to, private=private, keep=["README.md"], commit_message="Upload model")
 
     def save_checkpoint(self, default) -> None:
-        """Write a checkpoint. If the disk is full, it is deleted again, and training goes on; the last one stays.
+        """Write a checkpoint. If the disk is full, it is deleted again, and training continues; the last one stays.
 
         Args:
             default: transformers' own way to write one.
@@ -295,7 +295,7 @@ class ResumableTrainer(TrainerHooks, Trainer):
         logger.error(
             f"The checkpoint of step {step} could not be written: {problem}. "
             + (f"The last one is {last}. " if last else "There is none before it. ")
-            + "Training goes on; free space before the next save."
+            + "Training continues; free space before the next save."
         )
 
     def save_optimizer(self, default, output_dir: str) -> None:

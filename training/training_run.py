@@ -202,7 +202,7 @@ def train(recipe: Recipe, output: str | os.PathLike, resume: bool = False) -> di
 
     Raises:
         RecipeError: Something can't be run as it stands, or `output` holds a run already.
-        TrainingError: Training can't go on.
+        TrainingError: Training can't continue.
     """
     output = Path(output)
     if output.is_file():
@@ -210,7 +210,7 @@ def train(recipe: Recipe, output: str | os.PathLike, resume: bool = False) -> di
     last = last_checkpoint(output)
     if last is not None and not resume:
         raise RecipeError(
-            f"{output} holds a run already, up to {Path(last).name}: go on with --resume, or give another --output."
+            f"{output} holds a run already, up to {Path(last).name}: resume it with --resume, or give another --output."
         )
     goes_on = resume and (output / "recipe.yaml").is_file()  # a run that saves no checkpoints begins again
     if last is None and (output / "config.json").is_file() and not goes_on:

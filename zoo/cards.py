@@ -502,7 +502,7 @@ def card_of_release(release: Release) -> ModelCard:
             generation=release.generation,
             language="en",
             results=published_results(release),
-            evaluation_notes="As published; not measured anew." if release.published else "",
+            evaluation_notes="As published; not measured again." if release.published else "",
             limits=LIMITS,
         )
     )

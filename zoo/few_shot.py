@@ -120,7 +120,12 @@ class FewShotAnswerer:
         self._shares: bool | None = None  # not known before the first queries
 
     def setting(self, name: str, default: bool = True):
-        """A setting of `generate`: from the options, from their configuration, or by default from the model's."""
+        """The value of a setting of `generate`.
+
+        Args:
+            name: Its name, such as `"num_beams"`.
+            default: Whether to look into the model's own generation configuration, after the options.
+        """
         places = [
             self.options,
             self.options.get("generation_config"),
@@ -223,7 +228,20 @@ class FewShotAnswerer:
         normalize: str = "sum",
         batch_size: int = BATCH_SIZE,
     ) -> list[list[float]]:
-        """Log-likelihood of every choice as the answer of its query, see `rank_answers`."""
+        """Score given answers instead of generating.
+
+        Args:
+            queries: As for `answer`.
+            choices: For each query, the texts to choose from.
+            normalize: As for `rank_answers`.
+            batch_size: Queries per batch.
+
+        Returns:
+            For each query, the log-likelihood of each choice, in nats.
+
+        Raises:
+            ValueError: There are no choices for a query, or `normalize` is unknown.
+        """
         return self._rank([self.demonstrations] * len(queries), queries, choices, normalize, batch_size, share=True)
 
     @torch.no_grad()

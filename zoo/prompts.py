@@ -412,7 +412,7 @@ class Prefix:
         return cls(ids, num_images, cache, later_states(model, outputs.visual_states))
 
     def begins(self, ids: Sequence[int]) -> bool:
-        """Whether a prompt begins with this prefix, and goes on after it."""
+        """Whether a prompt begins with this prefix, and continues after it."""
         return len(ids) > len(self.ids) and ids[: len(self.ids)] == self.ids
 
     def continued(self, maker: PromptMaker, rows: Sequence[Sequence[int]], copies: int = 1) -> tuple[dict, dict]:

@@ -26,14 +26,13 @@ def summarize(model: str | os.PathLike | None = None) -> dict:
         model: Folder or Hub id of any model that this package registers; `None` takes the embedded bridge.
 
     Returns:
-        - `model`, `model_type` and `class`.
-        - `parts`: one dict each, with `name`, `class`, `model_type`, `source`, `trainable_parameters`, `parameters`.
-          Classifiers and stage 1 of Q-Former BLIP-2 have no language model.
-        - `trainable_parameters` and `parameters` of all parts together.
-        - `image_size`: pixels per side.
-        - `fewest_image_tokens` and `image_tokens`: visual tokens of one image, at least and at most.
-        - `prompt_tokens_per_image`: positions that they take in the language model's input, at most.
-        - `context_window` and `context_left`: tokens; `None` if positions have no limit or there is no language model.
+        A dictionary with `model`, `model_type` and `class`; `parts`, one dictionary each, with `name`, `class`,
+            `model_type`, `source`, `trainable_parameters` and `parameters` (classifiers and stage 1 of Q-Former BLIP-2
+            have no language model); `trainable_parameters` and `parameters` of all parts together; `image_size` in
+            pixels per side; `fewest_image_tokens` and `image_tokens`, the visual tokens of one image, at least and at
+            most; `prompt_tokens_per_image`, the positions that they take in the language model's input, at most;
+            `context_window` and `context_left` in tokens, `None` if positions have no limit or there is no language
+            model.
 
     Raises:
         ValueError: It is not a bridged model.
@@ -110,7 +109,7 @@ def summary_lines(summary: dict) -> Iterator[str]:
     yield f"{summary['model']}: {summary['model_type']}, {summary['class']}"
     yield ""
     rows = [("part", "class", "model type", "trainable", "parameters", "source")]
-    total = {**summary, "name": "altogether", "class": "", "model_type": "", "source": ""}
+    total = {**summary, "name": "total", "class": "", "model_type": "", "source": ""}
     for part in [*summary["parts"], total]:
         counts = (f"{part[key]:,}" for key in ("trainable_parameters", "parameters"))
         rows.append((part["name"], part["class"], part["model_type"], *counts, part["source"]))

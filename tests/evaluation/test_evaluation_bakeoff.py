@@ -478,7 +478,7 @@ def test_the_command(done, toys, tmp_path, monkeypatch):
         ((toys / "mlp.yaml", "--set", "arguments.max_stepps=1"), 2, "did you mean 'max_steps'"),
         ((toys / "mlp.yaml", "--data", tmp_path), 1, "has no test/questions.json"),
         ((toys / "mlp.yaml", "--set", "arguments.max_steps=1"), 1,
-         "mlp, seed 0, training: the disk is full. The same command goes on from here."),
+         "mlp, seed 0, training: the disk is full. The same command continues from here."),
     ):  # fmt: skip
         result = run(*arguments, "--output", tmp_path / "out")
         lines = [line for line in result.stderr.splitlines() if line.startswith("vlbridge: error: ")]

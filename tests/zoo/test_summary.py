@@ -138,7 +138,7 @@ def test_lines(tmp_path):
     assert lines[0] == f"{tmp_path}: mlp_llava, MLPLlavaForConditionalGeneration"
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.bridge.parameters())
-    assert lines[-4].split() == ["altogether", f"{trainable:,}", f"{total:,}"]
+    assert lines[-4].split() == ["total", f"{trainable:,}", f"{total:,}"]
     assert lines[-2:] == [
         "visual tokens per image: 25 (30 x 30 pixels), 25 in the prompt",
         "context window: 512 tokens; one image leaves 487 (95.1%) for text",
