@@ -77,20 +77,20 @@ def ask(address: str, fields: dict, timeout: float = 600) -> tuple[int, str]:
 
 
 @contextmanager
-def running(command: list[str], ready: str = "/health", patience: float = 1800):
-    """Start a server; gives its address and process."""
+def running(command: list[str], more: list[str], patience: float = 1800):
+    """Start a server with `more` arguments after its port; gives its address and process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    process = subprocess.Popen([*command, "--port", str(port)], stdout=sys.stderr)
+    process = subprocess.Popen([*command, "--port", str(port), *more], stdout=sys.stderr)
     try:
         deadline = time.monotonic() + patience
         while True:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"{' '.join(command[:4])} ... does not start")
             try:
-                urllib.request.urlopen(address + ready, timeout=5)
+                urllib.request.urlopen(f"{address}/health", timeout=5)
                 break
             except OSError:
                 time.sleep(0.5)
@@ -107,8 +107,13 @@ def server_of(engine: str, source: str) -> list[str]:
     return [*command, "--engine", "vllm" if engine == "vllm" else "transformers"]
 
 
-def through_server(engine: str, source: str, urls: list[str], tokens: int, clients: int) -> dict:
-    with running(server_of(engine, source)) as (address, _):
+def vllm_options(engine: str, arguments: argparse.Namespace) -> list[str]:
+    return ["--", *arguments.vllm_options.split()] if engine == "vllm" else []
+
+
+def through_server(engine: str, source: str, urls: list[str], arguments: argparse.Namespace) -> dict:
+    tokens, clients = arguments.tokens, arguments.clients
+    with running(server_of(engine, source), vllm_options(engine, arguments)) as (address, _):
         name = f"{source}@main" if engine == "transformers serve" else "model"
         ask(address, body(name, urls[0], 2))  # loads what is loaded late
         began = time.perf_counter()
@@ -138,7 +143,7 @@ def speed(arguments: argparse.Namespace) -> None:
     urls = [data_url(image) for image in images]
     result = {"generate": with_generate(source, images, arguments.tokens, arguments.questions)}
     for engine in arguments.engines:
-        result[engine] = through_server(engine, source, urls, arguments.tokens, arguments.clients)
+        result[engine] = through_server(engine, source, urls, arguments)
     expected = result["generate"]["answers"]
     for found in result.values():
         found["equal_answers"] = sum(map(str.__eq__, found.pop("answers"), expected))
@@ -216,7 +221,7 @@ def load_test(arguments: argparse.Namespace) -> None:
             with lock:
                 counts[outcome] += 1
 
-    with running(server_of(arguments.engine, source)) as (address, process):
+    with running(server_of(arguments.engine, source), vllm_options(arguments.engine, arguments)) as (address, process):
         for number in range(len(images)):
             ask(address, body("model", urls[number], arguments.tokens))
         before = resident(process)
@@ -245,6 +250,7 @@ if __name__ == "__main__":
         command.add_argument("--output", help="JSON file to write.")
         command.add_argument("--tokens", type=int, default=24, help="New tokens per answer.")
         command.add_argument("--clients", type=int, default=64 if name == "load" else 32)
+        command.add_argument("--vllm-options", default="--enforce-eager --max-model-len 1024", help="For `vllm serve`.")
     speed_command, load_command = commands.choices["speed"], commands.choices["load"]
     speed_command.add_argument("--questions", type=int, default=32)
     speed_command.add_argument("--name", default="the embedded bridge", help="What the result calls the model.")

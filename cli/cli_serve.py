@@ -143,6 +143,9 @@ def serve(
     text_only: Annotated[bool, typer.Option("--text-only", help="Take requests without a picture too.")] = False,
 ) -> None:
     """Answer OpenAI's chat requests over HTTP. What follows -- goes to `vllm serve`."""
+    extra = list(context.args)
+    if model is not None and model.startswith("-"):  # what follows -- without a model before it
+        extra, model = [model, *extra], None
     bridges = parse_bridges(bridge or [])
     if media_folder is not None and not media_folder.is_dir():
         raise CommandError(f"--media-folder: {media_folder} is no folder", exit_code=2)
@@ -159,10 +162,10 @@ def serve(
     with loading(source):
         chosen = choose_engine(engine, source, bridges, device)
     if chosen == "vllm":
-        command = vllm_command(source, name, host, port, dtype, limits, list(context.args))
+        command = vllm_command(source, name, host, port, dtype, limits, extra)
         os.execve(command[0], command, {**os.environ, LIMITS_VARIABLE: limits.to_json()})
-    if context.args:
-        raise CommandError(f"there is no argument {context.args[0]!r} without vLLM", exit_code=2)
+    if extra:
+        raise CommandError(f"there is no argument {extra[0]!r} without vLLM", exit_code=2)
     device_and_dtype(device, dtype)
     try:
         from vlbridge.serving.serving_engine import Engine

@@ -92,6 +92,14 @@ def test_vllm_where_it_can_serve_the_model(started, tmp_path):
 
 
 @pytest.mark.usefixtures("vllm")
+def test_arguments_of_vllm_without_a_model_are_not_the_model(started, monkeypatch, tmp_path):
+    folder = saved(tmp_path, "mlp")
+    monkeypatch.setattr("vlbridge.inference.default_model", lambda: folder)
+    assert serve("--", "--enforce-eager", "--seed", "1").exit_code == 0
+    assert started["command"][4] == folder and started["command"][-3:] == ["--enforce-eager", "--seed", "1"]
+
+
+@pytest.mark.usefixtures("vllm")
 @pytest.mark.parametrize(("bridge", "language"), [("perceiver", "llama"), ("qformer", "t5")])
 def test_what_vllm_can_not_serve(bridge, language, started, tmp_path):
     """`auto` takes our engine and says why; `--engine vllm` is an error in one line."""
