@@ -8,7 +8,8 @@ TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal 
 # constraints.txt holds versions that were tested together
 INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test docs matrix clients conformance parity zero3 lint format train-demo evaluate-demo build lock clean
+.PHONY: demo test docs matrix clients serving conformance parity zero3 lint format \
+	train-demo evaluate-demo build lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/vlbridge caption zoo/assets/example.png
@@ -28,6 +29,10 @@ matrix: $(VENV)/.dev
 # TRL, lmms-eval and lm-eval themselves, in an environment of their own
 clients: $(VENV)/.dev
 	WORKERS=$(WORKERS) $(BIN)/nox --session clients
+
+# vLLM's CPU build, in an environment of its own
+serving: $(VENV)/.dev
+	$(BIN)/nox --session serving
 
 conformance: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/conformance/run_conformance.py

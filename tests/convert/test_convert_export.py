@@ -259,6 +259,19 @@ print(json.dumps({"class": type(model).__name__, "ids": ids[0, start:].tolist(),
 """
 
 
+def served_chat_is_ours(model, processor, theirs, image) -> None:
+    """The chat template writes no placeholder: what a server makes of a conversation has the ids of our processor."""
+    turn = [{"type": "image", "image": image}, {"type": "text", "text": "What is it?"}]
+    conversation, chat = [{"role": "user", "content": turn}], {"add_generation_prompt": True}
+    inputs = processor.apply_chat_template(conversation, **chat, tokenize=True, return_dict=True, return_tensors="pt")
+    written = theirs.tokenizer.apply_chat_template(conversation, **chat, tokenize=False)
+    assert "<image>" not in written and "What is it?" in written
+    # vLLM tokenises what the template wrote without special tokens, and puts the image's tokens before it
+    ids = theirs.tokenizer(written, add_special_tokens=model.config.is_encoder_decoder)["input_ids"]
+    placeholders = [model.config.image_token_id] * model.config.qformer_config.num_query_tokens
+    assert inputs["input_ids"][0].tolist() == placeholders + ids
+
+
 @pytest.mark.core
 def test_an_exported_model_generates_without_this_package(case, ours, native, tmp_path):
     """The same tokens through the Auto classes, and the same text through the pipeline."""
@@ -291,6 +304,8 @@ def test_an_exported_model_generates_without_this_package(case, ours, native, tm
     assert found["ids"] == expected
     assert found["said"].strip() == found["decoded"].strip()
     assert (found["chat"] is not None) == llava
+    if not llava:
+        served_chat_is_ours(model, processor, theirs, image)
     certificate = json.loads((native / CERTIFICATE).read_text())
     assert certificate["to"].endswith(found["class"])
     tokens = next(check for check in certificate["checks"] if check["what"] == "greedy tokens")

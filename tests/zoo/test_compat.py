@@ -20,13 +20,15 @@ from tiny import COMBINATIONS, tiny_image, tiny_model, tiny_stage1
 from transformers import DynamicCache, GenerationMixin, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from vlbridge import compat
+from vlbridge import compat, compat_vllm
 from vlbridge.modeling.modeling_bridged import BridgedOutput
 
 
 pytestmark = pytest.mark.core
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("zoo", "configuration", "modeling", "processing", "convert", "training", "evaluation", "inspection")
+FOLDERS = (
+    "zoo", "configuration", "modeling", "processing", "convert", "training", "evaluation", "inspection", "serving",
+)  # fmt: skip
 SOURCES = [
     path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py")) if not path.name.startswith("compat")
 ]
@@ -183,7 +185,10 @@ def test_no_private_attribute_of_a_library_is_used():
     of_libraries = {name for base in BASES for name in dir(base) if name.startswith("_")}
     wrong = []
     for path, (_, used, defined) in found.items():
-        wrong += [f"{path.name}:{line} uses {name}" for name, line in used.items() if name not in own | DECLARED]
+        known = own | DECLARED
+        if path.name == "serving_vllm.py":  # `make serving` has the tripwires
+            known |= {name.short for name in compat_vllm.NAMES}
+        wrong += [f"{path.name}:{line} uses {name}" for name, line in used.items() if name not in known]
         wrong += [f"{path.name}:{line} uses {name}" for name, line in used.items() if name in of_libraries - DECLARED]
         wrong += [
             f"{path.name}:{line} defines {name}" for name, line in defined.items() if name in of_libraries - DECLARED
