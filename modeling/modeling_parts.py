@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from transformers import (
@@ -87,6 +88,26 @@ def refuse_zero3() -> None:
         )
 
 
+@contextmanager
+def quiet_about_unneeded_tensors() -> Iterator[None]:
+    """Keep transformers' table of tensors that a part does not need off stderr; what is missing is still told.
+
+    An encoder is often saved with a classifier or with the text side of CLIP, and the table looks like a problem.
+    """
+
+    def is_news(record) -> bool:
+        text = record.getMessage()
+        others = ("MISSING", "MISMATCH", "CONVERSION", "REINIT")
+        return "LOAD REPORT" not in text or any(word in text for word in others)
+
+    loader = logging.get_logger("transformers.modeling_utils")
+    loader.addFilter(is_news)
+    try:
+        yield
+    finally:
+        loader.removeFilter(is_news)
+
+
 def load_frozen_part(
     part: str, pin: dict, config: PreTrainedConfig, trained: Iterable[str] = (), allow_mismatch: bool = False, **kwargs
 ) -> PreTrainedModel:
@@ -111,10 +132,11 @@ def load_frozen_part(
     )
     if kwargs.get("local_files_only"):  # transformers before 5.18 asks the Hub whether the part is an adapter
         kwargs["adapter_kwargs"] = {"local_files_only": True}
-    model, info = retried(
-        auto_class_for(part, config).from_pretrained,
-        place, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **{**kwargs, **hub_kwargs},
-    )  # fmt: skip
+    with quiet_about_unneeded_tensors():
+        model, info = retried(
+            auto_class_for(part, config).from_pretrained,
+            place, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **{**kwargs, **hub_kwargs},
+        )  # fmt: skip
     problems = [
         f"{name} has shape {list(found)}, expected {list(expected)}"
         for name, found, expected in sorted(info["mismatched_keys"])
@@ -231,7 +253,8 @@ def resolve_part(
             f"{source} is not in the Hub's cache: {place} stands in for it, whose weights can differ from the Hub's. A "
             "bridge that is saved alone is pinned to the copy that was used."
         )
-    model = auto_class_for(part, config).from_pretrained(place, config=config, dtype=dtype, **hub_kwargs)
+    with quiet_about_unneeded_tensors():
+        model = auto_class_for(part, config).from_pretrained(place, config=config, dtype=dtype, **hub_kwargs)
     revision = commit_of(place, **hub_kwargs) if place == source else None
     return model, place, {"source": os.path.abspath(source) if os.path.isdir(source) else source, "revision": revision}
 

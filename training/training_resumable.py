@@ -115,7 +115,7 @@ class ResumableTrainer(TrainerHooks, Trainer):
             if self.args.should_save:
                 delete_leftovers(self.args.output_dir)
         done = super().train(checkpoint, *args, **kwargs)
-        return done._replace(training_loss=done.metrics.get("train_loss", done.training_loss))
+        return type(done)(done.global_step, done.metrics.get("train_loss", done.training_loss), done.metrics)
 
     def _optimizer_file(self) -> str:
         """Pattern of the name that this launch gives the optimizer's state in a checkpoint."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import BRIDGE_OPTIONS, LANGUAGE, VISION, tiny_tokenizer
+from toy_runs import save_parts
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -229,3 +233,28 @@ def test_a_bare_import_is_light():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_tensors_that_a_part_does_not_need_are_no_news(tmp_path):
+    """A classifier beside an encoder is not reported; a tensor that is missing is."""
+    parts = save_parts(tmp_path)
+    file = Path(parts["vision"]) / "model.safetensors"
+    weights, said = load_file(file), []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    loader = logging.getLogger("transformers.modeling_utils")
+    loader.addHandler(handler)
+    before = loader.level
+    loader.setLevel(logging.WARNING)  # other tests make transformers quiet
+    try:
+        save_file({**weights, "classifier.weight": torch.zeros(2, 2)}, file, {"format": "pt"})
+        vlbridge.compose(parts["vision"], parts["language"], "mlp")
+        assert not [text for text in said if "LOAD REPORT" in text] and not loader.filters
+        first = next(name for name in weights if name.endswith("q_proj.weight"))
+        save_file({name: weights[name] for name in weights if name != first}, file, {"format": "pt"})
+        vlbridge.compose(parts["vision"], parts["language"], "mlp")
+        (report,) = [text for text in said if "LOAD REPORT" in text]
+        assert "MISSING" in report and "q_proj" in report
+    finally:
+        loader.setLevel(before)
+        loader.removeHandler(handler)
