@@ -1,15 +1,19 @@
 """Every notebook runs from top to bottom, in a folder of its own.
 
-python tests/test_notebooks.py      # writes what the cells print into the notebooks
+python tests/test_notebooks.py            # writes what the cells print into the notebooks
+python tests/test_notebooks.py quickstart # into this one
 """
 
+import os
 import re
 import sys
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 import nbformat
 import pytest
+from hub_server import LocalHub
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
@@ -17,6 +21,7 @@ from nbclient.exceptions import CellExecutionError
 
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+TIMEOUT = int(os.environ.get("NOTEBOOK_TIMEOUT", "540"))  # seconds per cell
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -30,11 +35,11 @@ class ThisInterpreter(AsyncKernelManager):
 
 
 def execute(path: Path, folder: Path) -> nbformat.NotebookNode:
-    """Run a notebook.
+    """Run a notebook in a kernel of its own, whose Hub is a local one: it is logged in there as `me`.
 
     Args:
         path: The notebook.
-        folder: Where its cells run.
+        folder: Where its cells run; empty.
 
     Returns:
         The notebook with the outputs of this run.
@@ -44,9 +49,11 @@ def execute(path: Path, folder: Path) -> nbformat.NotebookNode:
     """
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
-        notebook, timeout=540, kernel_manager_class=ThisInterpreter, resources={"metadata": {"path": str(folder)}}
+        notebook, timeout=TIMEOUT, kernel_manager_class=ThisInterpreter, resources={"metadata": {"path": str(folder)}}
     )
-    return client.execute()
+    with closing(LocalHub()) as hub, tempfile.TemporaryDirectory() as home:
+        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+        return client.execute(env=hub.environment(home, **threads))
 
 
 @pytest.fixture
@@ -99,4 +106,5 @@ def write_outputs(path: Path) -> None:
 
 if __name__ == "__main__":
     for notebook_path in NOTEBOOKS:
-        write_outputs(notebook_path)
+        if not sys.argv[1:] or notebook_path.stem in sys.argv[1:]:
+            write_outputs(notebook_path)
