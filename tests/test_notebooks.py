@@ -21,7 +21,6 @@ from nbclient.exceptions import CellExecutionError
 
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
-TIMEOUT = int(os.environ.get("NOTEBOOK_TIMEOUT", "540"))  # seconds per cell
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -49,7 +48,7 @@ def execute(path: Path, folder: Path) -> nbformat.NotebookNode:
     """
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
-        notebook, timeout=TIMEOUT, kernel_manager_class=ThisInterpreter, resources={"metadata": {"path": str(folder)}}
+        notebook, timeout=540, kernel_manager_class=ThisInterpreter, resources={"metadata": {"path": str(folder)}}
     )
     with closing(LocalHub()) as hub, tempfile.TemporaryDirectory() as home:
         threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
@@ -83,6 +82,13 @@ def test_notebook_is_tidy(path):
     assert not [output for output in outputs if output.output_type == "error"], "committed with an error"
     assert not [output for output in outputs if output.get("name") == "stderr"], "committed with warnings or bars"
     assert str(Path.home()) not in "".join(nbformat.writes(notebook)), "committed with someone's paths"
+
+
+def test_the_list_is_complete():
+    listed = re.findall(
+        r"^\| \[([\w.]+)\]\(\1\) \| \S", (NOTEBOOKS[0].parent / "README.md").read_text(), flags=re.MULTILINE
+    )
+    assert sorted(listed) == [path.name for path in NOTEBOOKS]
 
 
 def test_a_cell_that_raises_is_reported(tmp_path, own_jupyter):
