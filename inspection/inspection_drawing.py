@@ -148,14 +148,14 @@ def draw_budget(rows: Sequence[dict]):
     limited = [row for row in rows if row["left"] is not None]
     if not limited:
         raise ValueError("No row of the budget has a context window: give one, token_budget(..., window=8192).")
-    figure = empty_figure(7, 3.5)
+    figure = empty_figure(9, 3.5)
     axes = figure.subplots()
     for name in dict.fromkeys(row["model"] for row in limited):
         of_model = [row for row in limited if row["model"] == name]
         axes.plot([row["turn"] for row in of_model], [row["left"] for row in of_model], marker=".", label=name)
     axes.axhline(0, color="black", linewidth=0.5)
     axes.set(xlabel="turn", ylabel="tokens left", title="Context left for text")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside the lines, which may be anywhere
     return figure
 
 

@@ -1,15 +1,19 @@
 """Every notebook runs from top to bottom, in a folder of its own.
 
-python tests/test_notebooks.py      # writes what the cells print into the notebooks
+python tests/test_notebooks.py            # writes what the cells print into the notebooks
+python tests/test_notebooks.py quickstart # into this one
 """
 
+import os
 import re
 import sys
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 import nbformat
 import pytest
+from hub_server import LocalHub
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
@@ -30,11 +34,11 @@ class ThisInterpreter(AsyncKernelManager):
 
 
 def execute(path: Path, folder: Path) -> nbformat.NotebookNode:
-    """Run a notebook.
+    """Run a notebook in a kernel of its own, whose Hub is a local one: it is logged in there as `me`.
 
     Args:
         path: The notebook.
-        folder: Where its cells run.
+        folder: Where its cells run; empty.
 
     Returns:
         The notebook with the outputs of this run.
@@ -46,7 +50,9 @@ def execute(path: Path, folder: Path) -> nbformat.NotebookNode:
     client = NotebookClient(
         notebook, timeout=540, kernel_manager_class=ThisInterpreter, resources={"metadata": {"path": str(folder)}}
     )
-    return client.execute()
+    with closing(LocalHub()) as hub, tempfile.TemporaryDirectory() as home:
+        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+        return client.execute(env=hub.environment(home, **threads))
 
 
 @pytest.fixture
@@ -78,6 +84,13 @@ def test_notebook_is_tidy(path):
     assert str(Path.home()) not in "".join(nbformat.writes(notebook)), "committed with someone's paths"
 
 
+def test_the_list_is_complete():
+    listed = re.findall(
+        r"^\| \[([\w.]+)\]\(\1\) \| \S", (NOTEBOOKS[0].parent / "README.md").read_text(), flags=re.MULTILINE
+    )
+    assert sorted(listed) == [path.name for path in NOTEBOOKS]
+
+
 def test_a_cell_that_raises_is_reported(tmp_path, own_jupyter):
     path = tmp_path / "broken.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")]), path)
@@ -99,4 +112,5 @@ def write_outputs(path: Path) -> None:
 
 if __name__ == "__main__":
     for notebook_path in NOTEBOOKS:
-        write_outputs(notebook_path)
+        if not sys.argv[1:] or notebook_path.stem in sys.argv[1:]:
+            write_outputs(notebook_path)
