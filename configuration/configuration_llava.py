@@ -94,10 +94,17 @@ def pooled_grid(source, height: int, width: int) -> tuple[int, int]:
     """Rows and columns of features that one image or tile becomes, after pooling.
 
     Args:
-        source: As for `patch_grid`, and with `pooling_factor`.
+        source: As for `patch_grid`, and with `pooling` and `pooling_factor`.
         height: Height of the image as the vision model receives it, in pixels.
         width: Width of the same image, in pixels.
+
+    Raises:
+        ValueError: The CLS feature is asked for, but the vision encoder has none.
     """
+    if source.pooling == "cls":
+        if not source.num_prefix_tokens:
+            raise ValueError("pooling='cls' keeps the CLS feature, but this vision encoder has none. Use 'average'.")
+        return 1, 1
     rows, columns = patch_grid(source, height, width)
     return -(-rows // source.pooling_factor), -(-columns // source.pooling_factor)
 
@@ -192,9 +199,10 @@ class MLPLlavaConfig(BridgedConfig):
             features that already have the language model's width.
         projector_bias: Whether the linear layers have biases.
         projector_hidden_size: Width of the layers between the first and the last; `None` takes the language model's.
+        projector_norm_eps: Epsilon of a layer norm, without weights, in front of the first layer; `None` for no norm.
         pooling: How to reduce the number of tokens before the projector: `"average"` averages neighbouring patches,
             `"pixel_shuffle"` concatenates their channels. An incomplete neighbourhood at the border is averaged over
-            the patches it has, or filled up with zeros.
+            the patches it has, or filled up with zeros. `"cls"` keeps the encoder's CLS feature alone.
         pooling_factor: Side of the neighbourhood that becomes one token, in patches.
         image_grid_pinpoints: Resolutions to choose from for each image, `(height, width)` in pixels, multiples of the
             encoder's image size (the official configuration lists the width first). If given, images of any resolution
@@ -211,7 +219,8 @@ class MLPLlavaConfig(BridgedConfig):
     projector_type: str = "mlp2x_gelu"
     projector_bias: bool = True
     projector_hidden_size: int | None = None
-    pooling: Literal["pixel_shuffle", "average"] | None = None
+    projector_norm_eps: float | None = None
+    pooling: Literal["pixel_shuffle", "average", "cls"] | None = None
     pooling_factor: int = 1
     image_grid_pinpoints: list[list[int]] | None = None
     patch_merge_type: Literal["flat", "spatial", "spatial_unpad"] = "spatial_unpad"
@@ -219,11 +228,13 @@ class MLPLlavaConfig(BridgedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.projector_depth  # noqa: B018  raises if projector_type is unknown
-        if self.pooling_factor < 1 or (self.pooling is None and self.pooling_factor != 1):
+        if self.pooling_factor < 1 or (self.pooling in (None, "cls") and self.pooling_factor != 1):
             raise ValueError(
-                f"pooling_factor is {self.pooling_factor} with pooling={self.pooling!r}; expected 1 without pooling, "
-                "and at least 1 with pooling='average' or 'pixel_shuffle'."
+                f"pooling_factor is {self.pooling_factor} with pooling={self.pooling!r}; expected 1 without pooling "
+                "and for 'cls', and at least 1 with pooling='average' or 'pixel_shuffle'."
             )
+        if self.pooling == "cls" and self.image_grid_pinpoints is not None:
+            raise ValueError("pooling='cls' gives one token per image; images can't be cut into tiles with it.")
         for pinpoint in self.image_grid_pinpoints or ([] if self.image_grid_pinpoints is None else [[]]):
             if len(pinpoint) != 2 or min(pinpoint) < 1:
                 raise ValueError(

@@ -280,6 +280,8 @@ def llava_fields(saved: Saved) -> tuple[dict, list[str]]:
         problems.append(f"its vision tower is CLIP's, this one is a {config.vision_config.model_type}")
     if config.pooling is not None:
         problems.append("it does not pool")
+    if config.projector_norm_eps is not None:
+        problems.append("its projector has no layer norm in front")
     if config.projector_hidden_size not in (None, config.text_config.hidden_size) or not config.projector_bias:
         problems.append("its projector has biases and the language model's width between its layers")
     tower = config.vision_config.name_or_path or ((config.frozen_parts or {}).get("vision_model") or {}).get("source")

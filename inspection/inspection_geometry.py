@@ -173,6 +173,8 @@ def token_grids(config: BridgedConfig, processor, size: tuple[int, int]) -> list
     if config.image_grid_pinpoints is None:
         (view,) = views(processor, size)
         rows, columns = pooled_grid(config, *view[1])
+        if config.pooling == "cls":  # one token of the whole picture
+            return [_grid(view, view[1], _numbers(rows, columns, 0))]
         return [_grid(view, (rows * side, columns * side), _numbers(rows, columns, prefix))]
     layout = anyres_layout(config, size[1], size[0])
     base, joint = views(processor, size, layout.tiles)

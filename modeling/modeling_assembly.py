@@ -75,8 +75,7 @@ def assemble(
     token_ids = add_tokens(tokenizer, tokens)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokens[-1]
-    # A tokenizer saves only what is in its init_kwargs.
-    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # only init_kwargs are saved
 
     config = model_class.config_class(
         vision_config=vision_model.config,
@@ -87,14 +86,15 @@ def assemble(
         **options,
     )
     fill_vision_geometry(config)
+    if for_model:
+        for_model = model_class.prepare_init(config, vision_model, tokenizer, **for_model, **hub_kwargs)
     processor_class.complete_config(config, **for_processor)
     image_processor = load_image_processor(image_processor, vision_name, config.vision_config, **hub_kwargs)
-    processor = processor_class.from_config(
-        config, image_processor, tokenizer, chat_template=chat_template, **for_processor
-    )
+    options = {"chat_template": chat_template, **for_processor}
+    processor = processor_class.from_config(config, image_processor, tokenizer, **options)
     model = model_class(config, vision_model=vision_model, language_model=language_model)
     if for_model:
-        model.init_bridge(**for_model, **{name: value for name, value in hub_kwargs.items() if name != "revision"})
+        model.init_bridge(**for_model)
     if isinstance(wanted, torch.dtype):
         model.bridge.to(wanted)
     _complete(model, tokenizer)

@@ -175,7 +175,7 @@ def fill_vision_geometry(config: BridgedConfig) -> None:
         with torch.device("meta"), torch.no_grad():
             probe = build_part("vision_model", copy.deepcopy(vision_config)).eval()
             outputs = probe(
-                pixel_values=torch.zeros(1, channels, size, size),
+                pixel_values=torch.zeros(1, channels, size, size, dtype=probe.dtype),
                 output_hidden_states=config.vision_feature_layer is not None,
                 return_dict=True,
             )

@@ -163,6 +163,11 @@ class BridgedModel(
             ValueError: The family can't work with it; the message says why.
         """
 
+    @classmethod
+    def prepare_init(cls, config: BridgedConfig, vision_model, tokenizer, revision=None, **options) -> dict:
+        """Complete a new model's `config` for `compose_options`, and return the arguments of `init_bridge`."""
+        return options
+
     def init_bridge(self, **options) -> None:
         """Initialise the bridge with other weights; `compose` calls it if one of `compose_options` is given."""
         raise NotImplementedError(f"{type(self).__name__} has no options of this kind.")

@@ -6,16 +6,28 @@ multimodal_projector/builder.py` and `llava/model/llava_arch.py` of the official
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 
 from ..compat import initialization as init
 from ..configuration.configuration_bridged import patch_grid
 from ..configuration.configuration_llava import AnyresLayout, MLPLlavaConfig, anyres_layout
-from .modeling_bridge import Bridge, with_image_arguments
+from .modeling_bridge import Bridge, patch_features_of, with_image_arguments
 from .modeling_bridged import BridgedModel
+from .modeling_class_head import (
+    ClassHead,
+    begin_as_classifier,
+    class_tokens,
+    class_words,
+    complete_for_classifier,
+    load_classifier,
+    read_class_head,
+)
 
 
 def pool_patches(patch_features: torch.Tensor, rows: int, columns: int, pooling: str, factor: int) -> torch.Tensor:
@@ -67,6 +79,8 @@ class MLPBridge(Bridge):
     def project(self, patch_features: torch.Tensor) -> torch.Tensor:
         """Map `(..., vision_dim)` to `(..., text_dim)`."""
         hidden = patch_features
+        if self.config.projector_norm_eps is not None:
+            hidden = nn.functional.layer_norm(hidden, hidden.shape[-1:], eps=self.config.projector_norm_eps)
         for index in range(1, self.depth + 1):
             hidden = getattr(self, f"linear_{index}")(hidden if index == 1 else nn.functional.gelu(hidden))
         return hidden
@@ -117,9 +131,11 @@ class MLPBridge(Bridge):
 
 
 class PooledPatchesMixin:
-    """Pools neighbouring patch features if the configuration's `pooling` is set."""
+    """Pools neighbouring patch features, or keeps the CLS feature, if the configuration's `pooling` is set."""
 
     def _patch_features_of(self, vision_outputs: ModelOutput, pixel_values: torch.Tensor) -> torch.Tensor:
+        if self.config.pooling == "cls":
+            return patch_features_of(vision_outputs, self.config.vision_feature_layer)[:, :1]
         patch_features = super()._patch_features_of(vision_outputs, pixel_values)
         if self.config.pooling is None:
             return patch_features
@@ -135,6 +151,72 @@ class MLPLlavaForConditionalGeneration(PooledPatchesMixin, BridgedModel):
     bridge_class = MLPBridge
     image_arguments = (*BridgedModel.image_arguments, "image_sizes")
     forward = with_image_arguments(BridgedModel.forward, image_arguments)
+    compose_options = (
+        "projector_init_from", "class_names", "class_threshold", "class_name_scale", "free_units",
+    )  # fmt: skip
+
+    @classmethod
+    def prepare_init(
+        cls,
+        config: MLPLlavaConfig,
+        vision_model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        projector_init_from: str | os.PathLike | PreTrainedModel | None = None,
+        class_names: Sequence[str] | Mapping[int | str, str] | None = None,
+        free_units: int = 0,
+        class_threshold: float | None = None,
+        class_name_scale: float | None = None,
+        **hub_kwargs,
+    ) -> dict:
+        """Read a classifier, and make room for its classes in the configuration.
+
+        Args:
+            config: The new model's configuration.
+            vision_model: Its encoder.
+            tokenizer: The language model's tokenizer.
+            projector_init_from: The image classifier that the encoder belongs to: Hub id, folder or loaded model.
+            class_names: Words for the classes, see `class_words`.
+            free_units: Hidden units beside those of the classes.
+            class_threshold: See `begin_as_classifier`.
+            class_name_scale: See `begin_as_classifier`.
+            hub_kwargs: `token` and other arguments of `from_pretrained`; `revision` if the classifier has the encoder's
+                name.
+
+        Returns:
+            Arguments of `init_bridge`.
+
+        Raises:
+            ValueError: `projector_init_from` is missing, or the classifier does not fit; the message says why.
+        """
+        if projector_init_from is None:
+            raise ValueError(
+                "class_names, class_threshold, class_name_scale and free_units go with projector_init_from, the image "
+                "classifier that the bridge begins as; it is missing."
+            )
+        if projector_init_from != config.frozen_parts["vision_model"]["source"]:
+            hub_kwargs.pop("revision", None)  # it is the parts'
+        classifier = load_classifier(projector_init_from, dtype=vision_model.dtype, **hub_kwargs)
+        head = read_class_head(classifier, vision_model, config)
+        complete_for_classifier(config, head, free_units)
+        given = {"threshold": class_threshold, "scale": class_name_scale}
+        return {
+            "head": head,
+            "tokens": class_tokens(tokenizer, class_words(head.names, class_names)),
+            **{name: value for name, value in given.items() if value is not None},
+        }
+
+    def init_bridge(self, head: ClassHead, tokens: list[list[int]], **options) -> None:
+        """Begin as a classifier that names what it sees.
+
+        Args:
+            head: The classifier's last layer.
+            tokens: Token ids of each class's name.
+            options: `threshold` and `scale`, see `begin_as_classifier`.
+
+        Raises:
+            ValueError: The sizes do not fit.
+        """
+        begin_as_classifier(self.bridge, self.get_input_embeddings(), head, tokens, **options)
 
 
 __all__ = ["MLPBridge", "MLPLlavaForConditionalGeneration", "PooledPatchesMixin", "pool_patches"]

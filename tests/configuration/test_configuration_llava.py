@@ -94,6 +94,7 @@ def test_unpadding_keeps_the_middle(height, width, rows, columns):
         ({}, (336, 336), 576),
         ({"vision_feature_select_strategy": "full"}, (336, 336), 577),
         ({"pooling": "average", "pooling_factor": 5}, (336, 336), 25),  # ceil(24 / 5) per side
+        ({"pooling": "cls"}, (336, 336), 1),
         ({"image_grid_pinpoints": PINPOINTS, "patch_merge_type": "flat"}, (672, 672), 5 * 576),
         ({"image_grid_pinpoints": PINPOINTS, "patch_merge_type": "spatial"}, (10, 2000), 4 * 576),
         ({"image_grid_pinpoints": PINPOINTS, "patch_merge_type": "flat", "vision_feature_select_strategy": "full"},
@@ -121,6 +122,8 @@ def test_siglip_has_no_cls_and_cnns_round_up():
         ({"projector_type": "resampler"}, "'identity', 'linear' or 'mlpNx_gelu'"),
         ({"pooling_factor": 2}, "pooling_factor is 2 with pooling=None"),
         ({"pooling": "average", "pooling_factor": 0}, "pooling_factor is 0"),
+        ({"pooling": "cls", "pooling_factor": 2}, "pooling_factor is 2 with pooling='cls'"),
+        ({"pooling": "cls", "image_grid_pinpoints": PINPOINTS}, "images can't be cut into tiles"),
         ({"image_grid_pinpoints": []}, "expected a list of"),
         ({"image_grid_pinpoints": [[336]]}, "expected a list of"),
         ({"image_grid_pinpoints": [[336, 0]]}, "expected a list of"),
@@ -143,6 +146,8 @@ def test_what_has_no_place_in_a_grid_is_refused():
         assert config_of(num_prefix_tokens=0, vision_feature_select_strategy="full", **options).num_image_tokens(
             336, 336
         )
+    with pytest.raises(ValueError, match="this vision encoder has none"):
+        config_of(num_prefix_tokens=0, pooling="cls").num_image_tokens(336, 336)
     with pytest.raises(ValueError, match=r"has \[400, 336\]; height and width must be multiples"):
         config_of(image_grid_pinpoints=[[400, 336]]).num_image_tokens(10, 10)
     with pytest.raises(ValueError, match="0x5 pixels"):

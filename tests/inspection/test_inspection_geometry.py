@@ -100,6 +100,10 @@ def test_pooled_tokens_cover_what_patches_cover():
     assert patches.tokens.shape == (5, 5) and pooled.tokens.shape == (3, 3)
     close(pooled.cell(1, 1), (20.0, 20.0, 40.0, 40.0))
     close(patches.cell(2, 3), (30.0, 20.0, 40.0, 30.0))
+    model, processor = tiny_model("mlp", pooling="cls")
+    (whole,) = token_grids(model.config, processor, (50, 50))
+    assert whole.tokens.tolist() == [[0]]
+    close(whole.box, (0.0, 0.0, 50.0, 50.0))
 
 
 def test_prefix_tokens_have_no_place():
