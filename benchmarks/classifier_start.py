@@ -205,7 +205,7 @@ def main(
     classifier_steps: Annotated[int, typer.Option(min=1, help="Of the classifiers, 32 pictures each.")] = 100,
     pictures: Annotated[int, typer.Option(min=8, help="To train the bridges on.")] = 256,
     test_pictures: Annotated[int, typer.Option(min=8, help="To test the bridges on.")] = 32,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each bridge.")] = 2,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each bridge.")] = 1,
     output: Annotated[Path | None, typer.Option(help="JSON file with the figures.")] = None,
 ) -> None:
     settings = {
