@@ -28,7 +28,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -113,8 +113,12 @@ def vllm_options(engine: str, arguments: argparse.Namespace) -> list[str]:
 
 def through_server(engine: str, source: str, urls: list[str], arguments: argparse.Namespace) -> dict:
     tokens, clients = arguments.tokens, arguments.clients
-    with running(server_of(engine, source), vllm_options(engine, arguments)) as (address, _):
-        name = f"{source}@main" if engine == "transformers serve" else "model"
+    already = dict(option.split("=", 1) for option in arguments.running).get(engine)
+    server = nullcontext((already, None)) if already else running(
+        server_of(engine, source), vllm_options(engine, arguments)
+    )  # fmt: skip
+    with server as (address, _):
+        name = source if engine == "transformers serve" else "model"
         ask(address, body(name, urls[0], 2))  # loads what is loaded late
         began = time.perf_counter()
         with ThreadPoolExecutor(clients) as pool:
@@ -139,7 +143,7 @@ def with_generate(source: str, images: list[Image.Image], tokens: int, batch: in
 
 def speed(arguments: argparse.Namespace) -> None:
     source = model_source(arguments.model)
-    images = [picture(number) for number in range(arguments.questions)]
+    images = [picture(arguments.first + number) for number in range(arguments.questions)]
     urls = [data_url(image) for image in images]
     result = {"generate": with_generate(source, images, arguments.tokens, arguments.questions)}
     for engine in arguments.engines:
@@ -253,8 +257,12 @@ if __name__ == "__main__":
         command.add_argument("--vllm-options", default="--enforce-eager --max-model-len 1024", help="For `vllm serve`.")
     speed_command, load_command = commands.choices["speed"], commands.choices["load"]
     speed_command.add_argument("--questions", type=int, default=32)
+    speed_command.add_argument("--first", type=int, default=0, help="First picture: servers keep those they have seen.")
     speed_command.add_argument("--name", default="the embedded bridge", help="What the result calls the model.")
     speed_command.add_argument("--engines", nargs="+", default=["vllm", "transformers", "transformers serve"])
+    speed_command.add_argument(
+        "--running", action="append", default=[], metavar="ENGINE=ADDRESS", help="A server that runs already."
+    )
     load_command.add_argument("--seconds", type=float, default=300)
     load_command.add_argument("--pictures", type=int, default=16)
     load_command.add_argument("--engine", default="transformers", choices=["vllm", "transformers"])

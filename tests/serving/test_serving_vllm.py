@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
+import subprocess
+import sys
+import time
 
+import httpx
+import openai
 import pytest
 
 
@@ -14,6 +20,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 
 import tiny
 import torch
+from chat_server import asked
 from tiny import QFORMER, TOKENS, bert_like_tokenizer, tiny_image, tiny_model, tiny_tokenizer
 from transformers import AutoModel, AutoProcessor, Blip2VisionConfig, LlamaConfig, OPTConfig
 from vllm import LLM, SamplingParams
@@ -175,3 +182,52 @@ def tiny_with_vision(vision):
     model, processor = vlbridge.compose(vision, LANGUAGE["opt"](), "qformer", tokenizer=tiny_tokenizer(), **options)
     tiny.spread_weights(model)
     return model, processor
+
+
+def test_the_server_through_the_client(tmp_path):
+    """`vlbridge serve` on vLLM: ids and tokens are ours, and our checks stand before it."""
+    model, processor = tiny_model(*KINDS["square"][:3])
+    model.eval().save_pretrained(tmp_path, processor=processor)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vlbridge_cli", "serve", str(tmp_path), "--engine", "vllm", "--name", "tiny"]
+    command += ["--port", str(port), "--dtype", "float32", "--max-images", "2", "--", "--enforce-eager"]
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    process = subprocess.Popen([*command, "--max-model-len", "512"], env=environment)
+    try:
+        deadline = time.monotonic() + 1500
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline, "the server does not start"
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.5)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        for number in range(3):
+            picture = tiny_image(number, (40 + number, 33))
+            inputs = processor.apply_chat_template(
+                turn(picture, "what?"), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            )
+            expected = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+            found = client.chat.completions.create(
+                model="tiny", messages=asked(picture, "what?"), max_tokens=NEW_TOKENS,
+                extra_body={"return_token_ids": True},
+            )  # fmt: skip
+            ids = inputs["input_ids"][0].tolist()
+            assert found.prompt_token_ids == ids
+            assert found.choices[0].token_ids == expected[0, len(ids) :].tolist()
+        for changed, status in [
+            ({"messages": asked(*[tiny_image(n) for n in range(3)])}, 400),
+            ({"messages": asked("no picture")}, 400),
+            ({"messages": asked(tiny_image(1), "w" * 40_000)}, 413),
+            ({"messages": asked(tiny_image(1), "w" * 600)}, 400),  # vLLM's own check of the context
+            ({"model": "tiny:other"}, 404),
+        ]:
+            with pytest.raises(openai.APIStatusError) as error:
+                client.chat.completions.create(**{"model": "tiny", "messages": asked(tiny_image(1), "a"), **changed})
+            assert error.value.status_code == status
+    finally:
+        process.terminate()
+        process.wait(timeout=120)
