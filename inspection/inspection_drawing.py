@@ -76,7 +76,10 @@ def draw_gates(history: Sequence[dict], marks: dict[str, int] | None = None):
         plot_gates(axes, history, kind)
         for name, step in (marks or {}).items():
             axes.axvline(step, color="gray", linestyle=":")
-            axes.annotate(name, (step, 1), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right")
+            axes.annotate(
+                name, (step, 0.98), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="center", fontsize=8,
+                bbox={"boxstyle": "square,pad=0.2", "facecolor": "white", "edgecolor": "none"},
+            )  # fmt: skip
     return figure
 
 
