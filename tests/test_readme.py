@@ -25,7 +25,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # commands that may be shown without being tried
-NOT_RUN = ("accelerate", "cat", "cd", "git", "hf", "lmms-eval", "make", "pip", "python")
+NOT_RUN = ("accelerate", "cat", "cd", "export", "git", "hf", "lmms-eval", "make", "pip", "python", "torchrun")
 FENCED = re.compile(
     r"^(?P<fence>```+)(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=fence)[ \t]*$", re.MULTILINE | re.DOTALL
 )

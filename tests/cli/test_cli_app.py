@@ -64,6 +64,7 @@ COMMANDS = [
     "new-recipe",
     "list",
     "push",
+    "serve",
     "data",
     "convert",
 ]

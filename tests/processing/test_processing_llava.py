@@ -194,7 +194,7 @@ def test_options_reach_configuration_and_processor(tmp_path):
         ({"image_grid_pinpoints": [[30, 61]]}, "multiples of the vision encoder's image_size, 30"),
         ({"conversation": "vicuna"}, "expected one of v0, vicuna_v0"),
         ({"conversation": "v1", "chat_template": "x"}, "not both"),
-        ({"image_aspect": "pad"}, "it has caption_prompt, conversation"),
+        ({"image_aspect": "pad"}, "it has caption_prompt, class_name_scale"),
     ],
 )
 def test_bad_options_are_refused(options, message):

@@ -9,9 +9,9 @@ import subprocess
 import sys
 import time
 
-import httpx
 import openai
 import pytest
+import requests
 
 
 pytest.importorskip("vllm")
@@ -200,9 +200,9 @@ def test_the_server_through_the_client(tmp_path):
         while True:
             assert process.poll() is None and time.monotonic() < deadline, "the server does not start"
             try:
-                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                if requests.get(f"http://127.0.0.1:{port}/health", timeout=60).status_code == 200:
                     break
-            except httpx.TransportError:
+            except requests.ConnectionError:
                 time.sleep(0.5)
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
         for number in range(3):
