@@ -35,9 +35,8 @@ from .files import cache_dir, sha256_of, write_json
 VISION = "timm/tf_efficientnet_lite0.in1k"
 LANGUAGE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-PLAIN = (
-    0.9  # the two most frequent colours cover 0.94 of each of easy-VQA's 5,000 pictures, and 0.1 to 0.7 of photographs
-)
+# Share of the two most frequent colours in plain drawings: 0.94 or more in easy-VQA's, 0.1 to 0.7 in photographs
+PLAIN = 0.9
 
 HUB_TIMEOUT = 3.0  # seconds per request
 HUB_DEADLINE = 5.0  # seconds in total: request timeouts do not cover a name server that does not answer
@@ -386,8 +385,8 @@ def _check_sha256(part: EmbeddedPart, wheel: Path, delete: bool) -> None:
 def is_plain_drawing(picture: Image.Image) -> bool:
     """Whether a picture is like those that the embedded bridge was trained on: one plain shape on plain ground.
 
-    Measured on easy-VQA: all 5,000 pictures are. Of scikit-image's 28 sample pictures, 2 are: the moon, and a microscope's
-    picture that is nearly all of one grey.
+    Measured: all 5,000 pictures of easy-VQA are. Of scikit-image's 28 sample pictures, 2 are: the moon, and a
+    microscope's picture that is nearly all of one grey.
 
     Args:
         picture: A picture, in any mode.
