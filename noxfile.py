@@ -3,7 +3,8 @@
     nox --session oldest locked newest       # all tests in each of the three, as `make matrix`
     nox --session oldest -- -m core          # options for pytest
     nox --session oldest -- conformance      # transformers' common test suites instead
-    nox --session clients                    # TRL, lmms-eval, lm-eval and Ray, as `make clients`
+    nox --session clients                    # TRL, lmms-eval and lm-eval, as `make clients`
+    nox --session ray                        # Ray, which gives up starting on a machine that is busy
     nox --session serving                    # vLLM itself on the CPU, as `make serving`
 
 Sessions use the Python that runs nox; `--force-python 3.10` takes another one.
@@ -68,9 +69,16 @@ def vllm(session: nox.Session) -> None:
 @nox.session(venv_backend="uv")
 def clients(session: nox.Session) -> None:
     """The trainers and harnesses themselves: the tests in `tests/clients`."""
-    session.install("--editable", ".[test,ray]", *CLIENTS)
-    session.run("python", "-c", "import lm_eval, lmms_eval, ray.data, trl")  # tests are skipped where these are missing
+    session.install("--editable", ".[test]", *CLIENTS)
+    session.run("python", "-c", "import lm_eval, lmms_eval, trl")  # tests are skipped where these are missing
     run_tests(session, "tests/clients")
+
+
+@nox.session(venv_backend="uv")
+def ray(session: nox.Session) -> None:
+    """Bulk work on Ray itself."""
+    session.install("--editable", ".[test,ray]")
+    run_tests(session, "tests/clients/test_ray.py")
 
 
 @nox.session(venv_backend="uv")

@@ -148,6 +148,22 @@ def patch_features_of(vision_outputs: ModelOutput, layer: int | list[int] | None
     return torch.cat(sequences, dim=-1)
 
 
+def _probed(config: BridgedConfig, size: int, device: str) -> torch.Tensor:
+    """The patch features that an untrained copy of the vision encoder makes of a black image on a device."""
+    vision_config, layer = config.vision_config, config.vision_feature_layer
+    with torch.device(device), torch.no_grad():
+        probe = build_part("vision_model", copy.deepcopy(vision_config)).eval()
+        channels = getattr(vision_config, "num_channels", 3)
+        outputs = probe(
+            pixel_values=torch.zeros(1, channels, size, size, dtype=probe.dtype),
+            output_hidden_states=layer is not None,
+            return_dict=True,
+        )
+    if layer is None:
+        return outputs.last_hidden_state
+    return outputs.hidden_states[layer[0] if isinstance(layer, list) else layer]
+
+
 def fill_vision_geometry(config: BridgedConfig) -> None:
     """Run the vision encoder on the meta device, and write the shape of its features into `config`.
 
@@ -169,22 +185,12 @@ def fill_vision_geometry(config: BridgedConfig) -> None:
         if len(set(size)) > 1:
             raise ValueError(f"The vision encoder takes {size} pixels; only square images are supported so far.")
         size = size[0]
-    channels = getattr(vision_config, "num_channels", 3)
     kind = type(vision_config).__name__
     try:
-        with torch.device("meta"), torch.no_grad():
-            probe = build_part("vision_model", copy.deepcopy(vision_config)).eval()
-            outputs = probe(
-                pixel_values=torch.zeros(1, channels, size, size, dtype=probe.dtype),
-                output_hidden_states=config.vision_feature_layer is not None,
-                return_dict=True,
-            )
-            layer = config.vision_feature_layer
-            states = (
-                outputs.last_hidden_state
-                if layer is None
-                else outputs.hidden_states[layer[0] if isinstance(layer, list) else layer]
-            )
+        try:
+            states = _probed(config, size, "meta")
+        except RuntimeError:  # encoders that compute while they are built, such as early timm's ViTs
+            states = _probed(config, size, "cpu")
     except (AttributeError, TypeError, IndexError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{kind} can't serve as vision encoder: it does not turn `pixel_values` of {size}x{size} pixels into patch "
