@@ -345,9 +345,10 @@ def write_answers(run: Run, writing: Writing, question: str | None) -> None:
             image_column=writing.image_column or "image",
         )  # fmt: skip
         todo = job.todo(number, count)
-        with suppress(ImageError):  # which becomes a row
-            first = job.pictures(0)[0]
-            warn_of_photographs(run.model, first.image(), first.name)
+        if todo and run.model is None:  # else no picture is opened for it
+            with suppress(ImageError):  # which becomes a row
+                first = job.pictures(todo[0][0])[0]
+                warn_of_photographs(run.model, first.image(), first.name)
         options = {"batch_size": run.batch_size, "workers": run.workers}
         if writing.ray_actors:
             running = run_on_ray(job, writing.ray_actors, device=device, **options)
