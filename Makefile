@@ -8,7 +8,7 @@ TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal 
 # constraints.txt holds versions that were tested together
 INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test docs matrix clients serving conformance parity zero3 lint format \
+.PHONY: demo test docs matrix nox clients serving conformance parity zero3 lint format \
 	train-demo evaluate-demo build lock clean
 
 demo: $(VENV)/.demo
@@ -25,6 +25,10 @@ docs: $(VENV)/.docs
 # the same with the lowest, the locked and the newest versions that setup.cfg allows, in environments of their own
 matrix: $(VENV)/.dev
 	WORKERS=$(WORKERS) $(BIN)/nox --session oldest locked newest
+
+# nox alone, which makes the environments of its sessions
+nox: $(VENV)/.made
+	$(INSTALL) "nox[uv]"
 
 # TRL, lmms-eval and lm-eval themselves, in an environment of their own
 clients: $(VENV)/.dev
