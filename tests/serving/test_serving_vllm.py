@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import openai
 import pytest
@@ -120,13 +121,19 @@ def start(folder, **options) -> LLM:
     return LLM(str(folder), **settings, limit_mm_per_prompt={"image": 2}, **options)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_whole_models(kind, tmp_path):
+def whole_model(kind: str, folder):
+    """One of `KINDS` and its processor, which are saved in a folder too."""
     bridge, language, vision, options = KINDS[kind]
     model, processor = tiny_model(bridge, language, vision, **options)
     if kind == "instructed":
         processor.qformer_tokenizer = bert_like_tokenizer()
-    model.eval().save_pretrained(tmp_path, processor=processor)
+    model.eval().save_pretrained(folder, processor=processor)
+    return model, processor
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_models(kind, tmp_path):
+    model, processor = whole_model(kind, tmp_path)
     same_as_generate(start(tmp_path), model, processor, conversations())
 
 
@@ -184,17 +191,15 @@ def tiny_with_vision(vision):
     return model, processor
 
 
-def test_the_server_through_the_client(tmp_path):
-    """`vlbridge serve` on vLLM: ids and tokens are ours, and our checks stand before it."""
-    model, processor = tiny_model(*KINDS["square"][:3])
-    model.eval().save_pretrained(tmp_path, processor=processor)
+@contextmanager
+def serving(command: list, *more: str):
+    """The address of a server, once it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vlbridge_cli", "serve", str(tmp_path), "--engine", "vllm", "--name", "tiny"]
-    command += ["--port", str(port), "--dtype", "float32", "--max-images", "2", "--", "--enforce-eager"]
+    options = ["--port", str(port), "--dtype", "float32", *more, "--enforce-eager", "--max-model-len", "512"]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    process = subprocess.Popen([*command, "--max-model-len", "512"], env=environment)
+    process = subprocess.Popen([*map(str, command), *options], env=environment)
     try:
         deadline = time.monotonic() + 1500
         while True:
@@ -204,20 +209,47 @@ def test_the_server_through_the_client(tmp_path):
                     break
             except requests.ConnectionError:
                 time.sleep(0.5)
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-        for number in range(3):
-            picture = tiny_image(number, (40 + number, 33))
-            inputs = processor.apply_chat_template(
-                turn(picture, "what?"), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-            )
-            expected = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-            found = client.chat.completions.create(
-                model="tiny", messages=asked(picture, "what?"), max_tokens=NEW_TOKENS,
-                extra_body={"return_token_ids": True},
-            )  # fmt: skip
-            ids = inputs["input_ids"][0].tolist()
-            assert found.prompt_token_ids == ids
-            assert found.choices[0].token_ids == expected[0, len(ids) :].tolist()
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(timeout=120)
+
+
+def same_through_the_client(address: str, model, processor) -> openai.OpenAI:
+    """Ids and greedy tokens of `generate`, asked for with the `openai` client."""
+    client = openai.OpenAI(base_url=address, api_key="none", max_retries=0)
+    answers = set()
+    for number, size in enumerate([(40, 33), (33, 70), (90, 30)]):
+        picture, text = tiny_image(number, size), f"w{number} w1 what is {number}?"
+        inputs = processor.apply_chat_template(
+            turn(picture, text), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        expected = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+        found = client.chat.completions.create(
+            model="tiny", messages=asked(picture, text), max_tokens=NEW_TOKENS, temperature=0,
+            extra_body={"return_token_ids": True},
+        )  # fmt: skip
+        ids = inputs["input_ids"][0].tolist()
+        assert found.prompt_token_ids == ids
+        assert found.choices[0].token_ids == expected[0, len(ids) :].tolist()
+        answers.add(tuple(found.choices[0].token_ids))
+    assert len(answers) > 1
+    return client
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vllm_serve_finds_the_plugin(kind, tmp_path):
+    model, processor = whole_model(kind, tmp_path)
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", tmp_path, "--served-model-name", "tiny"]
+    with serving(command, "--max-num-seqs", "4") as address:
+        same_through_the_client(address, model, processor)
+
+
+def test_our_checks_stand_before_vllm(tmp_path):
+    model, processor = whole_model("square", tmp_path)
+    command = [sys.executable, "-m", "vlbridge_cli", "serve", tmp_path, "--engine", "vllm", "--name", "tiny"]
+    with serving(command, "--max-images", "2", "--") as address:
+        client = same_through_the_client(address, model, processor)
         for changed, status in [
             ({"messages": asked(*[tiny_image(n) for n in range(3)])}, 400),
             ({"messages": asked("no picture")}, 400),
@@ -228,6 +260,3 @@ def test_the_server_through_the_client(tmp_path):
             with pytest.raises(openai.APIStatusError) as error:
                 client.chat.completions.create(**{"model": "tiny", "messages": asked(tiny_image(1), "a"), **changed})
             assert error.value.status_code == status
-    finally:
-        process.terminate()
-        process.wait(timeout=120)
