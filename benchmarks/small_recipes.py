@@ -79,7 +79,7 @@ def draw(rows: list[dict], file: Path) -> None:
             shuffled = [row["baselines"]["shuffled"][kind] for kind in kinds]
             label = "shown other pictures" if number == len(RECIPES) - 1 else None
             place.hlines(shuffled, [x - 0.125 for x in where], [x + 0.125 for x in where], "black", label=label)
-        place.set_xticks(range(len(kinds)), ["all", *KINDS.values()])
+        place.set_xticks(range(len(kinds)), [name.replace(", ", ",\n") for name in ["all", *KINDS.values()]])
         place.set_title(f"{shots} shots" if shots else "no examples")
         place.spines[["top", "right"]].set_visible(False)
     places[0].set_ylabel("right answers (%)")
