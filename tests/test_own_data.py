@@ -22,7 +22,8 @@ from vlbridge.cli import app
 
 PAGE = Path(__file__).parents[1] / "docs" / "guides" / "own-data.md"
 WHOLE = bool(os.environ.get("WHOLE_TRAINING"))
-SHORT = [] if WHOLE else ["--set", "arguments.max_steps=3", "--set", "arguments.use_cpu=true"]  # instead of some hundreds of steps
+# instead of some hundreds of steps
+SHORT = [] if WHOLE else ["--set", "arguments.max_steps=3", "--set", "arguments.use_cpu=true"]
 
 
 def commands() -> list[list[str]]:

