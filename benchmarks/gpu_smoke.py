@@ -587,10 +587,10 @@ def versions() -> dict:
     return found
 
 
-def command_line() -> str:
+def command_line(script: str = "benchmarks/gpu_smoke.py") -> str:
     """What was typed, without the folders of this machine."""
     arguments = [Path(argument).name if os.path.isabs(argument) else argument for argument in sys.argv[1:]]
-    return shlex.join(["python", "benchmarks/gpu_smoke.py", *arguments])
+    return shlex.join(["python", script, *arguments])
 
 
 def table(cases: list[dict]) -> str:
