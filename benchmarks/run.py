@@ -10,17 +10,17 @@ Peers are transformers' `LlavaForConditionalGeneration`, `LlavaNextForConditiona
 
     pip install --no-deps --target open_flamingo_201 open-flamingo==2.0.1 einops einops-exts
 
-and `--open-flamingo open_flamingo_201`. Weights are random. A peer gets the same tensors as our model through the tables
-of `vlbridge.convert`. First both have to say the same tokens with the same logits; a case whose tokens differ is reported
-as failed and not timed. Then the sides take turns, at least five times, the order reversed every second time. Ratios are
-of neighbouring runs: how many times as long the peer took, the median, the least and the most.
+and `--open-flamingo open_flamingo_201`. Weights are random. A peer gets the same tensors as our model through the
+tables of `vlbridge.convert`. First both have to say the same tokens with the same logits; a row whose tokens differ is
+reported as failed and not timed. Then the sides take turns, five times, the order reversed every second time. Ratios
+are of neighbouring runs: how many times as long the peer took, the median, the least and the most.
 
 Per row: the vision encoder, the bridge, the first token (all of it: encoder, bridge, prompt), each further token, the
 peak of memory above the weights, and what the hardware allows at best (`least_ms`): multiplications and additions at
-the measured rate of matrix products, bytes of the weights that a step reads at the measured speed of copying memory.
-Per case a folder of pictures of mixed sizes: the functions under `vlbridge caption` beside the loop that one writes with
-transformers. On a GPU also a static cache with compiled steps on both sides, and how often a step waits for the GPU.
-vLLM has a comparison of its own, `benchmarks/serving.py speed`.
+the measured rate of matrix products, and for a further token the bytes of the weights that it reads at the measured
+speed of copying memory. Per case a folder of pictures of mixed sizes: the functions under `vlbridge caption` beside the
+loop that one writes with transformers. On a GPU also a static cache with compiled steps on both sides, and how often a
+step waits for the GPU. vLLM has a comparison of its own, `benchmarks/serving.py speed`.
 
 The file is written after each row, so a run that is cut short keeps what it has. The exit code is 1 if a case failed.
 """
@@ -44,6 +44,8 @@ import transformers
 import typer
 from gpu_smoke import command_line, last_lines, one_line, picture, versions
 from memory import clip, eva, flan_t5, llama, opt
+from run_growth import SIZES as GROWTH_SIZES
+from run_growth import draw_growth, growth_table, measure_growth
 from run_measure import (
     REPEATS,
     alternating,
@@ -190,7 +192,7 @@ SIZES: dict[str, dict[str, Spec]] = {
     },
 }  # fmt: skip
 DTYPES = {"cpu": "float32", "gpu": "bfloat16", "dry": "float32"}
-SECONDS = {"cpu": 600, "gpu": 440, "dry": 110}
+SECONDS = {"cpu": 600, "gpu": 440, "dry": 300}
 
 
 class OutOfTime(Exception):
@@ -429,7 +431,8 @@ def measure(size: str, names: list[str], output: Path, device: str, open_flaming
         try:
             if started > began + SECONDS[size]:
                 raise OutOfTime("the time of the run is over")
-            case = Case(name, spec, device, DTYPES[size], report["limits"], began + SECONDS[size], report["peers"])
+            deadline = began + SECONDS[size]
+            case = Case(name, spec, device, DTYPES[size], report["limits"], deadline, report["peers"])
             entry = case.entry
             report["cases"].append(entry)
             case.run(save)
@@ -493,6 +496,36 @@ def command(size: str):
 
 for each in SIZES:
     app.command(each)(command(each))
+
+
+@app.command()
+def growth(
+    output: OutputOption,
+    size: Annotated[str, typer.Option(help=f"One of {', '.join(GROWTH_SIZES)}.")] = "cpu",
+    families: Annotated[str, typer.Option(help="With commas.")] = "mlp,qformer,perceiver",
+) -> None:
+    """Measure how time and memory grow with images, text, rows, shots and visual tokens."""
+    if size not in GROWTH_SIZES:
+        raise typer.BadParameter(f"--size is {size!r}; expected one of {', '.join(GROWTH_SIZES)}")
+    names = [name.strip() for name in families.split(",")]
+    if unknown := [name for name in names if name not in ("mlp", "qformer", "perceiver")]:
+        raise typer.BadParameter(f"--families has {unknown[0]!r}; expected some of mlp, qformer, perceiver")
+    if size == "gpu" and not torch.cuda.is_available():
+        raise typer.BadParameter("PyTorch sees no GPU here; try --size cpu")
+    transformers.logging.set_verbosity_error()
+    device = "cuda" if size == "gpu" else "cpu"
+    report = header(size, device, None)
+
+    def save() -> None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    measure_growth(report, size, device, getattr(torch, DTYPES[size]), names, save)
+    save()
+    draw_growth(report, output.with_suffix(".png"))
+    typer.echo(growth_table(report))
+    for fault in report["faults"]:
+        typer.echo(f"more than in proportion: {fault}")
 
 
 if __name__ == "__main__":

@@ -279,9 +279,9 @@ def open_flamingo_side(model) -> Side:
         )  # fmt: skip
     theirs.vision_encoder = Visual(model)
     tensors = Memory(model)
-    tables = (config.resampler_depth, len(theirs.perceiver.layers)), (config.num_latents, theirs.perceiver.latents.shape[0])
-    if wrong := [pair for pair in tables if pair[0] != pair[1]]:
-        raise ValueError(f"open-flamingo's resampler has fixed sizes; ours and theirs: {wrong}")
+    depth, latents = len(theirs.perceiver.layers), theirs.perceiver.latents.shape[0]
+    if (config.resampler_depth, config.num_latents) != (depth, latents):
+        raise ValueError(f"open-flamingo's resampler has {depth} layers and {latents} latents, and no other sizes")
     names = [name for name in tensors.shapes if name.startswith("bridge.resampler.")]
     pieces = plan(invert(RESAMPLER_TABLE), names)
     theirs.perceiver.load_state_dict(
