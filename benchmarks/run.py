@@ -124,24 +124,24 @@ SIZES: dict[str, dict[str, Spec]] = {
     "cpu": {
         "LLaVA": Spec(
             "mlp", lambda: CLIPVisionConfig(**VIT_S, image_size=224, patch_size=16), lambda: small_llama(WIDE, 8192),
-            LLAVA, batches=(1, 8), folder=200, seconds=170,
-        ),
-        "LLaVA-NeXT": Spec(
-            "mlp", lambda: CLIPVisionConfig(**VIT_S, image_size=224, patch_size=16), lambda: small_llama(WIDE, 8192),
-            {**LLAVA, "image_grid_pinpoints": tiles(224)}, batches=(1, 2), picture=(448, 448), seconds=70,
+            LLAVA, batches=(1, 8), folder=200, seconds=160,
         ),
         "BLIP-2 OPT": Spec(
             "qformer", lambda: Blip2VisionConfig(**VIT_S, image_size=224, patch_size=16),
-            lambda: small_opt(576, 12, 9, 8192), qformer(384, 6, 6, 32), batches=(1, 8), folder=200, seconds=120,
-        ),
-        "BLIP-2 T5": Spec(
-            "qformer", lambda: Blip2VisionConfig(**VIT_S, image_size=224, patch_size=16),
-            lambda: small_t5(576, 8, 9, 8192), qformer(384, 6, 6, 32), batches=(1, 8), folder=200, seconds=120,
+            lambda: small_opt(576, 12, 9, 8192), qformer(384, 6, 6, 32), batches=(1, 8), folder=200, seconds=115,
         ),
         "Flamingo": Spec(
             "perceiver", lambda: CLIPVisionConfig(**VIT_S, image_size=224, patch_size=32),
             lambda: small_llama(WIDE, 8192), {"cross_attention_every_n_layers": 1}, peer="open-flamingo",
             shots=(0, 4, 8, 32), seconds=150,
+        ),
+        "BLIP-2 T5": Spec(
+            "qformer", lambda: Blip2VisionConfig(**VIT_S, image_size=224, patch_size=16),
+            lambda: small_t5(576, 8, 9, 8192), qformer(384, 6, 6, 32), batches=(1, 8), folder=200, seconds=115,
+        ),
+        "LLaVA-NeXT": Spec(
+            "mlp", lambda: CLIPVisionConfig(**VIT_S, image_size=224, patch_size=16), lambda: small_llama(WIDE, 8192),
+            {**LLAVA, "image_grid_pinpoints": tiles(224)}, batches=(1, 2), picture=(448, 448), seconds=60,
         ),
     },
     "gpu": {

@@ -172,8 +172,10 @@ class Memory:
 
 def with_weights(model_class, config, tensors: dict, dtype: torch.dtype, device: str) -> PreTrainedModel:
     """A model of transformers that takes tensors as they are."""
-    model = model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
-    return model.to(device).eval().requires_grad_(False)
+    # with a device map, else tensors of a GPU would be copied to the CPU and back
+    place = {"": str(device)}
+    model = model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, device_map=place)
+    return model.eval().requires_grad_(False)
 
 
 def native_side(model, processor, dtype: torch.dtype, device: str) -> Side:
