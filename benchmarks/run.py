@@ -32,6 +32,7 @@ import datetime
 import gc
 import importlib.metadata
 import json
+import os
 import platform
 import tempfile
 import time
@@ -399,6 +400,7 @@ def header(size: str, device: str, open_flamingo: Path | None) -> dict:
         "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU {platform.machine()}",
         "dtype": DTYPES[size],
         "threads": torch.get_num_threads(),
+        "load_before": [round(value, 1) for value in os.getloadavg()],  # with other work, only wide differences count
         "versions": versions(),
         "peers": peers,
         "repetitions": REPEATS,
