@@ -71,7 +71,8 @@ def section(report: dict, picture: str | None) -> str:
     text = [
         f"### {report['size']}: {report['device']}, {report['dtype']}",
         "",
-        f"{report['date'][:10]}, `{report['command']}`, {report['threads']} of PyTorch's threads; torch {versions['torch']}, "
+        f"{report['date'][:10]}, `{report['command']}`, {report['threads']} of PyTorch's threads; "
+        f"torch {versions['torch']}, "
         f"transformers {versions['transformers']}, open-flamingo {report['peers']['open-flamingo']}"
         + (f"; load average before the run {report['load_before'][0]}" if "load_before" in report else "")
         + (f"; {', '.join(not_there)}." if not_there else "."),
