@@ -16,7 +16,7 @@ backward, with the bridge in half precision and under autocast; losses must be t
 Two computations that differ in rounding choose different tokens where two scores nearly tie, and go separate ways from
 there: tokens may first differ only where the scores of both are within twice the tolerance for logits.
 
-It measures peak memory, and tokens per second of prefill and decoding. The results go to
+It measures peak memory; how fast everything is, `run.py` measures. The results go to
 `benchmarks/results/gpu_smoke-<date>-<device>.json`; the exit code is 1 if any case failed. If the parts of the shipped
 bridge can't be loaded, its case is "not available", which does not count as a failure.
 
@@ -45,7 +45,6 @@ import os
 import platform
 import re
 import shlex
-import statistics
 import string
 import sys
 import time
@@ -80,7 +79,6 @@ from vlbridge.compose import native_image_processor
 # between batch and single; about 0.1 and 0.01 between half precision and float32.
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.04}
 IMAGE_EFFECT = 0.05  # another picture changes logits by at least this many standard deviations (root mean square)
-REPEATS = 3
 
 # Vision encoder, language model, and the bridges' options. "1b": CLIP ViT-L/14-336 and TinyLlama-1.1B.
 SIZES = {
@@ -328,7 +326,7 @@ class Case:
         self.on_gpu = torch.device(device).type == "cuda"
         self.new_tokens, self.tolerance = NEW_TOKENS[size], TOLERANCES[dtype]
         self.rows = range(12 if size == "1b" else 3)
-        self.result = {"case": name, "dtype": dtype, "status": "passed", "checks": {}, "speed": {}}
+        self.result = {"case": name, "dtype": dtype, "status": "passed", "checks": {}}
 
     def run(self) -> dict:
         """Every check, whatever became of the others.
@@ -353,7 +351,7 @@ class Case:
         return self.result
 
     def checks(self) -> list[Callable]:
-        checks = [self.captions, self.batch_equals_single, self.batch_tokens, self.beams_encode_once, self.measure]
+        checks = [self.captions, self.batch_equals_single, self.batch_tokens, self.beams_encode_once]
         if self.compiled:
             return [*checks, self.static_compiled]
         self.result["checks"]["static_compiled"] = {"status": "skipped", "reason": "no time left, or not wanted"}
@@ -438,51 +436,6 @@ class Case:
         require(seen == [len(inputs["pixel_values"])], f"{len(inputs['pixel_values'])} images, encoded: {seen}")
         return {"images_encoded": seen}
 
-    def timed(self, work: Callable) -> list[float]:
-        """Seconds of `REPEATS` runs, after one that does not count."""
-        work()
-        seconds = []
-        for _ in range(REPEATS):
-            self.synchronize()
-            started = time.perf_counter()
-            work()
-            self.synchronize()
-            seconds.append(time.perf_counter() - started)
-        return seconds
-
-    def synchronize(self) -> None:
-        if self.on_gpu:
-            torch.cuda.synchronize()
-
-    def note_speed(self, name: str, tokens: int, seconds: list[float]) -> None:
-        """Write tokens per second down: of the median run, and of the fastest."""
-        seconds = [max(value, 1e-6) for value in seconds]  # a difference of two noisy times, on a busy machine
-        self.result["speed"][name] = {
-            "tokens": tokens,
-            "seconds": [round(value, 5) for value in seconds],
-            "tokens_per_second": round(tokens / statistics.median(seconds), 1),
-            "tokens_per_second_best": round(tokens / min(seconds), 1),
-        }
-
-    def decoding(self, inputs, **kwargs) -> list[float]:
-        """Seconds of all decoding steps behind the first token."""
-
-        def run(new_tokens: int, **kwargs) -> None:  # without keeping logits, which costs time
-            self.model.generate(
-                **inputs, do_sample=False, min_new_tokens=new_tokens, max_new_tokens=new_tokens, **kwargs
-            )
-
-        whole = self.timed(lambda: run(self.new_tokens, **kwargs))
-        first = statistics.median(self.timed(lambda: run(1)))
-        return [seconds - first for seconds in whole]
-
-    def measure(self) -> None:
-        inputs = inputs_of(self.processor, self.device, rows=self.rows)
-        # prompt tokens, visual tokens in the prompt included, images encoded anew in every run
-        seconds = self.timed(lambda: self.model(**inputs, use_cache=True, logits_to_keep=1))
-        self.note_speed("prefill", int(inputs["attention_mask"].sum()), seconds)
-        self.note_speed("decode", len(self.rows) * (self.new_tokens - 1), self.decoding(inputs))
-
     def static_compiled(self) -> dict:
         inputs = inputs_of(self.processor, self.device, rows=self.rows)
         expected, logits = generate(self.model, inputs, self.new_tokens)
@@ -501,7 +454,7 @@ class Case:
         require(graphs, "nothing was compiled")
         require(found_logits.isfinite().all(), "NaN or infinite logits while generating")
         numbers = agreement(found, expected, logits, self.tolerance)
-        self.note_speed("decode_static_compiled", expected[:, 1:].numel(), self.decoding(inputs, **static))
+        generate(self.model, inputs, self.new_tokens, **static)
         recompiled = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
         return {**numbers, "graphs": graphs, "recompiled": recompiled, "first_call_seconds": round(compile_seconds, 1)}
 
@@ -587,23 +540,19 @@ def versions() -> dict:
     return found
 
 
-def command_line() -> str:
+def command_line(script: str = "benchmarks/gpu_smoke.py") -> str:
     """What was typed, without the folders of this machine."""
     arguments = [Path(argument).name if os.path.isabs(argument) else argument for argument in sys.argv[1:]]
-    return shlex.join(["python", "benchmarks/gpu_smoke.py", *arguments])
+    return shlex.join(["python", script, *arguments])
 
 
 def table(cases: list[dict]) -> str:
     """One line per case."""
-    rows = [("case", "dtype", "status", "diff/std", "batch", "static", "prefill t/s", "decode t/s", "compiled t/s",
-             "GiB", "s")]  # fmt: skip
+    rows = [("case", "dtype", "status", "diff/std", "batch", "static", "GiB", "s")]
     for case in cases:
-        checks, speed = case["checks"], case["speed"]
+        checks = case["checks"]
         relative = checks.get("batch_equals_single", {}).get("relative_to_std")
         shares = [checks.get(name, {}).get("equal_share") for name in ("batch_tokens", "static_compiled")]
-        speeds = [
-            speed.get(name, {}).get("tokens_per_second") for name in ("prefill", "decode", "decode_static_compiled")
-        ]
         rows.append(
             (
                 case["case"],
@@ -611,7 +560,6 @@ def table(cases: list[dict]) -> str:
                 case["status"],
                 "-" if relative is None else f"{max(relative):.4f}",
                 *("-" if share is None else f"{share:.0%}" for share in shares),
-                *("-" if value is None else f"{value:,.0f}" for value in speeds),
                 str(case.get("peak_memory_gib", "-")),
                 str(case["seconds"]),
             )
@@ -645,7 +593,7 @@ def main(
     compile_until: Annotated[int, typer.Option(help="Don't compile any more after so many seconds.")] = 270,
     output: Annotated[Path | None, typer.Option(help="File of the results.", show_default="by date, device")] = None,
 ) -> None:
-    """Run all families on a GPU in half precision, check and measure them."""
+    """Run all families on a GPU in half precision, and check them."""
     if unknown := sorted(set(dtype) - set(TOLERANCES)):
         raise typer.BadParameter(f"--dtype is {unknown[0]!r}; expected one of {', '.join(TOLERANCES)}")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():

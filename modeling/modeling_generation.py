@@ -461,8 +461,8 @@ class BridgeGenerationMixin(GenerationHooks):
             else:
                 visual_states.prompt = None  # frees what was made of all images but the last
                 arguments["visual_states"] = visual_states.decoding
-        if self.num_logits_to_generate > self.num_logits:
-            arguments["num_logits"] = self.num_logits_to_generate
+        if (columns := self.num_logits_to_generate) > self.num_logits:
+            arguments["num_logits"] = columns
         return arguments
 
     def create_masks_for_generate(self, *args, **kwargs):

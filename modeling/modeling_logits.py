@@ -26,9 +26,12 @@ class NeverGenerated(LogitsProcessor):
         self.token_id = token_id
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Return new scores, `(rows, columns)`."""
-        columns = torch.arange(scores.shape[-1], device=scores.device)
-        return scores.masked_fill(columns == self.token_id, -torch.inf)
+        """Return new scores, `(rows, columns)`; the given ones if there is no such column."""
+        if self.token_id >= scores.shape[-1]:
+            return scores
+        scores = scores.clone()  # `generate` may return the given ones
+        scores[..., self.token_id] = -torch.inf
+        return scores
 
 
 class Guidance(LogitsProcessor):
