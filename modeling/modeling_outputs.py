@@ -44,13 +44,6 @@ class BridgedOutput(CausalLMOutputWithPast):
     image_hidden_states: torch.Tensor | None = None
     visual_states: ModelOutput | None = None
 
-    def __setattr__(self, name: str, value) -> None:
-        """See `ModelOutput`, which compares each name with those of all fields: most are empty, and that takes time."""
-        if value is None and name in self.__dataclass_fields__:
-            object.__setattr__(self, name, None)
-        else:
-            super().__setattr__(name, value)
-
 
 @dataclass
 class BackboneOutput(BaseModelOutputWithPast):

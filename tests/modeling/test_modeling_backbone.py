@@ -179,22 +179,3 @@ def test_an_adapter_of_the_output_layer_is_refused():
     put_fused_head(model)
     with pytest.raises(ValueError, match="output layer carries an adapter"):
         tuned(**inputs, labels=labels, fused_lm_head=True)
-
-
-def test_outputs_take_fields_as_those_of_transformers_do():
-    """`BridgedOutput` has a shorter way for empty fields."""
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-
-    from vlbridge.modeling.modeling_outputs import BridgedOutput
-
-    one, two = torch.zeros(1, 2, 3), torch.ones(1, 2, 3)
-    found = []
-    for output in (BridgedOutput(logits=one, attentions=None), CausalLMOutputWithPast(logits=one, attentions=None)):
-        seen = [list(output.keys()), output.loss, output["logits"] is one, output[0] is one]
-        output.loss = two
-        seen += [sorted(output.keys()), output["loss"] is two, output.to_tuple()[0] is two]
-        output.loss = None
-        output.other = None  # no field
-        found.append([*seen, sorted(output.keys()), output.loss, output.other, len(output.to_tuple())])
-    assert found[0] == found[1]
-    assert BridgedOutput(visual_states=one)["visual_states"] is one
