@@ -36,8 +36,8 @@ i.pictures { background: #b5541c; }
 i.text { background: #1f6f8b; }
 i.answer { background: #3f7d3a; }
 .words table { border-collapse: collapse; font-size: 0.85em; width: 100%; table-layout: fixed; }
-.words td, .words th { padding: 0.15em 0.3em; text-align: right; overflow-wrap: anywhere; }
-.words td:first-child, .words th:first-child { text-align: left; width: 35%; }
+.words td, .words th { padding: 0.15em 0.3em; text-align: right; }
+.words td:first-child, .words th:first-child { text-align: left; width: 32%; overflow-wrap: anywhere; }
 """
 
 
@@ -138,13 +138,16 @@ def words_html(look) -> str:
     """
     rows = "".join(
         f"<tr><td>{html.escape(word.word or '(space)')}</td><td>{word.picture:.2f}</td><td>{word.blank:.2f}</td>"
-        f"<td>{word.gain:+.2f}</td><td>{100 * share:.0f} %</td></tr>"
+        f"<td>{word.gain:+.2f}</td><td>{100 * share:.0f}%</td></tr>"
         for word, share in zip(look.words, look.shares)
     )
-    head = "".join(f"<th scope='col'>{name}</th>" for name in ("word", "picture", "grey", "gain", "looks"))
+    head = "".join(f"<th scope='col'>{name}</th>" for name in ("word", "shown", "grey", "gain", "looks"))
     gain = sum(word.gain for word in look.words)
     likelier = f"{abs(gain):.1f} nats {'likelier' if gain >= 0 else 'less likely'}"
-    explained = "Log-likelihoods are in nats; the last column is how much of the attention lies on the picture."
+    explained = (
+        "Columns: log-likelihood in nats with the picture shown, and with a grey one; the difference; how much of the "
+        "attention lies on the picture."
+    )
     return (
         f'<p class="facts">The picture makes this answer {likelier} than a grey one. {explained}</p>'
         f'<div class="words"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
@@ -428,6 +431,7 @@ class Page:
                 self.caption: gr.update(interactive=False),
                 self.stop: gr.update(interactive=True),
                 self.message: self.warned(path, choice),
+                self.question: "",  # now, not at the end: by then the next one may be half written
             }
             said = dict(turns)
             for found in replies([column.bridge for column in columns], asked, stop):
@@ -447,7 +451,6 @@ class Page:
             self.caption: gr.update(interactive=True),
             self.stop: gr.update(interactive=False),
             self.turns: said,
-            self.question: "",
         }
 
     def end(self, request: gr.Request) -> None:
@@ -511,6 +514,7 @@ def launch(page: Page, host: str = "127.0.0.1", port: int | None = None, block: 
         server_name=host, server_port=port, share=False, ssr_mode=False, pwa=False, mcp_server=False, quiet=True,
         enable_monitoring=False, run_history=False, footer_links=[], max_file_size=page.limits.max_bytes,
         app_kwargs={"middleware": [Middleware(ContentPolicy)]}, theme=theme, css=CSS, prevent_thread_lock=True,
+        allowed_paths=[example_picture()],
     )  # fmt: skip
     if block:
         page.blocks.block_thread()

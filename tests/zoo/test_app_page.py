@@ -280,9 +280,10 @@ def test_an_answer_is_streamed_and_can_be_stopped(visit, pictures, page_of_model
 
 
 @needs_chromium
-def test_a_phone_never_scrolls_sideways(visit, models, pictures):
+def test_a_phone_never_scrolls_sideways(visit):
     page = visit(390, 844, has_touch=True, is_mobile=True)
-    show(page, pictures[0])
+    page.locator("#try-one").click()
+    page.locator("#picture img").wait_for()
     choose(page, "all, side by side")
     page.locator("#examples button").first.click()
     ask(page, "what is in the picture?")
