@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import shutil
 from collections.abc import Sequence
 from importlib.metadata import requires, version
+from importlib.util import find_spec
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -76,7 +76,7 @@ def write_space(folder: Path, models: Sequence[str | None]) -> list[Path]:
             raise ValueError(f"{model} is a folder here, which a Space can't reach; vlbridge push {model} NAME first")
     gradio = version("gradio")
     for name in PACKAGES:
-        source = Path(importlib.import_module(name).__file__).parent
+        source = Path(find_spec(name).origin).parent  # found, not imported: some need extras
         shutil.copytree(source, folder.joinpath(*name.split(".")), dirs_exist_ok=True,
                         ignore=shutil.ignore_patterns("__pycache__"))  # fmt: skip
     ids = [model for model in models if model is not None]

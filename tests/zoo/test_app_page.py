@@ -324,7 +324,7 @@ def test_a_space_runs_as_it_is_written(models, tmp_path):
     command = [sys.executable, "-c", f"{look}runpy.run_path('app.py', run_name='__main__')"]
     running = subprocess.Popen(command, cwd=script.parent, env=environment)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while True:
             try:
                 with urllib.request.urlopen("http://127.0.0.1:7999", timeout=10) as found:
