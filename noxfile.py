@@ -4,6 +4,7 @@
     nox --session oldest -- -m core          # options for pytest
     nox --session oldest -- conformance      # transformers' common test suites instead
     nox --session clients                    # TRL, lmms-eval and lm-eval, as `make clients`
+    nox --session app                        # the page of `vlbridge app` in headless Chromium
     nox --session ray                        # Ray, which gives up starting on a machine that is busy
     nox --session serving                    # vLLM itself on the CPU, as `make serving`
 
@@ -72,6 +73,15 @@ def clients(session: nox.Session) -> None:
     session.install("--editable", ".[test]", *CLIENTS)
     session.run("python", "-c", "import lm_eval, lmms_eval, trl")  # tests are skipped where these are missing
     run_tests(session, "tests/clients")
+
+
+@nox.session(venv_backend="uv")
+def app(session: nox.Session) -> None:
+    """The page of `vlbridge app` in the system's Chromium: `apt-get install chromium`."""
+    session.install("--editable", ".[app]", "playwright", "pytest", "pytest-timeout", "pyyaml")
+    session.run("python", "-c", "import gradio, playwright")  # tests are skipped where these are missing
+    tests = session.posargs or ["tests/zoo/test_app_page.py", "tests/zoo/test_app.py", "tests/cli/test_cli_page.py"]
+    session.run("python", "-m", "pytest", "-q", *tests, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session(venv_backend="uv")

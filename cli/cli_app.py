@@ -30,6 +30,7 @@ from .cli_convert import converters, export, transplant
 from .cli_data import capfilt, data_commands
 from .cli_evaluate import evaluate
 from .cli_inspect import inspect
+from .cli_page import page
 from .cli_run import ask, caption
 from .cli_serve import serve
 from .cli_train import new_recipe, train
@@ -178,6 +179,7 @@ app.command("new-recipe")(new_recipe)
 app.command("list")(list_releases)
 app.command()(push)
 app.command(context_settings={"allow_extra_args": True})(serve)
+app.command("app")(page)
 app.add_typer(data_commands)
 app.add_typer(converters)
 

@@ -135,14 +135,10 @@ def warn_of_photographs(model: str | None, picture, name: str) -> bool:
     """
     from vlbridge import demo
 
-    if model is not None or demo.is_plain_drawing(picture):
+    warning = demo.photograph_warning(picture, name, model)
+    if warning is None:
         return False
-    print_line(
-        f"vlbridge: warning: {name} is not a drawing of one plain shape, and the embedded bridge knows nothing else: "
-        "what it says means nothing. A model for photographs, on a GPU: vlbridge convert liuhaotian/llava-v1.5-7b "
-        "llava, then the same command with --model llava.",
-        sys.stderr,
-    )
+    print_line(f"vlbridge: warning: {warning}", sys.stderr)
     return True
 
 

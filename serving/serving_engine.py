@@ -7,13 +7,15 @@ and goes on generating for clients that have left; its server has no public plac
 from __future__ import annotations
 
 import copy
+import math
 import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
@@ -46,6 +48,7 @@ class Job:
     on_text: Callable[[str], None] | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
     done: Future = field(default_factory=Future)
+    seconds: float = 0.0  # that its batch took, once it is answered
 
     @property
     def pixels(self) -> int:
@@ -59,6 +62,25 @@ class Job:
         if options["do_sample"] or "stop_strings" in options or self.on_text is not None:
             return (id(self),)
         return self.bridge, bool(self.images)
+
+
+@dataclass(eq=False)
+class Call:
+    """A function that wants the model for itself; it stands in the queue like a request.
+
+    Args:
+        function: The function.
+    """
+
+    function: Callable[[], Any]
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    done: Future = field(default_factory=Future)
+    pixels: int = 0
+
+    @property
+    def kind(self) -> tuple:
+        """It is alone in its batch."""
+        return (id(self),)
 
 
 @dataclass(frozen=True)
@@ -77,21 +99,24 @@ class Answer:
 
 
 class _Ended(StoppingCriteria):
-    """Ends the rows that have their own maximum or whose client has left.
+    """Ends the rows that have their own maximum or whose client has left, and all of them when time is up.
 
     Args:
         jobs: The job of each row.
         prompt_length: Tokens before the answer; 1 for encoder-decoders.
+        deadline: When time is up, as `time.monotonic` tells it; infinity for never.
     """
 
-    def __init__(self, jobs: list[Job], prompt_length: int):
+    def __init__(self, jobs: list[Job], prompt_length: int, deadline: float):
         self.jobs = jobs
         self.prompt_length = prompt_length
+        self.deadline = deadline
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
         """Which rows end, `(rows,)`."""
         length = input_ids.shape[1] - self.prompt_length
-        ended = [job.cancelled.is_set() or length >= job.request.max_new_tokens for job in self.jobs]
+        late = time.monotonic() >= self.deadline
+        ended = [late or job.cancelled.is_set() or length >= job.request.max_new_tokens for job in self.jobs]
         return torch.tensor(ended, device=input_ids.device)
 
 
@@ -147,7 +172,7 @@ class Engine:
             self.model.add_bridge(bridge, place)
         self.tokenizer = copy.deepcopy(self.processor.tokenizer)  # another thread must not change the engine's settings
         self.max_batch = max_batch
-        self.jobs: queue.Queue[Job | None] = queue.Queue()
+        self.jobs: queue.Queue[Job | Call | None] = queue.Queue()
         self.waiting = 0  # jobs that are not answered yet, those of the running batch included
         self.pixels = 0  # of their pictures
         self.lock = threading.Lock()
@@ -185,16 +210,43 @@ class Engine:
         Raises:
             RequestError: The chat template refuses the conversation, or the prompt is too long for the model.
         """
-        bridge = self.bridge_named(request.model)
         parts = [part for message in request.messages for part in message["content"]]
         images = [part["image"] for part in parts if part["type"] == "image"]
-        token = self.processor.image_token
-        if any(token in part["text"] for part in parts if part["type"] == "text"):
-            raise RequestError(f"A text contains {token}, which stands for a picture here; leave it out.")
+        self.check_texts(part["text"] for part in parts if part["type"] == "text")
         try:
             prompt = self.processor.apply_chat_template(request.messages, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # templates raise whatever they like
             raise RequestError(f"The model's chat template refuses the conversation: {error}") from error
+        return self.prepare_prompt(request, prompt, images, on_text)
+
+    def check_texts(self, texts: Iterable[str]) -> None:
+        """Refuse texts that contain the token which stands for a picture.
+
+        Args:
+            texts: What people have written.
+
+        Raises:
+            RequestError: One of them does.
+        """
+        token = self.processor.image_token
+        if any(token in text for text in texts):
+            raise RequestError(f"A text contains {token}, which stands for a picture here; leave it out.")
+
+    def prepare_prompt(
+        self, request: ChatRequest, prompt: str, images: list, on_text: Callable[[str], None] | None = None
+    ) -> Job:
+        """Make a job of a prompt that is written already, such as one with examples.
+
+        Args:
+            request: The request; its messages are not read.
+            prompt: The prompt, with one placeholder per picture.
+            images: The pictures.
+            on_text: Called with each new piece of text, for streams.
+
+        Raises:
+            RequestError: There is no such model, or the prompt is too long for it.
+        """
+        bridge = self.bridge_named(request.model)
         with self.lock:
             length = len(self.tokenizer(prompt)["input_ids"])
         if images and self.model.config.visual_tokens_in_prompt:
@@ -208,8 +260,22 @@ class Engine:
             )  # fmt: skip
         return Job(request, bridge, prompt, images, length, on_text)
 
-    def submit(self, job: Job) -> Job:
-        """Put a job in the queue.
+    def call(self, function: Callable[[], Any]) -> Future:
+        """Run a function in the engine's thread, when nothing else uses the model.
+
+        Args:
+            function: The function.
+
+        Returns:
+            Its result, or what it has raised.
+
+        Raises:
+            RequestError: The queue is full.
+        """
+        return self.submit(Call(function)).done
+
+    def submit(self, job):
+        """Put a job or a call in the queue, and return it.
 
         Raises:
             RequestError: The queue is full.
@@ -236,7 +302,7 @@ class Engine:
     # ------------------------------------------------------------------ in the engine's thread
 
     def _work(self) -> None:
-        held: list[Job] = []
+        held: list[Job | Call] = []
         ending = False
         while not (ending and not held):
             if not held:
@@ -259,7 +325,7 @@ class Engine:
             if alive := [job for job in batch if self._begin(job)]:
                 self._run(alive)
 
-    def _begin(self, job: Job) -> bool:
+    def _begin(self, job: Job | Call) -> bool:
         """Whether a job's client is still there; from here on nobody else can end the job."""
         if not job.cancelled.is_set() and job.done.set_running_or_notify_cancel():
             return True
@@ -267,7 +333,7 @@ class Engine:
         self._count("cancelled", job)
         return False
 
-    def _count(self, outcome: str, job: Job, tokens: int = 0) -> None:
+    def _count(self, outcome: str, job: Job | Call, tokens: int = 0) -> None:
         with self.lock:
             self.waiting -= 1
             self.pixels -= job.pixels
@@ -276,6 +342,9 @@ class Engine:
 
     def _run(self, batch: list[Job]) -> None:
         """Answer a batch; if it fails, its jobs one by one, so that one does not cost the others their answers."""
+        if isinstance(batch[0], Call):
+            self._run_call(batch[0])
+            return
         started = time.monotonic()
         try:
             answers = self._answers(batch)
@@ -287,13 +356,26 @@ class Engine:
             self._count("failed", batch[0])
             batch[0].done.set_exception(error)
             return
+        seconds = time.monotonic() - started
         self.counts["batches"] += 1
-        self.counts["seconds"] += time.monotonic() - started
+        self.counts["seconds"] += seconds
         for job, answer in zip(batch, answers):
+            job.seconds = seconds
             self._count("cancelled" if job.cancelled.is_set() else "answered", job, answer.completion_tokens)
             job.done.set_result(answer)
 
+    def _run_call(self, call: Call) -> None:
+        try:
+            result = call.function()
+        except Exception as error:
+            self._count("failed", call)
+            call.done.set_exception(error)
+            return
+        self._count("called", call)
+        call.done.set_result(result)
+
     def _answers(self, jobs: list[Job]) -> list[Answer]:
+        deadline = time.monotonic() + (math.inf if self.limits.max_seconds is None else self.limits.max_seconds)
         model, processor = self.model, self.processor
         if model.active_bridge != jobs[0].bridge:
             model.set_bridge(jobs[0].bridge)
@@ -317,7 +399,9 @@ class Engine:
             options["tokenizer"] = processor.tokenizer
         if jobs[0].on_text is not None:
             options["streamer"] = _Pieces(processor.tokenizer, jobs[0], not model.config.is_encoder_decoder)
-        rows = model.generate(**inputs, **options, stopping_criteria=StoppingCriteriaList([_Ended(jobs, start)]))
+        rows = model.generate(
+            **inputs, **options, stopping_criteria=StoppingCriteriaList([_Ended(jobs, start, deadline)])
+        )
         return [self._answer(job, row[start:].tolist(), options) for job, row in zip(jobs, rows)]
 
     def _answer(self, job: Job, ids: list[int], options: dict) -> Answer:
@@ -334,4 +418,4 @@ class Engine:
         return Answer(text, len(ids), "stop" if stopped else "length")
 
 
-__all__ = ["Answer", "Engine", "Job"]
+__all__ = ["Answer", "Call", "Engine", "Job"]

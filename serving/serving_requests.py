@@ -14,6 +14,7 @@ import json
 import os
 import socket
 import ssl
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -40,6 +41,7 @@ class Limits:
         media_folder: Folder whose files requests may name as `file://...`; `None` for none.
         fetch: Whether requests may name pictures by http(s) addresses. Private addresses are never asked.
         text_only: Whether requests may have no picture.
+        max_seconds: Longest time that an answer is worked on, in seconds: it ends at the next token. `None` for any.
     """
 
     max_bytes: int = 32 << 20
@@ -51,6 +53,7 @@ class Limits:
     media_folder: str | None = None
     fetch: bool = False
     text_only: bool = False
+    max_seconds: float | None = None
 
     def to_json(self) -> str:
         """As JSON, for another process."""
@@ -130,15 +133,65 @@ def read_messages(fields: dict, limits: Limits) -> list[dict]:
     reader = _PictureReader(limits)
     read = [_message(message, number, reader) for number, message in enumerate(messages)]
     texts = [part["text"] for message in read for part in message["content"] if part["type"] == "text"]
-    if (length := sum(map(len, texts))) > limits.max_characters:
-        raise RequestError(
-            f"The conversation has {length} characters; this server takes at most {limits.max_characters}.", 413
-        )
+    check_characters(texts, limits)
     if not reader.count and not limits.text_only:
         raise RequestError("There is no picture: add {'type': 'image_url', 'image_url': {'url': 'data:...'}}.")
     if not any(text.strip() for text in texts) and not reader.count:
         raise RequestError("The conversation has neither text nor a picture.")
     return read
+
+
+def check_characters(texts: Iterable[str], limits: Limits) -> None:
+    """Refuse conversations that are too long before they are tokenised.
+
+    Args:
+        texts: All texts of a conversation.
+        limits: What it may have.
+
+    Raises:
+        RequestError: It is too long.
+    """
+    if (length := sum(map(len, texts))) > limits.max_characters:
+        raise RequestError(
+            f"The conversation has {length} characters; this server takes at most {limits.max_characters}.", 413
+        )
+
+
+def check_pixels(file: io.BytesIO | Path, where: str, limits: Limits) -> None:
+    """Refuse pictures that are too large by their header, before they are decoded.
+
+    Args:
+        file: The picture's file. One that can't be read passes: decoding says what is wrong with it.
+        where: What the message calls it.
+        limits: What it may have.
+
+    Raises:
+        RequestError: It has too many pixels.
+    """
+    try:
+        with Image.open(file) as image:
+            width, height = image.size
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise RequestError(f"{where} is too large: {error}", 413) from error
+    except Exception:
+        return
+    if width * height > limits.max_pixels:
+        raise RequestError(
+            f"{where} has {width}x{height} pixels; this server takes at most {limits.max_pixels}. Make it smaller: the "
+            "model scales it down anyway.", 413
+        )  # fmt: skip
+
+
+def refused(error: BaseException) -> str | None:
+    """What a model's error tells the person who asked; `None` if it is not about the request.
+
+    Args:
+        error: What the model raised.
+    """
+    return f"The model refuses this request: {error}" if isinstance(error, ValueError) else None
+
+
+FAILED = "The model failed."
 
 
 def parsed(body: bytes) -> dict:
@@ -251,16 +304,16 @@ class _PictureReader:
         try:
             if url.startswith("data:"):
                 data = self.decoded(url, where)
-                self.check_size(io.BytesIO(data), where)
+                check_pixels(io.BytesIO(data), where, self.limits)
                 return decode_image(data, where)
             if url.startswith("file:"):
                 path = self.allowed_file(url, where)
-                self.check_size(path, where)
+                check_pixels(path, where, self.limits)
                 return load_image(path)
             if url.startswith(("http://", "https://")):
                 data = self.fetched(url, where)
                 part["image_url"] = {"url": f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"}
-                self.check_size(io.BytesIO(data), where)
+                check_pixels(io.BytesIO(data), where, self.limits)
                 return decode_image(data, where)
         except ImageError as error:
             raise RequestError(f"{where} can't be read as a picture: {error.reason}.") from error
@@ -279,21 +332,6 @@ class _PictureReader:
             return base64.b64decode(text, validate=True)
         except (binascii.Error, ValueError) as error:
             raise RequestError(f"{where} is not valid base64: {error}.") from error
-
-    def check_size(self, file: io.BytesIO | Path, where: str) -> None:
-        """Refuse pictures that are too large by their header, before they are decoded."""
-        try:
-            with Image.open(file) as image:
-                width, height = image.size
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise RequestError(f"{where} is too large: {error}", 413) from error
-        except Exception:  # decoding says what is wrong with it
-            return
-        if width * height > self.limits.max_pixels:
-            raise RequestError(
-                f"{where} has {width}x{height} pixels; this server takes at most {self.limits.max_pixels}. Make it "
-                "smaller: the model scales it down anyway.", 413
-            )  # fmt: skip
 
     def allowed_file(self, url: str, where: str) -> Path:
         """The file that a request names, if it lies in the folder that requests may read."""
@@ -384,6 +422,19 @@ def limits_of_environment() -> Limits:
     return limits_from_json(os.environ.get(LIMITS_VARIABLE))
 
 
-__all__ = ["LIMITS_VARIABLE", "ChatRequest", "Limits", "RequestError", "limits_of_environment", "read_request",
-           "fetch",
-           "new_tokens", "parsed", "read_messages"]  # fmt: skip
+__all__ = [
+    "FAILED",
+    "LIMITS_VARIABLE",
+    "ChatRequest",
+    "Limits",
+    "RequestError",
+    "check_characters",
+    "check_pixels",
+    "fetch",
+    "limits_of_environment",
+    "new_tokens",
+    "parsed",
+    "read_messages",
+    "read_request",
+    "refused",
+]

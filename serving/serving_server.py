@@ -17,6 +17,7 @@ from starlette.routing import Route
 
 from .serving_engine import Answer, Engine, Job
 from .serving_requests import (
+    FAILED,
     Limits,
     RequestError,
     limits_of_environment,
@@ -24,6 +25,7 @@ from .serving_requests import (
     parsed,
     read_messages,
     read_request,
+    refused,
 )
 
 
@@ -154,7 +156,7 @@ class App:
                     next_piece.cancel()
                     await asyncio.sleep(0)  # pieces that the engine's thread has sent before it ended
             if future.cancelled() or future.exception() is not None:
-                yield f"data: {json.dumps({'error': {'message': 'The model failed.', 'code': 500}})}\n\n"
+                yield f"data: {json.dumps({'error': {'message': FAILED, 'code': 500}})}\n\n"
                 return
             answer = future.result()
             yield event({}, answer.finish_reason, usage=usage(job, answer))
@@ -171,9 +173,9 @@ def usage(job: Job, answer: Answer) -> dict:
 
 def failure(error: BaseException) -> JSONResponse:
     """An error of the model: what it refuses is the request's fault, the rest the server's."""
-    if isinstance(error, ValueError):
-        return refusal(RequestError(f"The model refuses this request: {error}"))
-    return JSONResponse({"error": {"message": "The model failed.", "type": "server_error", "code": 500}}, 500)
+    if (said := refused(error)) is not None:
+        return refusal(RequestError(said))
+    return JSONResponse({"error": {"message": FAILED, "type": "server_error", "code": 500}}, 500)
 
 
 class CheckedRequests:

@@ -28,6 +28,7 @@ from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from packaging.version import Version
 from PIL import Image
 
+from .assets import default_model
 from .extensions import register_locator
 from .files import cache_dir, sha256_of, write_json
 
@@ -394,6 +395,26 @@ def is_plain_drawing(picture: Image.Image) -> bool:
     small = np.asarray(picture.convert("RGB").resize((64, 64), Image.Resampling.BILINEAR)).reshape(-1, 3)
     _, counts = np.unique(small // 16, axis=0, return_counts=True)
     return bool(np.sort(counts)[-2:].sum() >= PLAIN * counts.sum())
+
+
+def photograph_warning(
+    picture: Image.Image, name: str, model: str | None = None, then: str | None = None
+) -> str | None:
+    """What to tell people whose picture the embedded bridge can't know; `None` if it may know it.
+
+    Args:
+        picture: The picture.
+        name: What the user calls it.
+        model: Folder or Hub id of the model; others than the embedded bridge may know anything. `None` is that one.
+        then: What to do with a converted model named `llava`; `None` is what the command line says.
+    """
+    if model not in (None, default_model()) or is_plain_drawing(picture):
+        return None
+    return (
+        f"{name} is not a drawing of one plain shape, and the embedded bridge knows nothing else: what it says means "
+        "nothing. A model for photographs, on a GPU: vlbridge convert liuhaotian/llava-v1.5-7b llava, then "
+        f"{then or 'the same command with --model llava'}."
+    )
 
 
 register_locator(resolve)

@@ -65,6 +65,7 @@ COMMANDS = [
     "list",
     "push",
     "serve",
+    "app",
     "data",
     "convert",
 ]
