@@ -16,7 +16,6 @@ PACKAGES = (
     "vlbridge.inspection", "vlbridge.model_cards", "vlbridge.modeling", "vlbridge.processing", "vlbridge.serving",
     "vlbridge.training",
 )  # fmt: skip
-CPU_WHEELS = "--extra-index-url https://download.pytorch.org/whl/cpu"
 APP = '''"""The page of vlbridge; the package lies beside this file."""
 
 from vlbridge.app_page import serve_space
@@ -83,7 +82,7 @@ def write_space(folder: Path, models: Sequence[str | None]) -> list[Path]:
     named = "models:\n" + "".join(f"  - {model}\n" for model in ids) if ids else ""
     texts = {
         "app.py": APP.format(models=list(models)),
-        "requirements.txt": "\n".join([CPU_WHEELS, *requirements(), ""]),
+        "requirements.txt": "\n".join([*requirements(), ""]),
         "README.md": CARD.format(gradio=gradio, models=named),
     }
     for name, text in texts.items():
