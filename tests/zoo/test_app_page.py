@@ -18,6 +18,7 @@ from PIL import Image
 from tiny import tiny_image, tiny_model
 
 from vlbridge.inference import answer, answer_few_shot, generate_texts
+from vlbridge.serving import serving_engine
 
 
 pytest.importorskip("gradio", reason="Gradio is not installed: nox --session app")
@@ -261,6 +262,13 @@ def test_keyboard_alone(visit, models, pictures):
 def test_an_answer_is_streamed_and_can_be_stopped(visit, pictures, page_of_models, monkeypatch):
     engine = page_of_models[0].bridges[0].engine
     monkeypatch.setattr(engine.model.generation_config, "eos_token_id", None)
+    ends = serving_engine._Ended.__call__
+
+    def slowly(*args, **kwargs):
+        time.sleep(0.05)  # per token: the model is tiny, and a busy machine would find it at its end
+        return ends(*args, **kwargs)
+
+    monkeypatch.setattr(serving_engine._Ended, "__call__", slowly)
     page = visit()
     show(page, pictures[0])
     set_longest(page, 450)
