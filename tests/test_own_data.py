@@ -77,5 +77,6 @@ def test_from_pictures_to_a_published_bridge(pictures, hub, capsys):
     files = hub.files("me/my-bridge")
     assert {"config.json", "model.safetensors", "README.md", "training_summary.json", "recipe.yaml"} <= files.keys()
     assert sum(map(len, files.values())) < 20_000_000  # the bridge alone
+    assert not any("checkpoint" in name for name in files)
     assert b"held-out" in files["README.md"] and "my-bridge/training.html" in PAGE.read_text()
     assert Path("my-bridge/training.html").exists() and Path("sheet.png").exists()

@@ -21,8 +21,8 @@ from .modeling.modeling_pins import WEIGHTS, accepted_hashes, commit_of, weights
 from .remote_code import add_code, auto_map_of
 
 
-# Not part of a model; huggingface_hub's own uploads ignore the same folders
-IGNORED = re.compile(r"(.*/)?(\.git|\.cache|__pycache__)/.*")
+# Not part of a model: folders that huggingface_hub's own uploads ignore too, and a training run's checkpoints
+IGNORED = re.compile(r"(.*/)?(\.git|\.cache|__pycache__)/.*|checkpoint-\d+/.*")
 
 
 def _pins_of(folder: Path) -> dict[str, dict]:
@@ -87,8 +87,8 @@ def push_folder(
     """Upload a folder in one commit.
 
     Args:
-        folder: A saved model, or some of its files. Files of the repository that are not in the folder are kept, except
-            old weights, which are deleted if the folder has weights.
+        folder: A saved model, or some of its files; checkpoints of its training are left out. Files of the repository
+            that are not in the folder are kept, except old weights, which are deleted if the folder has weights.
         repo_id: `name` or `owner/name`; the repository is created if it does not exist.
         private: Whether a new repository is private; `None` follows the account's settings.
         token: Hub token; `None` takes the saved one.
@@ -192,7 +192,8 @@ def push_saved(
     """Upload a saved model's folder, and add a model card if it has none. The folder is not changed.
 
     Args:
-        folder: Folder of a model of this package, whole or bridge alone; other files in it are uploaded too.
+        folder: Folder of a model of this package, whole or bridge alone; other files in it are uploaded too, except
+            checkpoints of its training.
         repo_id: `name` or `owner/name`; the repository is created if it does not exist.
         with_code: Add the code, so that transformers alone can load the model with `trust_remote_code=True`.
         parts: Hub ids of frozen parts that lie in folders here, by the parts' names; their weights are compared.

@@ -148,6 +148,11 @@ def test_saving_and_pushing(repositories, tmp_path):
         model.push_to_hub("me/bridge", privat=True)
     with pytest.raises(ValueError, match="no files"):
         push_folder(tmp_path / "empty", "me/bridge")
+    (tmp_path / "run" / "checkpoint-7").mkdir(parents=True)
+    for name in ("checkpoint-7/optimizer.pt", "checkpoint-7.md"):
+        (tmp_path / "run" / name).write_text("of a run")
+    push_folder(tmp_path / "run", "me/run")
+    assert hub.files("me/run").keys() == {"checkpoint-7.md"}
 
 
 def test_a_bridge_that_nobody_else_could_load_is_not_pushed(repositories, tmp_path):
