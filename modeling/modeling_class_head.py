@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +20,12 @@ from transformers import AutoModelForImageClassification, PreTrainedConfig, PreT
 
 from ..configuration.configuration_bridged import BridgedConfig
 from ..extensions import where_to_load
+from ..files import read_json
 from .modeling_bridge import Bridge, patch_features_of
 
 
+EVERYDAY = "everyday"  # words of this table for ImageNet's classes
+EVERYDAY_WORDS = Path(__file__).parent / "everyday_words.json"  # from WordNet, by examples/everyday_words.py
 CONTEXT = "A photo of a"  # names are tokenised as they are behind it
 _NAMELESS = re.compile(r"LABEL[ _]\d+")  # what configurations say for classes without names
 
@@ -202,8 +206,31 @@ def read_class_head(
 # ---------------------------------------------------------------------- the names
 
 
+def _first_name(name: str) -> str:
+    return name.split(",")[0].replace("_", " ").strip()
+
+
+def everyday_words(names: Sequence[str]) -> list[str]:
+    """What people call ImageNet's classes: all breeds are dogs, a tench is a fish.
+
+    Args:
+        names: What a classifier calls its classes; they have to be those of ImageNet-1k, in their order.
+
+    Raises:
+        ValueError: They are not.
+    """
+    table = read_json(EVERYDAY_WORDS)
+    others = [index for index, (name, (known, _)) in enumerate(zip(names, table)) if _first_name(name) != known]
+    if len(names) != len(table) or len(others) > len(table) // 20:  # releases spell a few of them differently
+        raise ValueError(
+            f"class_names={EVERYDAY!r} has words for ImageNet's 1,000 classes, but this classifier has {len(names)}, "
+            f"beginning with {', '.join(map(repr, names[:3]))}. Pass a list or a mapping instead."
+        )
+    return [word for _, word in table]
+
+
 def class_words(
-    names: Sequence[str], class_names: Sequence[str] | Mapping[int | str, str] | None = None
+    names: Sequence[str], class_names: Sequence[str] | Mapping[int | str, str] | str | None = None
 ) -> tuple[str, ...]:
     """What the language model shall call each class.
 
@@ -211,15 +238,18 @@ def class_words(
         names: What the classifier calls them, such as ImageNet's `"tench, Tinca tinca"`: what stands before the first
             comma is taken, and underscores are read as spaces.
         class_names: Other words: one for every class; or a mapping from some classes, by their number or their name as
-            above (in full or up to the comma), to words. Several classes may have the same word.
+            above (in full or up to the comma), to words; or `"everyday"`, see `everyday_words`. Several classes may
+            have the same word.
 
     Raises:
         ValueError: The number of words is not that of the classes, a class of the mapping does not exist, or a class
             has no name.
         TypeError: `class_names` has another type.
     """
-    words = [re.split(",", name)[0].replace("_", " ").strip() for name in names]
-    if isinstance(class_names, Mapping):
+    words = [_first_name(name) for name in names]
+    if class_names == EVERYDAY:
+        words = everyday_words(names)
+    elif isinstance(class_names, Mapping):
         places: dict[Any, list[int]] = {}
         for index, (name, word) in enumerate(zip(names, words)):
             for key in {index, name, word}:
@@ -235,8 +265,8 @@ def class_words(
     elif class_names is not None:
         if isinstance(class_names, str) or not isinstance(class_names, Sequence):
             raise TypeError(
-                f"class_names is a {type(class_names).__name__}; expected a list with a word for every class, or a "
-                "mapping from classes to words."
+                f"class_names is a {type(class_names).__name__}; expected a list with a word for every class, a "
+                f"mapping from classes to words, or {EVERYDAY!r} for ImageNet's."
             )
         if len(class_names) != len(names):
             raise ValueError(f"class_names has {len(class_names)} words, but the classifier has {len(names)} classes.")
@@ -294,16 +324,23 @@ def complete_for_classifier(config: PreTrainedConfig, head: ClassHead, free_unit
         "projector_bias": True,
         "projector_hidden_size": None,
         "projector_norm_eps": None,
-        "pooling": None,
         "image_grid_pinpoints": None,
         "vision_feature_layer": None,
     }
     for name, value in expected.items():
         if getattr(config, name) != value:
             raise ValueError(
-                f"{name} is {getattr(config, name)!r}; a bridge that begins as a classifier has one visual token from "
-                "an 'mlp2x_gelu' projector behind the classifier's own pooling. Leave this option out."
+                f"{name} is {getattr(config, name)!r}; a bridge that begins as a classifier is an 'mlp2x_gelu' "
+                "projector behind the classifier's own pooling. Leave this option out."
             )
+    if config.pooling not in (None, head.pooling) or (config.pooling and head.norm_eps is not None):
+        raise ValueError(
+            f"pooling is {config.pooling!r}, but the class head reads "
+            + ("the CLS feature" if head.pooling == "cls" else "the average over all patches")
+            + (" behind a layer norm" if head.norm_eps is not None else "")
+            + ". Leave this option out. (A head that reads the plain average also reads averages over a part of the "
+            "patches: pooling='average' with pooling_factor.)"
+        )
     if config.is_encoder_decoder:
         raise ValueError(
             f"The language model is a {config.text_config.model_type}, an encoder-decoder; a bridge can begin as a "
@@ -311,9 +348,9 @@ def complete_for_classifier(config: PreTrainedConfig, head: ClassHead, free_unit
         )
     config.projector_hidden_size = head.num_classes + free_units
     config.projector_norm_eps = head.norm_eps
-    config.pooling = head.pooling
-    if head.pooling == "average":  # one neighbourhood: the whole grid
+    if head.pooling == "average" and config.pooling is None:  # one neighbourhood: the whole grid
         config.pooling_factor = -(-config.image_size // config.patch_size)
+    config.pooling = head.pooling
 
 
 @torch.no_grad()
@@ -368,6 +405,7 @@ __all__ = [
     "begin_as_classifier",
     "class_tokens",
     "class_words",
+    "everyday_words",
     "complete_for_classifier",
     "load_classifier",
     "read_class_head",

@@ -162,7 +162,7 @@ class MLPLlavaForConditionalGeneration(PooledPatchesMixin, BridgedModel):
         vision_model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         projector_init_from: str | os.PathLike | PreTrainedModel | None = None,
-        class_names: Sequence[str] | Mapping[int | str, str] | None = None,
+        class_names: Sequence[str] | Mapping[int | str, str] | str | None = None,
         free_units: int = 0,
         class_threshold: float | None = None,
         class_name_scale: float | None = None,

@@ -60,9 +60,9 @@ def compose(
             `image_aspect_ratio="anyres"` or `conversation="vicuna_v1"`. `"qformer"` also accepts `qformer_init_from`,
             the BERT or stage-1 checkpoint to initialise the Q-Former with. `"mlp"` accepts `projector_init_from`, an
             image classifier with this encoder: the bridge then begins by naming the classifier's classes. With it go
-            `class_names` (words for all classes, or a mapping for some), `free_units` (hidden units beside the
-            classes), `class_threshold` (4.5, the logit from which a class is named) and `class_name_scale` (0.25, the
-            length of its name's embedding per logit above the threshold).
+            `class_names` (words for all classes, a mapping for some, or `"everyday"` for ImageNet's), `free_units`
+            (hidden units beside the classes), `class_threshold` (4.5, the logit from which a class is named) and
+            `class_name_scale` (0.25, the length of its name's embedding per logit above the threshold).
 
     Returns:
         Model (in eval mode) and processor.

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import LANGUAGE, QFORMER, SMALL, tiny_image, tiny_tokenizer
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
     CLIPImageProcessor,
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 import vlbridge
+from vlbridge import demo
 from vlbridge.modeling.modeling_class_head import class_tokens, class_words
 
 
@@ -170,6 +172,20 @@ def test_free_units_are_silent_and_learn():
     assert (wide.bridge.linear_2.weight.grad[:, 4:] != 0).any(dim=0).all()
 
 
+def test_several_visual_tokens_each_name_what_their_place_shows(tmp_path):
+    classifier = saved("resnet", tmp_path)
+    model, processor = begin(tmp_path, pooling="average", pooling_factor=2)
+    count = processor.num_image_tokens(SIDE, SIDE)
+    pixels, seen = torch.randn(2, 3, SIDE, SIDE), []
+    model.bridge.linear_1.register_forward_hook(lambda layer, inputs, output: seen.append(output))
+    with torch.no_grad():
+        model.get_image_features(pixel_values=pixels)
+        logits = classifier(pixel_values=pixels).logits
+    (places,) = seen  # the class head is linear: the mean of what it says of places is what it says of the picture
+    assert places.shape == (2, count, 4) and count > 1
+    torch.testing.assert_close(places.mean(dim=1), logits - 4.5, atol=2e-5, rtol=2e-5)
+
+
 @pytest.mark.parametrize("kind", ["vit", "convnext"])
 def test_it_is_saved_loaded_and_moved_like_any_bridge(kind, tmp_path):
     saved(kind, tmp_path / "eye")
@@ -202,6 +218,7 @@ def test_words_for_classes():
         (["a"], ValueError, "1 words, but the classifier has 4"),
         ({"cat": "dog"}, ValueError, "'cat', which no class is called: the classes are 0 to 3"),
         ("names.txt", TypeError, "class_names is a str"),
+        ("everyday", ValueError, "ImageNet's 1,000 classes, but this classifier has 4, beginning with 'tench, Tinca"),
         ({0: " "}, ValueError, "Class 0 of the classifier has no name"),
         ({0: None}, ValueError, "Class 0 of the classifier has no name"),
     ):
@@ -212,6 +229,18 @@ def test_words_for_classes():
     with pytest.raises(ValueError, match="Class 1 of the classifier has no name"):
         class_words(["LABEL_0", "LABEL_1"], {0: "cat"})
     assert class_words(["0", "1"]) == ("0", "1")
+
+
+def test_everyday_words_of_imagenet():
+    names = list(AutoConfig.from_pretrained(demo.resolve(demo.VISION)).id2label.values())
+    words = class_words(names, "everyday")
+    assert len(words) == 1000 and 600 < len(set(words)) < 700
+    assert {words[index] for index in range(151, 269)} == {"dog"}  # all breeds
+    assert [words[index] for index in (281, 292, 670, 134, 517)] == ["cat", "tiger", "motor scooter", "crane", "crane"]
+    spelled = [name.replace(" ", "_") for name in names]
+    assert class_words([*spelled[:-3], "other", "names", "here"], "everyday") == words
+    with pytest.raises(ValueError, match="Pass a list or a mapping"):
+        class_words(names[::-1], "everyday")
 
 
 def test_words_as_in_a_sentence():
@@ -270,7 +299,7 @@ def test_what_the_bridge_cannot_compute_is_refused(tmp_path):
         ({"free_units": -1}, "free_units is -1"),
         ({"projector_type": "linear"}, "projector_type is 'linear'; a bridge that begins as a classifier"),
         ({"projector_hidden_size": 4}, "projector_hidden_size is 4"),
-        ({"pooling": "average", "pooling_factor": 2}, "pooling is 'average'"),
+        ({"pooling": "pixel_shuffle", "pooling_factor": 2}, "pooling is 'pixel_shuffle', but the class head reads the"),
         ({"class_threshold": float("nan")}, "class_threshold is nan"),
         ({"class_name_scale": 0.0}, "class_name_scale is 0.0"),
         ({"language": "t5"}, "The language model is a t5, an encoder-decoder"),

@@ -1,0 +1,620 @@
+"""Train the three shipped bridges, MLP, Q-Former and Perceiver, on the same data, and measure them.
+
+    python examples/three_bridges.py train mlp --output FOLDER
+    python examples/three_bridges.py stage1 --output STAGE1
+    python examples/three_bridges.py train qformer --stage1 STAGE1 --output FOLDER
+    python examples/three_bridges.py train perceiver --output FOLDER
+    python examples/three_bridges.py evaluate --model FOLDER
+
+The data: easy-VQA's drawings of one shape; scenes of two to five shapes (`scenes.py`); and what the encoder would see
+in photographs of ImageNet's classes (`class_maps.py`). Each step has the questions about one drawing, one scene and two
+photographs, packed behind their visual tokens. A run that was killed goes on where its last checkpoint was.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from class_maps import SURE, UNSURE, Head, Maps, all_maps
+from easy_vqa import accuracies, answer_all, blind_baseline, conversation, encode, kind_of
+from scenes import KINDS, Shape, ask, caption_of_scene, draw_scene, paint
+from tqdm import tqdm
+from transformers import AutoModel, AutoProcessor, set_seed
+
+import vlbridge
+from vlbridge import demo
+from vlbridge.files import cache_dir, replacing, write_json
+from vlbridge.training.training_easy_vqa import (
+    COLORS,
+    NEGATED,
+    SHAPES,
+    Example,
+    caption_of,
+    load_split,
+    matched_pair,
+    properties_of,
+    yes_no_templates,
+)
+from vlbridge.training.training_packing import PackedCollator, append_pairs
+
+
+app = typer.Typer(add_completion=False, help=__doc__.splitlines()[0])
+LOOK, GRID, LAST = 49, 4, -1  # patches of a picture; rows of visual tokens; the encoder's last block, 320 channels
+OPTIONS = {
+    "mlp": {"pooling": "average", "pooling_factor": 2, "projector_init_from": demo.VISION, "class_names": "everyday",
+            "free_units": 576},
+    "qformer": {
+        "vision_feature_layer": LAST,
+        "qformer_config": {
+            "num_query_tokens": 16, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "intermediate_size": 1024,
+        },
+    },
+    "perceiver": {
+        "vision_feature_layer": LAST, "num_latents": 16, "resampler_depth": 2, "resampler_num_heads": 4,
+        "cross_attention_every_n_layers": 7, "cross_attention_num_heads": 4, "feed_forward_multiplier": 1,
+        "latents_init_std": 0.1, "gate_init": 1.0,
+    },
+}  # fmt: skip
+NOTHING = "something I can't name"
+PHOTO_QUESTIONS = ("what is in the image?", "what does the photo show?", "what is this?")
+NUM_SCENES, NUM_TEST_SCENES, MAPS_PER_WORD = 3000, 300, 10
+
+
+# ---------------------------------------------------------------------- data
+
+
+@dataclass
+class Scene:
+    """A drawn scene and its file."""
+
+    shapes: list[Shape]
+    image: Path
+
+
+def scenes(folder: Path, count: int, seed: str) -> list[Scene]:
+    """Scenes whose pictures are in `folder`; those that are missing are drawn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = []
+    for number in range(count):
+        rng = random.Random(f"{seed}:{number}")
+        scene = Scene(draw_scene(rng), folder / f"{number}.png")
+        if not scene.image.is_file():
+            with replacing(scene.image) as file:
+                paint(scene.shapes, rng).save(file, format="png")
+        found.append(scene)
+    return found
+
+
+def article(word: str) -> str:
+    """`"a dog"`, `"an owl"`."""
+    return f"{'an' if word[0] in 'aeiouAEIOU' else 'a'} {word}"
+
+
+@dataclass
+class Data:
+    """What a bridge is trained on, with the features that it reads.
+
+    Args:
+        easy: easy-VQA's training pictures.
+        easy_features: `(num_pictures, num_patches, vision_dim)`.
+        scenes: Scenes.
+        scene_features: Of the scenes.
+        maps: Of `class_maps`.
+        head: The encoder's end.
+        read: Makes features of maps.
+    """
+
+    easy: list[Example]
+    easy_features: torch.Tensor
+    scenes: list[Scene]
+    scene_features: torch.Tensor
+    maps: Maps
+    head: Head
+    read: object
+
+    def __post_init__(self):
+        self.words = self.head.word_of_class[self.maps.classes]  # of each map, in `head.names`
+
+    def map_features(self, rows: torch.Tensor) -> torch.Tensor:
+        """What the bridge reads of these maps."""
+        return self.read(self.maps.maps[rows].float())
+
+
+def reader(model, head: Head):
+    """How a model's features come from the encoder's last block: as they are, or through the end and pooled."""
+    if model.config.vision_feature_layer == LAST:
+        return lambda maps: maps
+
+    @torch.no_grad()
+    def read(maps: torch.Tensor) -> torch.Tensor:
+        grid = head.features(maps).transpose(1, 2).unflatten(2, (7, 7))
+        grid = torch.nn.functional.avg_pool2d(grid, 2, ceil_mode=True, count_include_pad=False)
+        return grid.flatten(2).transpose(1, 2)
+
+    return read
+
+
+def load_data(model, processor, limit: int) -> Data:
+    """All training data; pictures are encoded once, and kept."""
+    head = Head()
+    easy = load_split(demo.easy_vqa_dir(), "train")[: limit or None]
+    drawn = scenes(cache_dir() / "scenes", limit or NUM_SCENES, "train")
+    maps = all_maps(head, MAPS_PER_WORD if not limit else 1, cache_dir() / f"class_maps_{bool(limit):d}.pt")
+    return Data(
+        easy, encode(model, processor, easy), drawn,
+        encode(model, processor, [Example(scene.image, []) for scene in drawn]), maps, head, reader(model, head),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------- without the language model
+
+
+class Words:
+    """Embeddings of words, as visual tokens begin to give them."""
+
+    def __init__(self, model, processor):
+        self.table = model.get_input_embeddings().weight.detach().float()
+        self.tokenizer = processor.tokenizer
+        self.known: dict[str, torch.Tensor] = {}
+
+    def __call__(self, word: str) -> torch.Tensor:
+        """The mean of a word's token embeddings, at the length that one has, `(text_dim,)`."""
+        if word not in self.known:
+            rows = self.table[self.tokenizer(f" {word}", add_special_tokens=False)["input_ids"]]
+            mean = rows.mean(dim=0)
+            self.known[word] = mean * rows.norm(dim=1).mean() / mean.norm()
+        return self.known[word]
+
+
+def scene_targets(scene: Scene, words: Words, grid: bool) -> torch.Tensor:
+    """What the 16 visual tokens of a scene begin as, `(16, text_dim)`.
+
+    Args:
+        scene: The scene.
+        words: Embeddings.
+        grid: Tokens are places, and say what is there; otherwise the first ones say what is on the left.
+    """
+    things = torch.stack([words(one.color) + words(one.shape) for one in scene.shapes])
+    if not grid:
+        return things[torch.arange(GRID * GRID) * len(things) // (GRID * GRID)]
+    step = 224 / GRID
+    place = (torch.arange(GRID) + 0.5) * step
+    x = torch.tensor([float(one.x) for one in scene.shapes])
+    y = torch.tensor([float(one.y) for one in scene.shapes])
+    distance = (place[:, None, None] - y) ** 2 + (place[None, :, None] - x) ** 2
+    near = torch.exp(-distance / (2 * 40.0**2)).flatten(0, 1)
+    return (near / near.sum(dim=1, keepdim=True).clamp(min=0.3)) @ things
+
+
+def warm_up(model, data: Data, words: Words, steps: int, learning_rate: float) -> None:
+    """Let visual tokens begin as the words for what is in the picture; the language model is not run.
+
+    Of a Perceiver, whose visual tokens are no embeddings, a linear layer that is thrown away makes them such.
+    """
+    grid = model.config.model_type == "mlp_llava"
+    text_dim = words.table.shape[1]
+    probe = torch.nn.Identity()
+    if model.config.model_type == "perceiver_flamingo":
+        probe = torch.nn.Linear(model.config.vision_feature_size, text_dim)
+    known = [(index, found) for index, example in enumerate(data.easy) if len(found := properties_of(example)) == 2]
+    easy = torch.stack([words(found["color"]) + words(found["shape"]) for _, found in known])
+    easy_rows = torch.tensor([index for index, _ in known])
+    drawn = torch.stack([scene_targets(scene, words, grid) for scene in data.scenes])
+    names = torch.stack([words(name) for name in data.head.names])
+    usable = ((data.maps.sure > SURE) | (data.maps.sure < UNSURE)).nonzero()[:, 0]
+    parameters = [
+        parameter
+        for name, parameter in [*model.bridge.named_parameters(), *probe.named_parameters()]
+        if "cross_attention_layers" not in name
+    ]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
+    bar = tqdm(range(steps), desc="warming up", unit="step")
+    for step in bar:
+        one, two = torch.randint(len(easy_rows), (24,)), torch.randint(len(drawn), (24,))
+        three = usable[torch.randint(len(usable), (64,))]
+        features = torch.cat(
+            [data.easy_features[easy_rows[one]].float(), data.scene_features[two].float(), data.map_features(three)]
+        )
+        sure = data.maps.sure[three] > SURE
+        target = torch.where(sure[:, None], names[data.words[three]], words("something"))[:, None]
+        if grid:  # the word where the class is seen
+            local = data.head.network.classifier(features[-len(three) :]).softmax(dim=-1)
+            of_word = (data.head.word_of_class == data.words[three][:, None]).float()
+            there = torch.einsum("npc,nc->np", local, of_word)
+            there = torch.where(sure[:, None], there / there.amax(dim=1, keepdim=True).clamp(min=1e-3), 1.0)
+            target = target * there[..., None]
+        wanted = torch.cat([easy[one][:, None].expand(-1, 16, -1), drawn[two], target.expand(-1, 16, -1)])
+        loss = torch.nn.functional.mse_loss(probe(model.bridge(features)), wanted) * 100
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+        if step % 200 == 199 or step == steps - 1:
+            print(f"warm-up {step + 1}: {json.dumps(read_out(model, probe, data, words))}", flush=True)
+
+
+@torch.no_grad()
+def read_out(model, probe, data: Data, words: Words, count: int = 256) -> dict[str, float]:
+    """How often the mean of the visual tokens is nearest to the right words."""
+    found = {}
+    last = slice(-count, None)
+    mean = probe(model.bridge(data.easy_features[last].float())).mean(dim=1)
+    shown = [properties_of(example) for example in data.easy[last]]
+    for kind, choices in (("color", COLORS), ("shape", SHAPES)):
+        table = torch.stack([words(word) for word in choices])
+        nearest = ((mean @ table.T) - table.square().sum(dim=1) / 2).argmax(dim=1).tolist()
+        asked = [(choices[index], one[kind]) for index, one in zip(nearest, shown) if kind in one]
+        found[kind] = round(sum(said == right for said, right in asked) / len(asked), 3)
+    rows = (data.maps.sure > SURE).nonzero()[last, 0]
+    mean = probe(model.bridge(data.map_features(rows))).mean(dim=1)
+    table = torch.stack([words(name) for name in data.head.names])
+    nearest = torch.nn.functional.cosine_similarity(mean[:, None], table[None], dim=-1).argmax(dim=1)
+    found["maps"] = round((nearest == data.words[rows]).float().mean().item(), 3)
+    return found
+
+
+# ---------------------------------------------------------------------- with the language model
+
+# When what is asked about easy-VQA's drawings, in shares of all steps. Naming first. Comparing a question with the
+# picture is then learned with three shapes and plain questions, and carries over to negated questions and to colours;
+# if everything is asked at once, it is not learned in several times as many steps.
+NAMING, PLAIN, NEGATION, MOSTLY_PAIRS = 0.12, 0.25, 0.4, 0.75
+
+
+class Questions:
+    """What is asked in each step: a pure function of its number, so that a run can be resumed.
+
+    Args:
+        data: The data.
+        processor: The model's processor.
+        steps: Of the whole run.
+        seed: Of all that is drawn.
+        dtype: Precision of the language model.
+    """
+
+    def __init__(self, data: Data, processor, steps: int, seed: int, dtype: torch.dtype):
+        self.data, self.processor, self.steps, self.seed, self.dtype = data, processor, steps, seed, dtype
+        self.templates = yes_no_templates(data.easy)
+        self.num_tokens = processor.num_image_tokens(*processor.output_size())
+        self.prompts: dict[str, list[int]] = {}
+        self.usable = ((data.maps.sure > SURE) | (data.maps.sure < UNSURE)).nonzero()[:, 0].tolist()
+
+    def tokenize(self, text: str) -> list[int]:
+        text = text.replace(self.processor.image_token, self.processor.image_token * self.num_tokens)
+        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def prompt(self, question: str) -> list[int]:
+        if question not in self.prompts:
+            text = self.processor.apply_chat_template(conversation(question), add_generation_prompt=True)
+            self.prompts[question] = self.tokenize(text)
+        return self.prompts[question]
+
+    def easy(self, index: int, progress: float, rng: random.Random, count: int) -> list[tuple[str, str]]:
+        """Matched pairs about what a drawing shows and does not show, and its own questions."""
+        example = self.data.easy[index]
+        own, caption, found = list(example.questions), caption_of(example), properties_of(example)
+        if caption:
+            own.append((self.processor.caption_prompt, caption))
+        about = "{shape}" if progress < NEGATION else rng.choice(("{shape}", "{color}", "{color}"))
+        pairs = 0 if progress < NAMING else 5 if progress < NEGATION else 4 if progress < MOSTLY_PAIRS else 3
+        asked = []
+        for _ in range(pairs if len(found) == 2 else 0):
+            templates = [form for form in self.templates if about in form]
+            if progress < PLAIN:
+                templates = [form for form in templates if not NEGATED.search(form)]
+            asked += matched_pair(found, templates, lambda below: rng.randrange(below))
+        naming = [pair for pair in own if pair[1] not in ("yes", "no")]
+        if progress < NAMING:
+            own = naming + own
+        rest = rng.sample(own, len(own))
+        return (asked + rng.sample(naming, min(2, len(naming))) + rest)[:count]
+
+    def scene(self, index: int, progress: float, rng: random.Random, count: int) -> list[tuple[str, str]]:
+        """The caption, and questions of every kind; first those about names."""
+        shapes = self.data.scenes[index].shapes
+        asked = [(self.processor.caption_prompt, caption_of_scene(shapes))] if rng.random() < 0.5 else []
+        kinds = KINDS[1:4] if progress < NAMING else KINDS
+        while len(asked) < count:
+            asked += ask(shapes, rng.choice(kinds), rng)
+        return asked[:count]
+
+    def photo(self, index: int, rng: random.Random, count: int) -> list[tuple[str, str]]:
+        """Captions and names of what the encoder is sure to see; that it is not, otherwise."""
+        data = self.data
+        name = data.head.names[int(data.words[index])]
+        sure = data.maps.sure[index] > SURE
+        asked = [(self.processor.caption_prompt, f"a photo of {article(name) if sure else NOTHING}")]
+        asked.append((rng.choice(PHOTO_QUESTIONS), name if sure else NOTHING))
+        if sure:
+            other = rng.choice([word for word in data.head.names if word != name])
+            form = rng.choice(("is there {} in the image?", "is this {}?"))
+            asked += [(form.format(article(name)), "yes"), (form.format(article(other)), "no")]
+        return asked[:count]
+
+    def step(self, number: int) -> dict:
+        """The batch of a step, packed into rows."""
+        rng, progress, data = random.Random(f"{self.seed}:{number}"), number / self.steps, self.data
+        samples = []
+        for kind in ("easy", "scene", "photo", "photo"):
+            if kind == "easy":
+                index = rng.randrange(len(data.easy))
+                pairs, features = self.easy(index, progress, rng, 12), data.easy_features[index].float()
+            elif kind == "scene":
+                index = rng.randrange(len(data.scenes))
+                pairs, features = self.scene(index, progress, rng, 8), data.scene_features[index].float()
+            else:
+                index = rng.choice(self.usable)
+                pairs, features = self.photo(index, rng, 4), data.map_features(torch.tensor([index]))[0]
+            samples.append(self.sample(features, pairs))
+        return self.batch(samples)
+
+    def sample(self, features: torch.Tensor, pairs: list[tuple[str, str]]) -> dict:
+        """Questions about one picture, packed behind its visual tokens."""
+        end = [self.processor.tokenizer.eos_token_id]
+        tokens = [(self.prompt(question), self.tokenize(answer) + end) for question, answer in pairs]
+        return {"patch_features": features, **append_pairs(tokens)}
+
+    def batch(self, samples: list[dict]) -> dict:
+        """Rows of samples for eager attention, which adds the mask.
+
+        With AMX it is faster than SDPA, which has no fast kernel for bfloat16 with a mask.
+        """
+        batch = PackedCollator(max_tokens=420)(samples)
+        allowed = batch["attention_mask"]
+        mask = torch.zeros(allowed.shape, dtype=self.dtype)
+        return {**batch, "attention_mask": mask.masked_fill(~allowed, torch.finfo(self.dtype).min)}
+
+    @torch.inference_mode()
+    def right(self, model, features: torch.Tensor, pairs: list[list[tuple[str, str]]]) -> list[list[bool]]:
+        """Whether the model would answer each question rightly, word for word, if it always took the likeliest token.
+
+        The right answers are given to it, and it has to find each of their tokens the likeliest: the same, in one pass.
+        """
+        found, end = [], self.processor.tokenizer.eos_token_id
+        for one, asked in zip(features, pairs, strict=True):
+            batch = self.batch([self.sample(one.float(), asked)])
+            wanted = batch["shift_labels"][0, :-1]
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+                logits = model(**{**batch, "labels": None, "shift_labels": None}).logits[0]
+            same = logits[: len(wanted)].argmax(dim=-1) == wanted
+            ends = (wanted == end).nonzero()[:, 0].tolist()
+            begins = [0, *(place + 1 for place in ends[:-1])]
+            found.append([bool(same[begin : last + 1].all()) for begin, last in zip(begins, ends, strict=True)])
+            assert len(ends) == len(asked), (ends, asked)
+        return found
+
+
+def learn(model, questions: Questions, output: Path, learning_rate: float, watch, every: int = 200) -> None:
+    """Train on the loss of the answers.
+
+    Args:
+        model: The model; its language model computes in its own precision.
+        questions: What is asked.
+        output: The run's folder is next to it.
+        learning_rate: Rises over 2 % of the steps, and falls to zero in the last 40 %.
+        watch: Called with the model and the step's number, now and then.
+        every: Steps between two checkpoints, and between two calls of `watch`.
+    """
+    parameters = list(model.bridge.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    steps, state = questions.steps, output.with_suffix(".training.pt")
+
+    def rate(step: int) -> float:
+        return min(1.0, (step + 1) / (0.02 * steps), (steps - step) / (0.4 * steps))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    begin = 0
+    if state.is_file():
+        saved = torch.load(state, weights_only=True)
+        model.bridge.load_state_dict(saved["bridge"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        begin = saved["step"]
+    model.train()
+    bar, losses = tqdm(range(begin, steps), initial=begin, total=steps, desc="training", unit="step"), []
+    for number in bar:
+        batch = questions.step(number)
+        with torch.autocast("cpu", torch.bfloat16, enabled=questions.dtype == torch.bfloat16):
+            loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses = [*losses[-49:], loss.item()]
+        bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}")
+        if (number + 1) % every == 0 or number + 1 == steps:
+            with replacing(state) as file:
+                saved = {"bridge": model.bridge.state_dict(), "optimizer": optimizer.state_dict()}
+                torch.save({**saved, "schedule": schedule.state_dict(), "step": number + 1}, file)
+            model.eval()
+            print(f"step {number + 1}: loss {sum(losses) / len(losses):.3f}; {watch(model)}", flush=True)
+            model.train()
+    model.eval()
+
+
+def asked_of(pairs: list[list[tuple[str, str]]], model, processor, features, max_new_tokens: int = 8) -> float:
+    """Share of right answers to questions about pictures."""
+    examples = [Example(Path(), one) for one in pairs]
+    given = answer_all(model, processor, examples, features, max_new_tokens)
+    wanted = [answer.lower() for one in pairs for _, answer in one]
+    return sum(said == right for said, right in zip(given, wanted, strict=True)) / len(wanted)
+
+
+class Watch:
+    """Answers to a few questions about pictures that are not trained on: the last ones of the training data."""
+
+    def __init__(self, data: Data, questions: Questions, count: int = 40):
+        self.questions, rng = questions, random.Random(5)
+        self.easy = data.easy[-count:], data.easy_features[-count:]
+        asked = [[pair for kind in KINDS for pair in ask(scene.shapes, kind, rng)] for scene in data.scenes[-count:]]
+        self.scenes = asked, data.scene_features[-count:]
+        rows = (data.maps.sure > SURE).nonzero()[-2 * count :, 0]
+        words = [data.head.names[index] for index in data.words[rows].tolist()]
+        self.photos = [[(PHOTO_QUESTIONS[0], word)] for word in words], data.map_features(rows)
+
+    def __call__(self, model) -> str:
+        examples, features = self.easy
+        pairs = [example.questions for example in examples]
+        right = self.questions.right(model, features, pairs)
+        found = Counter()
+        for asked, hits in zip(pairs, right):
+            for pair, hit in zip(asked, hits):
+                found[kind_of(*pair), hit] += 1
+        kinds = sorted({kind for kind, _ in found})
+        shares = ", ".join(
+            f"{kind} {found[kind, True] / (found[kind, True] + found[kind, False]):.2f}" for kind in kinds
+        )
+        asked, features = self.scenes
+        scene = [hit for hits in self.questions.right(model, features, asked) for hit in hits]
+        asked, features = self.photos
+        photo = [hit for hits in self.questions.right(model, features, asked) for hit in hits]
+        return f"{shares}; scenes {sum(scene) / len(scene):.3f}; maps {sum(photo) / len(photo):.3f}"
+
+
+@app.command()
+def train(
+    bridge: Annotated[str, typer.Argument(help="mlp, qformer or perceiver.")],
+    output: Annotated[Path, typer.Option(help="Folder to write the bridge to.")],
+    stage1: Annotated[Path | None, typer.Option(help="Of the Q-Former: what `stage1` wrote.")] = None,
+    steps: Annotated[int, typer.Option(help="With the language model.")] = 1600,
+    warm_up_steps: Annotated[int, typer.Option(help="Without the language model.")] = 1000,
+    learning_rate: float = 5e-4,
+    warm_up_rate: float = 1e-3,
+    dtype: Annotated[str, typer.Option(help="Of the language model: float32 on a CPU without AMX.")] = "bfloat16",
+    seed: int = 0,
+    limit: Annotated[int, typer.Option(help="Use this many pictures only, to try the program (0: all).")] = 0,
+) -> None:
+    """Train one bridge between EfficientNet-Lite0 and SmolLM2-135M-Instruct."""
+    set_seed(seed)
+    started = time.time()
+    options = dict(OPTIONS[bridge])
+    if stage1 is not None:
+        options["qformer_init_from"] = str(stage1)
+    model, processor = vlbridge.compose(demo.VISION, demo.LANGUAGE, bridge, **options)
+    model.language_model.to(getattr(torch, dtype))
+    model.language_model.set_attn_implementation("eager")
+    model.vision_model.to(memory_format=torch.channels_last)
+    data = load_data(model, processor, limit)
+    words = Words(model, processor)
+    warm = output.with_suffix(".warm.pt")
+    model.train()
+    if warm.is_file():
+        model.bridge.load_state_dict(torch.load(warm, weights_only=True))
+    elif warm_up_steps:
+        warm_up(model, data, words, warm_up_steps, warm_up_rate)
+        with replacing(warm) as file:
+            torch.save(model.bridge.state_dict(), file)
+    questions = Questions(data, processor, steps, seed, model.language_model.dtype)
+    learn(model, questions, output, learning_rate, Watch(data, questions))
+    model.language_model.set_attn_implementation("sdpa")
+    model.bridge.to(torch.bfloat16)
+    model.save_pretrained(output, bridge_only=True)
+    processor.save_pretrained(output)
+    print(f"trained in {(time.time() - started) / 60:.1f} minutes, saved to {output}")
+
+
+@app.command("stage1")
+def first_stage(
+    output: Annotated[Path, typer.Option(help="Folder to write the stage-1 model to.")],
+    steps: int = 1500,
+    learning_rate: float = 1e-3,
+    dtype: Annotated[str, typer.Option(help="To compute in: float32 on a CPU without AMX.")] = "bfloat16",
+    seed: int = 0,
+    limit: Annotated[int, typer.Option(help="Use this many pictures only, to try the program (0: all).")] = 0,
+) -> None:
+    """Train the Q-Former alone on captions: contrast, matching and captioning, 32 pairs in each step."""
+    set_seed(seed)
+    options = {**OPTIONS["qformer"], "embed_dim": 64}
+    options["qformer_config"] = {**options["qformer_config"], "max_position_embeddings": 64}
+    model, processor = vlbridge.QFormerBlip2ForPreTraining.from_vision(
+        demo.VISION, demo.resolve(demo.LANGUAGE), max_length=48, **options
+    )
+    data = load_data(model, processor, limit)
+    captions = [caption_of(example) for example in data.easy]
+    easy = [index for index, caption in enumerate(captions) if caption]
+    sure = (data.maps.sure > SURE).nonzero()[:, 0].tolist()
+    rng = random.Random(seed)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
+    model.train()
+    bar, losses = tqdm(range(steps), desc="stage 1", unit="step"), []
+    for step in bar:
+        rows = rng.sample(easy, 10), rng.sample(range(len(data.scenes)), 6), rng.sample(sure, 16)
+        names = [data.head.names[index] for index in data.words[rows[2]].tolist()]
+        texts = [captions[index] for index in rows[0]]
+        texts += [caption_of_scene(data.scenes[index].shapes) for index in rows[1]]
+        texts += [f"a photo of {article(name)}" for name in names]
+        features = torch.cat(
+            [data.easy_features[rows[0]].float(), data.scene_features[rows[1]].float()]
+            + [data.map_features(torch.tensor(rows[2]))]
+        )
+        # pairs with the same caption are no negatives of each other
+        same = torch.tensor([texts.index(text) for text in texts])
+        inputs = processor(text=texts, padding=True, return_tensors="pt")
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            out = model(patch_features=features, image_ids=same, **inputs)
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses = [*losses[-49:], (out.loss_itc.item(), out.loss_itm.item(), out.loss_itg.item())]
+        if step % 20 == 0 or step == steps - 1:
+            itc, itm, itg = (sum(values) / len(values) for values in zip(*losses))
+            bar.set_postfix(itc=f"{itc:.3f}", itm=f"{itm:.3f}", itg=f"{itg:.3f}")
+        if step % 200 == 199:
+            print(f"stage 1, {step + 1}: contrast {itc:.3f}, matching {itm:.3f}, captioning {itg:.3f}", flush=True)
+    model.eval().save_pretrained(output)
+    processor.save_pretrained(output)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(help="Folder or Hub id.")],
+    dtype: str = "float32",
+    limit: Annotated[int, typer.Option(help="Ask about this many pictures only (0: all).")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
+) -> None:
+    """Accuracy on easy-VQA's test split and on new scenes, by kind of question."""
+    bridged, processor = AutoModel.from_pretrained(model, dtype=dtype), AutoProcessor.from_pretrained(model)
+    data = demo.easy_vqa_dir()
+    test = load_split(data, "test")[: limit or None]
+    given = answer_all(bridged, processor, test, encode(bridged, processor, test))
+    accuracy, by_kind = accuracies(test, given)
+    drawn = scenes(cache_dir() / "scenes_test", min(limit or NUM_TEST_SCENES, NUM_TEST_SCENES), "test")
+    features, found = encode(bridged, processor, [Example(scene.image, []) for scene in drawn]), {}
+    for kind in KINDS:
+        rng = random.Random(kind)
+        pairs = [ask(scene.shapes, kind, rng) for scene in drawn]
+        kept = [index for index, asked in enumerate(pairs) if asked]
+        found[kind] = round(asked_of([pairs[index] for index in kept], bridged, processor, features[kept]), 4)
+    figures = {
+        "questions": len(given),
+        "accuracy": round(accuracy, 4),
+        "blind_baseline": round(blind_baseline(load_split(data, "train"), test), 4),
+        "by_kind": {kind: round(share, 4) for kind, share in by_kind.items()},
+        "scenes": found,
+        "dtype": dtype,
+    }
+    print(json.dumps(figures, indent=2))
+    if output is not None:
+        write_json(output, figures)
+
+
+if __name__ == "__main__":
+    app()
