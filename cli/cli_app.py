@@ -26,6 +26,7 @@ from .cli_common import (
     quiet_libraries,
     refuse_adapters,
 )
+from .cli_compare import compare
 from .cli_convert import converters, export, transplant
 from .cli_data import capfilt, data_commands
 from .cli_evaluate import evaluate
@@ -173,7 +174,7 @@ def main(
     pass
 
 
-for command in (caption, ask, info, inspect, capfilt, train, evaluate, bakeoff, export, transplant):
+for command in (caption, ask, compare, info, inspect, capfilt, train, evaluate, bakeoff, export, transplant):
     app.command()(command)
 app.command("new-recipe")(new_recipe)
 app.command("list")(list_releases)

@@ -7,8 +7,8 @@
     python examples/three_bridges.py evaluate --model FOLDER
 
 The data: easy-VQA's drawings of one shape; scenes of two to five shapes (`scenes.py`); and what the encoder would see
-in photographs of ImageNet's classes (`class_maps.py`). Each step has the questions about one drawing, one scene and two
-photographs, packed behind their visual tokens. A run that was killed goes on where its last checkpoint was.
+in photographs of ImageNet's classes (`class_maps.py`). Each step has the questions about one drawing, one scene and
+three photographs, packed behind their visual tokens. A run that was killed goes on where its last checkpoint was.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -26,12 +27,16 @@ import typer
 from class_maps import SURE, UNSURE, Head, Maps, all_maps
 from easy_vqa import accuracies, answer_all, blind_baseline, conversation, encode, kind_of
 from scenes import KINDS, Shape, ask, caption_of_scene, draw_scene, paint
+from torch.nn.utils import parametrize
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor, set_seed
 
 import vlbridge
 from vlbridge import demo
 from vlbridge.files import cache_dir, replacing, write_json
+from vlbridge.images import load_image
+from vlbridge.inference import answer
+from vlbridge.modeling.modeling_llava import pool_patches
 from vlbridge.training.training_easy_vqa import (
     COLORS,
     NEGATED,
@@ -47,9 +52,9 @@ from vlbridge.training.training_packing import PackedCollator, append_pairs
 
 
 app = typer.Typer(add_completion=False, help=__doc__.splitlines()[0])
-LOOK, GRID, LAST = 49, 4, -1  # patches of a picture; rows of visual tokens; the encoder's last block, 320 channels
+LAST = -1  # the encoder's last block, 320 channels
 OPTIONS = {
-    "mlp": {"pooling": "average", "pooling_factor": 2, "projector_init_from": demo.VISION, "class_names": "everyday",
+    "mlp": {"pooling": "average", "pooling_factor": 4, "projector_init_from": demo.VISION, "class_names": "everyday",
             "free_units": 576},
     "qformer": {
         "vision_feature_layer": LAST,
@@ -64,6 +69,17 @@ OPTIONS = {
         "latents_init_std": 0.1, "gate_init": 1.0,
     },
 }  # fmt: skip
+# Learning rates by part. At first all gradients agree on the form of answers, and Adam's equal steps add up over a wide
+# layer until the picture's share is lost; so the form is learned first, by what is added to every visual token alone.
+FORM_RATE, FORM_SHARE = 2e-3, 0.08
+FORM = {"mlp": "linear_2.bias", "qformer": "language_projection.bias", "perceiver": None}
+RATES = {
+    "mlp": {"linear_1": 3e-5, "linear_2.bias": 1e-3, "linear_2.parametrizations.weight.original": 3e-4,
+            "linear_2.parametrizations.weight.0": 2e-5},
+    "qformer": {"": 1e-4},
+    "perceiver": {"resampler": 5e-5, "cross_attention_layers": 3e-4},
+}  # fmt: skip
+SHOWS = "The image shows"  # stands before the visual tokens: a language model repeats what stands behind it
 NOTHING = "something I can't name"
 PHOTO_QUESTIONS = ("what is in the image?", "what does the photo show?", "what is this?")
 NUM_SCENES, NUM_TEST_SCENES, MAPS_PER_WORD = 3000, 300, 10
@@ -105,54 +121,51 @@ class Data:
 
     Args:
         easy: easy-VQA's training pictures.
-        easy_features: `(num_pictures, num_patches, vision_dim)`.
+        easy_maps: What the encoder's last block makes of them, `(num_pictures, 49, 320)`.
         scenes: Scenes.
-        scene_features: Of the scenes.
-        maps: Of `class_maps`.
+        scene_maps: Of the scenes.
+        maps: Of photographs that nobody took, see `class_maps`.
         head: The encoder's end.
-        read: Makes features of maps.
+        read: Makes the features that a bridge reads, `(n, num_patches, vision_dim)`, of maps.
     """
 
     easy: list[Example]
-    easy_features: torch.Tensor
+    easy_maps: torch.Tensor
     scenes: list[Scene]
-    scene_features: torch.Tensor
+    scene_maps: torch.Tensor
     maps: Maps
     head: Head
-    read: object
+    read: Callable[[torch.Tensor], torch.Tensor]
 
     def __post_init__(self):
         self.words = self.head.word_of_class[self.maps.classes]  # of each map, in `head.names`
 
-    def map_features(self, rows: torch.Tensor) -> torch.Tensor:
-        """What the bridge reads of these maps."""
-        return self.read(self.maps.maps[rows].float())
+    def features(self, *maps: torch.Tensor) -> torch.Tensor:
+        """What the bridge reads of these maps, one after the other."""
+        return self.read(torch.cat([some.float() for some in maps]))
 
 
-def reader(model, head: Head):
+def reader(model, head: Head) -> Callable[[torch.Tensor], torch.Tensor]:
     """How a model's features come from the encoder's last block: as they are, or through the end and pooled."""
     if model.config.vision_feature_layer == LAST:
         return lambda maps: maps
 
     @torch.no_grad()
     def read(maps: torch.Tensor) -> torch.Tensor:
-        grid = head.features(maps).transpose(1, 2).unflatten(2, (7, 7))
-        grid = torch.nn.functional.avg_pool2d(grid, 2, ceil_mode=True, count_include_pad=False)
-        return grid.flatten(2).transpose(1, 2)
+        return pool_patches(head.features(maps), 7, 7, "average", model.config.pooling_factor)
 
     return read
 
 
-def load_data(model, processor, limit: int) -> Data:
+def load_data(model, limit: int) -> Data:
     """All training data; pictures are encoded once, and kept."""
     head = Head()
     easy = load_split(demo.easy_vqa_dir(), "train")[: limit or None]
     drawn = scenes(cache_dir() / "scenes", limit or NUM_SCENES, "train")
     maps = all_maps(head, MAPS_PER_WORD if not limit else 1, cache_dir() / f"class_maps_{bool(limit):d}.pt")
-    return Data(
-        easy, encode(model, processor, easy), drawn,
-        encode(model, processor, [Example(scene.image, []) for scene in drawn]), maps, head, reader(model, head),
-    )  # fmt: skip
+    looking = vlbridge.compose(demo.VISION, demo.LANGUAGE, "qformer", **OPTIONS["qformer"])  # at the last block
+    pictures = encode(*looking, [*easy, *(Example(scene.image, []) for scene in drawn)])
+    return Data(easy, pictures[: len(easy)], drawn, pictures[len(easy) :], maps, head, reader(model, head))
 
 
 # ---------------------------------------------------------------------- without the language model
@@ -175,40 +188,44 @@ class Words:
         return self.known[word]
 
 
-def scene_targets(scene: Scene, words: Words, grid: bool) -> torch.Tensor:
-    """What the 16 visual tokens of a scene begin as, `(16, text_dim)`.
+def scene_targets(scene: Scene, words: Words, count: int, grid: bool) -> torch.Tensor:
+    """What the visual tokens of a scene begin as, `(count, text_dim)`.
 
     Args:
         scene: The scene.
         words: Embeddings.
+        count: Number of visual tokens.
         grid: Tokens are places, and say what is there; otherwise the first ones say what is on the left.
     """
     things = torch.stack([words(one.color) + words(one.shape) for one in scene.shapes])
     if not grid:
-        return things[torch.arange(GRID * GRID) * len(things) // (GRID * GRID)]
-    step = 224 / GRID
-    place = (torch.arange(GRID) + 0.5) * step
+        return things[torch.arange(count) * len(things) // count]
+    side = round(count**0.5)
+    place = (torch.arange(side) + 0.5) * 224 / side
     x = torch.tensor([float(one.x) for one in scene.shapes])
     y = torch.tensor([float(one.y) for one in scene.shapes])
     distance = (place[:, None, None] - y) ** 2 + (place[None, :, None] - x) ** 2
-    near = torch.exp(-distance / (2 * 40.0**2)).flatten(0, 1)
-    return (near / near.sum(dim=1, keepdim=True).clamp(min=0.3)) @ things
+    near = (-distance / (2 * 40.0**2)).flatten(0, 1).softmax(dim=1)
+    return near @ things
 
 
 def warm_up(model, data: Data, words: Words, steps: int, learning_rate: float) -> None:
     """Let visual tokens begin as the words for what is in the picture; the language model is not run.
 
+    All tokens get a word, whether or not their place shows anything: one that was nearly zero would be noise to the
+    language model, whose first layer norm makes all tokens equally large.
+
     Of a Perceiver, whose visual tokens are no embeddings, a linear layer that is thrown away makes them such.
     """
     grid = model.config.model_type == "mlp_llava"
-    text_dim = words.table.shape[1]
+    text_dim, count = words.table.shape[1], model.config.num_image_tokens(224, 224)
     probe = torch.nn.Identity()
     if model.config.model_type == "perceiver_flamingo":
         probe = torch.nn.Linear(model.config.vision_feature_size, text_dim)
     known = [(index, found) for index, example in enumerate(data.easy) if len(found := properties_of(example)) == 2]
     easy = torch.stack([words(found["color"]) + words(found["shape"]) for _, found in known])
     easy_rows = torch.tensor([index for index, _ in known])
-    drawn = torch.stack([scene_targets(scene, words, grid) for scene in data.scenes])
+    drawn = torch.stack([scene_targets(scene, words, count, grid) for scene in data.scenes])
     names = torch.stack([words(name) for name in data.head.names])
     usable = ((data.maps.sure > SURE) | (data.maps.sure < UNSURE)).nonzero()[:, 0]
     parameters = [
@@ -222,19 +239,15 @@ def warm_up(model, data: Data, words: Words, steps: int, learning_rate: float) -
     for step in bar:
         one, two = torch.randint(len(easy_rows), (24,)), torch.randint(len(drawn), (24,))
         three = usable[torch.randint(len(usable), (64,))]
-        features = torch.cat(
-            [data.easy_features[easy_rows[one]].float(), data.scene_features[two].float(), data.map_features(three)]
-        )
+        features = data.features(data.easy_maps[easy_rows[one]], data.scene_maps[two], data.maps.maps[three])
         sure = data.maps.sure[three] > SURE
         target = torch.where(sure[:, None], names[data.words[three]], words("something"))[:, None]
-        if grid:  # the word where the class is seen
-            local = data.head.network.classifier(features[-len(three) :]).softmax(dim=-1)
-            of_word = (data.head.word_of_class == data.words[three][:, None]).float()
-            there = torch.einsum("npc,nc->np", local, of_word)
-            there = torch.where(sure[:, None], there / there.amax(dim=1, keepdim=True).clamp(min=1e-3), 1.0)
-            target = target * there[..., None]
-        wanted = torch.cat([easy[one][:, None].expand(-1, 16, -1), drawn[two], target.expand(-1, 16, -1)])
-        loss = torch.nn.functional.mse_loss(probe(model.bridge(features)), wanted) * 100
+        wanted = torch.cat([easy[one][:, None].expand(-1, count, -1), drawn[two], target.expand(-1, count, -1)])
+        given = probe(model.bridge(features))
+        # the direction first: where a place tells little, a squared error would make all words a bit of each
+        away = 1 - torch.nn.functional.cosine_similarity(given, wanted, dim=-1)
+        longer = given.norm(dim=-1) / wanted.norm(dim=-1) - 1
+        loss = away.mean() + 0.05 * longer.square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -249,17 +262,18 @@ def warm_up(model, data: Data, words: Words, steps: int, learning_rate: float) -
 @torch.no_grad()
 def read_out(model, probe, data: Data, words: Words, count: int = 256) -> dict[str, float]:
     """How often the mean of the visual tokens is nearest to the right words."""
-    found = {}
+    found: dict[str, float] = {}
     last = slice(-count, None)
-    mean = probe(model.bridge(data.easy_features[last].float())).mean(dim=1)
+    mean = probe(model.bridge(data.features(data.easy_maps[last]))).mean(dim=1)
     shown = [properties_of(example) for example in data.easy[last]]
-    for kind, choices in (("color", COLORS), ("shape", SHAPES)):
-        table = torch.stack([words(word) for word in choices])
-        nearest = ((mean @ table.T) - table.square().sum(dim=1) / 2).argmax(dim=1).tolist()
-        asked = [(choices[index], one[kind]) for index, one in zip(nearest, shown) if kind in one]
+    pairs = [(color, shape) for color in COLORS for shape in SHAPES]
+    table = torch.stack([words(color) + words(shape) for color, shape in pairs])
+    nearest = ((mean @ table.T) - table.square().sum(dim=1) / 2).argmax(dim=1).tolist()
+    for place, kind in enumerate(("color", "shape")):
+        asked = [(pairs[index][place], one[kind]) for index, one in zip(nearest, shown) if kind in one]
         found[kind] = round(sum(said == right for said, right in asked) / len(asked), 3)
     rows = (data.maps.sure > SURE).nonzero()[last, 0]
-    mean = probe(model.bridge(data.map_features(rows))).mean(dim=1)
+    mean = probe(model.bridge(data.features(data.maps.maps[rows]))).mean(dim=1)
     table = torch.stack([words(name) for name in data.head.names])
     nearest = torch.nn.functional.cosine_similarity(mean[:, None], table[None], dim=-1).argmax(dim=1)
     found["maps"] = round((nearest == data.words[rows]).float().mean().item(), 3)
@@ -272,6 +286,22 @@ def read_out(model, probe, data: Data, words: Words, count: int = 256) -> dict[s
 # picture is then learned with three shapes and plain questions, and carries over to negated questions and to colours;
 # if everything is asked at once, it is not learned in several times as many steps.
 NAMING, PLAIN, NEGATION, MOSTLY_PAIRS = 0.12, 0.25, 0.4, 0.75
+
+
+class SharedMap(torch.nn.Module):
+    """Multiplies the outputs of all hidden units by one matrix.
+
+    What has to change in the name of one class for the language model to say it has to change in all of them; so names
+    are learned that few examples or none have shown.
+    """
+
+    def __init__(self, text_dim: int):
+        super().__init__()
+        self.matrix = torch.nn.Parameter(torch.eye(text_dim))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """Map `(text_dim, units)` to `(text_dim, units)`."""
+        return self.matrix @ weight
 
 
 class Questions:
@@ -325,40 +355,42 @@ class Questions:
     def scene(self, index: int, progress: float, rng: random.Random, count: int) -> list[tuple[str, str]]:
         """The caption, and questions of every kind; first those about names."""
         shapes = self.data.scenes[index].shapes
-        asked = [(self.processor.caption_prompt, caption_of_scene(shapes))] if rng.random() < 0.5 else []
+        asked = [(self.processor.caption_prompt, caption_of_scene(shapes))] if rng.random() < 0.3 else []
         kinds = KINDS[1:4] if progress < NAMING else KINDS
         while len(asked) < count:
             asked += ask(shapes, rng.choice(kinds), rng)
         return asked[:count]
 
-    def photo(self, index: int, rng: random.Random, count: int) -> list[tuple[str, str]]:
-        """Captions and names of what the encoder is sure to see; that it is not, otherwise."""
+    def photo(self, index: int, rng: random.Random) -> list[tuple[str, str]]:
+        """What the encoder is sure to see, or that it is not; and now and then a matched pair about it."""
         data = self.data
         name = data.head.names[int(data.words[index])]
         sure = data.maps.sure[index] > SURE
-        asked = [(self.processor.caption_prompt, f"a photo of {article(name) if sure else NOTHING}")]
-        asked.append((rng.choice(PHOTO_QUESTIONS), name if sure else NOTHING))
-        if sure:
+        if rng.random() < 0.4:
+            asked = [(self.processor.caption_prompt, f"a photo of {article(name) if sure else NOTHING}")]
+        else:
+            asked = [(rng.choice(PHOTO_QUESTIONS), name if sure else NOTHING)]
+        if sure and rng.random() < 0.3:
             other = rng.choice([word for word in data.head.names if word != name])
             form = rng.choice(("is there {} in the image?", "is this {}?"))
             asked += [(form.format(article(name)), "yes"), (form.format(article(other)), "no")]
-        return asked[:count]
+        return asked
 
     def step(self, number: int) -> dict:
         """The batch of a step, packed into rows."""
         rng, progress, data = random.Random(f"{self.seed}:{number}"), number / self.steps, self.data
         samples = []
-        for kind in ("easy", "scene", "photo", "photo"):
+        for kind in ("easy", "scene", "photo", "photo", "photo"):
             if kind == "easy":
                 index = rng.randrange(len(data.easy))
-                pairs, features = self.easy(index, progress, rng, 12), data.easy_features[index].float()
+                pairs, features = self.easy(index, progress, rng, 12), data.easy_maps[index]
             elif kind == "scene":
                 index = rng.randrange(len(data.scenes))
-                pairs, features = self.scene(index, progress, rng, 8), data.scene_features[index].float()
+                pairs, features = self.scene(index, progress, rng, 6), data.scene_maps[index]
             else:
                 index = rng.choice(self.usable)
-                pairs, features = self.photo(index, rng, 4), data.map_features(torch.tensor([index]))[0]
-            samples.append(self.sample(features, pairs))
+                pairs, features = self.photo(index, rng), data.maps.maps[index]
+            samples.append(self.sample(data.features(features[None])[0], pairs))
         return self.batch(samples)
 
     def sample(self, features: torch.Tensor, pairs: list[tuple[str, str]]) -> dict:
@@ -397,23 +429,32 @@ class Questions:
         return found
 
 
-def learn(model, questions: Questions, output: Path, learning_rate: float, watch, every: int = 200) -> None:
+def learn(model, questions: Questions, output: Path, bridge: str, watch, every: int = 200) -> None:
     """Train on the loss of the answers.
 
     Args:
         model: The model; its language model computes in its own precision.
         questions: What is asked.
         output: The run's folder is next to it.
-        learning_rate: Rises over 2 % of the steps, and falls to zero in the last 40 %.
-        watch: Called with the model and the step's number, now and then.
+        bridge: Of `RATES`. The rates rise over 2 % of the steps, and fall to zero in the last 40 %.
+        watch: Called with the model, now and then.
         every: Steps between two checkpoints, and between two calls of `watch`.
     """
-    parameters = list(model.bridge.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     steps, state = questions.steps, output.with_suffix(".training.pt")
+    parameters = dict(model.bridge.named_parameters())
+    groups = [
+        {"params": [one for name, one in parameters.items() if name.startswith(part)], "lr": rate}
+        for part, rate in RATES[bridge].items()
+    ]
+    assert sum(len(group["params"]) for group in groups) == len(parameters)
+    # a large epsilon: the units of a thousand classes that are not there would all be moved by next to nothing
+    eps = 1e-4 if bridge == "mlp" else 1e-8
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=eps, weight_decay=0.0)
+    form = FORM[bridge] and torch.optim.AdamW([parameters[FORM[bridge]]], lr=FORM_RATE, weight_decay=0.0)
+    form_steps = int(FORM_SHARE * steps) if form else 0
 
     def rate(step: int) -> float:
-        return min(1.0, (step + 1) / (0.02 * steps), (steps - step) / (0.4 * steps))
+        return min(1.0, (step + 1) / (0.02 * steps), (steps - form_steps - step) / (0.4 * steps))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     begin = 0
@@ -430,9 +471,12 @@ def learn(model, questions: Questions, output: Path, learning_rate: float, watch
         with torch.autocast("cpu", torch.bfloat16, enabled=questions.dtype == torch.bfloat16):
             loss = model(**batch).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        if number < form_steps:
+            form.step()
+        else:
+            torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            optimizer.step()
+            schedule.step()
         optimizer.zero_grad()
         losses = [*losses[-49:], loss.item()]
         bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}")
@@ -459,12 +503,12 @@ class Watch:
 
     def __init__(self, data: Data, questions: Questions, count: int = 40):
         self.questions, rng = questions, random.Random(5)
-        self.easy = data.easy[-count:], data.easy_features[-count:]
+        self.easy = data.easy[-count:], data.features(data.easy_maps[-count:])
         asked = [[pair for kind in KINDS for pair in ask(scene.shapes, kind, rng)] for scene in data.scenes[-count:]]
-        self.scenes = asked, data.scene_features[-count:]
+        self.scenes = asked, data.features(data.scene_maps[-count:])
         rows = (data.maps.sure > SURE).nonzero()[-2 * count :, 0]
         words = [data.head.names[index] for index in data.words[rows].tolist()]
-        self.photos = [[(PHOTO_QUESTIONS[0], word)] for word in words], data.map_features(rows)
+        self.photos = [[(PHOTO_QUESTIONS[0], word)] for word in words], data.features(data.maps.maps[rows])
 
     def __call__(self, model) -> str:
         examples, features = self.easy
@@ -490,9 +534,8 @@ def train(
     bridge: Annotated[str, typer.Argument(help="mlp, qformer or perceiver.")],
     output: Annotated[Path, typer.Option(help="Folder to write the bridge to.")],
     stage1: Annotated[Path | None, typer.Option(help="Of the Q-Former: what `stage1` wrote.")] = None,
-    steps: Annotated[int, typer.Option(help="With the language model.")] = 1600,
+    steps: Annotated[int, typer.Option(help="With the language model.")] = 1400,
     warm_up_steps: Annotated[int, typer.Option(help="Without the language model.")] = 1000,
-    learning_rate: float = 5e-4,
     warm_up_rate: float = 1e-3,
     dtype: Annotated[str, typer.Option(help="Of the language model: float32 on a CPU without AMX.")] = "bfloat16",
     seed: int = 0,
@@ -505,10 +548,12 @@ def train(
     if stage1 is not None:
         options["qformer_init_from"] = str(stage1)
     model, processor = vlbridge.compose(demo.VISION, demo.LANGUAGE, bridge, **options)
+    processor.chat_template = processor.chat_template.replace("'<image>", f"'{SHOWS}<image>")
+    assert SHOWS in processor.apply_chat_template(conversation("what is this?"))
     model.language_model.to(getattr(torch, dtype))
     model.language_model.set_attn_implementation("eager")
     model.vision_model.to(memory_format=torch.channels_last)
-    data = load_data(model, processor, limit)
+    data = load_data(model, limit)
     words = Words(model, processor)
     warm = output.with_suffix(".warm.pt")
     model.train()
@@ -519,7 +564,11 @@ def train(
         with replacing(warm) as file:
             torch.save(model.bridge.state_dict(), file)
     questions = Questions(data, processor, steps, seed, model.language_model.dtype)
-    learn(model, questions, output, learning_rate, Watch(data, questions))
+    if bridge == "mlp":
+        parametrize.register_parametrization(model.bridge.linear_2, "weight", SharedMap(words.table.shape[1]))
+    learn(model, questions, output, bridge, Watch(data, questions))
+    if bridge == "mlp":
+        parametrize.remove_parametrizations(model.bridge.linear_2, "weight")
     model.language_model.set_attn_implementation("sdpa")
     model.bridge.to(torch.bfloat16)
     model.save_pretrained(output, bridge_only=True)
@@ -543,7 +592,7 @@ def first_stage(
     model, processor = vlbridge.QFormerBlip2ForPreTraining.from_vision(
         demo.VISION, demo.resolve(demo.LANGUAGE), max_length=48, **options
     )
-    data = load_data(model, processor, limit)
+    data = load_data(model, limit)
     captions = [caption_of(example) for example in data.easy]
     easy = [index for index, caption in enumerate(captions) if caption]
     sure = (data.maps.sure > SURE).nonzero()[:, 0].tolist()
@@ -559,10 +608,7 @@ def first_stage(
         texts = [captions[index] for index in rows[0]]
         texts += [caption_of_scene(data.scenes[index].shapes) for index in rows[1]]
         texts += [f"a photo of {article(name)}" for name in names]
-        features = torch.cat(
-            [data.easy_features[rows[0]].float(), data.scene_features[rows[1]].float()]
-            + [data.map_features(torch.tensor(rows[2]))]
-        )
+        features = data.features(data.easy_maps[rows[0]], data.scene_maps[rows[1]], data.maps.maps[rows[2]])
         # pairs with the same caption are no negatives of each other
         same = torch.tensor([texts.index(text) for text in texts])
         inputs = processor(text=texts, padding=True, return_tensors="pt")
@@ -583,9 +629,54 @@ def first_stage(
     processor.save_pretrained(output)
 
 
+@torch.inference_mode()
+def photographs(folders: list[Path], model, processor, limit: int) -> dict:
+    """What a model says about photographs, against what its encoder's class head says.
+
+    Beside a picture may lie a text file of the same name, whose first line says what it shows (Tux Paint's stamps have
+    such): then the words of both are looked up in it.
+    """
+    head, rows = Head(), []
+    files = [file for folder in folders for file in sorted(folder.rglob("*")) if file.suffix in (".png", ".jpg")]
+    for file in tqdm(files[: limit or None], desc="photographs", unit="picture"):
+        picture = load_image(file)
+        pixels = processor.image_processor([picture], return_tensors="pt")["pixel_values"]
+        sure, likeliest = head.network(pixels).softmax(dim=-1)[0].max(dim=-1)
+        said = answer(model, processor, [picture], PHOTO_QUESTIONS[0], max_new_tokens=10)[0]
+        caption = answer(model, processor, [picture], processor.caption_prompt, max_new_tokens=16)[0]
+        text = file.with_suffix(".txt")
+        shown = text.read_text(encoding="utf-8", errors="replace").splitlines()[0] if text.is_file() else None
+        word = head.names[int(head.word_of_class[likeliest])]
+        rows.append(
+            {"file": str(file), "sure": round(float(sure), 3), "word": word, "said": said, "caption": caption,
+             "shown": shown}
+        )  # fmt: skip
+    sure = [row for row in rows if row["sure"] > SURE]
+    described = [row for row in sure if row["shown"]]
+    unsure = [row for row in rows if row["sure"] < UNSURE]
+
+    def share(of: list[dict], holds) -> float | None:
+        return round(sum(map(holds, of)) / len(of), 4) if of else None
+
+    return {
+        "pictures": len(rows),
+        "sure": len(sure),
+        "encoder's word": share(sure, lambda row: row["said"].lower() == row["word"].lower()),
+        "encoder's word in the caption": share(sure, lambda row: row["word"].lower() in row["caption"].lower()),
+        "described and sure": len(described),
+        "encoder right": share(described, lambda row: row["word"].lower() in row["shown"].lower()),
+        "bridge right": share(described, lambda row: row["said"].lower() in row["shown"].lower()),
+        "unsure": len(unsure),
+        "unsure says so": share(unsure, lambda row: row["said"] == NOTHING),
+        "sure says that it is not": share(sure, lambda row: row["said"] == NOTHING),
+        "rows": rows,
+    }
+
+
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Option(help="Folder or Hub id.")],
+    photos: Annotated[list[Path] | None, typer.Option(help="Folders of photographs to ask about too.")] = None,
     dtype: str = "float32",
     limit: Annotated[int, typer.Option(help="Ask about this many pictures only (0: all).")] = 0,
     output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
@@ -611,9 +702,12 @@ def evaluate(
         "scenes": found,
         "dtype": dtype,
     }
-    print(json.dumps(figures, indent=2))
+    if photos:
+        figures["photographs"] = photographs(photos, bridged, processor, limit)
     if output is not None:
         write_json(output, figures)
+    figures.get("photographs", {}).pop("rows", None)
+    print(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from .assets import default_model
+from .assets import default_model, embedded_models
 from .configuration import BridgedConfig
 from .configuration.configuration_classification import ClassificationConfigMixin
 from .modeling import BridgedModel
@@ -56,9 +56,14 @@ def model_source(model: str | os.PathLike | None = None) -> str:
     """Where a model is loaded from: a folder or Hub id.
 
     Args:
-        model: Folder, which may begin with `~`, or Hub id; `None` is the embedded bridge.
+        model: Folder, which may begin with `~`, or Hub id; `None` is the embedded bridge. `"embedded"`,
+            `"embedded-mlp"`, `"embedded-qformer"` and `"embedded-perceiver"` are the shipped bridges, unless a folder
+            has the name.
     """
-    return default_model() if model is None else os.path.expanduser(os.fspath(model))
+    if model is None:
+        return default_model()
+    source = os.path.expanduser(os.fspath(model))
+    return source if os.path.isdir(source) else embedded_models().get(source, source)
 
 
 def bridged_config(source: str, generates: bool = False) -> BridgedConfig:
