@@ -34,7 +34,7 @@ from ..compat import initialization as init
 from ..compat_hooks import ModelHooks
 from ..configuration.configuration_bridged import BridgedConfig
 from .modeling_backbone import BackboneMixin
-from .modeling_bridge import Bridge, TokenRows, fill_vision_geometry, num_embeddings, patch_features_of
+from .modeling_bridge import Bridge, TokenRows, additive_mask, fill_vision_geometry, num_embeddings, patch_features_of
 from .modeling_checkpoint import BridgeCheckpointMixin
 from .modeling_freezing import FreezingMixin
 from .modeling_generation import BridgeGenerationMixin, VisualTokens, pad_logits
@@ -388,7 +388,7 @@ class BridgedModel(
             input_ids: `(batch, tokens)`, with the `<image>` placeholders that the processor wrote.
             pixel_values: `(num_images, channels, height, width)`: the images of all rows, concatenated. For families
                 that take videos also `(num_images, num_frames, channels, height, width)`.
-            attention_mask: `(batch, tokens)`, 1 for tokens and 0 for padding; a 4-d mask is passed on unchanged.
+            attention_mask: `(batch, tokens)`, 1 for tokens and 0 for padding; or a 4-d mask: boolean, or one to add.
             position_ids: `(batch, tokens)`; by default they are counted from the mask.
             cache: The language model's cache; `past_key_values` is another name for it.
             inputs_embeds: `(batch, tokens, text_dim)` instead of `input_ids`.
@@ -469,7 +469,7 @@ class BridgedModel(
             kwargs["position_ids"] = position_ids
         outputs = run(
             inputs_embeds=hidden,
-            attention_mask=attention_mask,
+            attention_mask=additive_mask(attention_mask, hidden),
             **cache_argument(cache, arguments),
             **conditioning,
             **{**kwargs, "return_dict": True},
