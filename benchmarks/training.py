@@ -75,7 +75,6 @@ from vlbridge import demo
 from vlbridge.modeling import modeling_bridged
 from vlbridge.training.training_encoding import IGNORED, encoder_for
 from vlbridge.training.training_features import FeatureCache, PreparedEncoder
-from vlbridge.training.training_models import build_model
 from vlbridge.training.training_packing import PackedEncoder, independent
 from vlbridge.training.training_recipes import read_recipe
 from vlbridge.training.training_run import build_trainer
@@ -607,44 +606,6 @@ def measure_ways(trainer, name: str, ways: list[Way], rounds: int, profile: bool
     ]  # fmt: skip
 
 
-def bridge_seconds(model, compiled: bool, rounds: int) -> list[float]:
-    """CPU seconds of forward and backward of a bridge alone, on six pictures; the first has the compilation."""
-    config, bridge, layers = model.config, model.bridge, list(getattr(model.bridge, "cross_attention_layers", ()))
-    run = torch.compile(bridge) if compiled else bridge
-    blocks = [torch.compile(layer) if compiled else layer for layer in layers]
-    torch.manual_seed(0)
-    features, found = torch.randn(6, 49, config.vision_feature_size), []
-    for _ in range(rounds + 1):
-        began = time.process_time()
-        tokens = run(features)
-        if layers:  # as in one packed row of 640 tokens that see all six pictures
-            visual = tokens.flatten(0, 1)[None]
-            states = torch.randn(1, 640, config.text_config.hidden_size)
-            mask = torch.ones(1, 640, visual.shape[1], dtype=torch.bool)
-            for layer, block in zip(layers, blocks):
-                states = block(states, *layer.project(visual), mask, mask[..., 0])
-            tokens = states
-        tokens.sum().backward()
-        found.append(time.process_time() - began)
-    return found
-
-
-def measure_compilation(names: str, rounds: int, output: Path | None) -> None:
-    """Whether `torch.compile` of the bridge pays; the result goes into the report as `compiled_bridge`."""
-    report = json.loads(output.read_text()) if output is not None and output.exists() else {}
-    report["compiled_bridge"] = {}
-    for name in names.split(","):
-        model, _ = build_model(read_recipe(name))
-        model.train()
-        plain, compiled = bridge_seconds(model, False, rounds), bridge_seconds(model, True, rounds)
-        row = {"cpu_seconds": statistics.median(plain[1:]), "cpu_seconds_compiled": statistics.median(compiled[1:]),
-               "cpu_seconds_of_compilation": compiled[0]}  # fmt: skip
-        report["compiled_bridge"][name] = row
-        print(name, row, flush=True)
-    if output is not None:
-        output.write_text(json.dumps(report, indent=2) + "\n")
-
-
 def recipes_table(rows: list[dict]) -> str:
     lines = ["| recipe | way | CPU seconds | peak of a step, MiB | of it saved for backward |", "|---|---|--:|--:|--:|"]
     lines += [
@@ -691,7 +652,6 @@ def main(
     peak_tflops: Annotated[float | None, typer.Option(help="The device's, where it is not known.")] = None,
     recipes: Annotated[str, typer.Option(help="Measure steps of these recipes instead.")] = "",
     profile: Annotated[bool, typer.Option(help="Of recipes: seconds of a step by PyTorch's operation too.")] = False,
-    compilation: Annotated[bool, typer.Option(help="Of the recipes' bridges alone: does torch.compile pay?")] = False,
     output: Annotated[Path | None, typer.Option(help="JSON file of the results.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture of the results; needs matplotlib.")] = None,
 ) -> None:
@@ -710,9 +670,6 @@ def main(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     only = {side.strip() for side in sides.split(";" if recipes else ",")} - {""}
-    if recipes and compilation:
-        measure_compilation(recipes, rounds, output)
-        return
     if recipes:
         measure_recipes(recipes, rounds, only, profile, output)
         return
