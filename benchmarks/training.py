@@ -3,6 +3,8 @@
     python benchmarks/training.py --output benchmarks/results/training.json --plot benchmarks/results/training.png
     python benchmarks/training.py --size 7b --device cuda --dtype bfloat16      # LLaVA-7B's stage 1, random weights
     python benchmarks/training.py --size tiny --rounds 2                        # to try the script
+    python benchmarks/training.py --recipes small_mlp,small_qformer,small_perceiver --rounds 3 \
+        --output benchmarks/results/training_memory.json                        # a step of each small recipe
 
 Encoder and language model are frozen; what learns is the bridge, with AdamW. A step is all that training does: pictures
 are opened, scaled and put in a batch with their questions, then forward, backward and the optimizer. Sides:
@@ -20,6 +22,10 @@ shown. A sample is a question with its answer. Tokens are the language model's, 
 largest resident set of the process during a side's steps, on a GPU the largest sum of PyTorch's allocations. FLOPs of a
 step are counted by PyTorch (`FlopCounterMode`): matrix products that are really run, so none for gradients of frozen
 weights.
+
+`--recipes` measures steps of recipes instead, on the first records of their own data, in the ways of `ways_of`. Time is
+the process's CPU time, which other work on the machine disturbs less. Memory is what a step needs at its peak above
+what was there before it; `saved` is what waits for `backward`, by module.
 """
 
 from __future__ import annotations
@@ -27,15 +33,18 @@ from __future__ import annotations
 import datetime
 import gc
 import io
+import itertools
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -47,6 +56,7 @@ import torch
 import transformers
 import typer
 from gpu_smoke import picture, spread_weights, tokenizer_of_size, versions
+from run_measure import peak_memory
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -62,9 +72,12 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import vlbridge
 from vlbridge import demo
+from vlbridge.modeling import modeling_bridged
 from vlbridge.training.training_encoding import IGNORED, encoder_for
 from vlbridge.training.training_features import FeatureCache, PreparedEncoder
 from vlbridge.training.training_packing import PackedEncoder, independent
+from vlbridge.training.training_recipes import read_recipe
+from vlbridge.training.training_run import build_trainer
 
 
 ASKED = (
@@ -442,6 +455,185 @@ def draw(report: dict, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+# ---------------------------------------------------------------------- recipes
+
+
+@dataclass
+class Way:
+    """One way to take a recipe's step.
+
+    Args:
+        name: What it is called.
+        settings: Changes to the recipe; ways with the same ones share a model and take steps in turn.
+        prepare: Changes the trainer until the function that it returns is called.
+    """
+
+    name: str
+    settings: tuple[str, ...] = ()
+    prepare: Callable = lambda trainer: lambda: None
+
+
+def as_before(trainer) -> Callable:
+    """All logits at once, and a boolean mask: what training did before."""
+    mask = modeling_bridged.additive_mask
+    trainer._without_logits = lambda inputs: inputs
+    modeling_bridged.additive_mask = lambda attention_mask, hidden_states: attention_mask
+
+    def undo() -> None:
+        del trainer._without_logits
+        modeling_bridged.additive_mask = mask
+
+    return undo
+
+
+def with_frozen_rows(trainer) -> Callable:
+    """The special tokens' rows are not trained, so nothing below the first cross-attention is."""
+    rows = trainer.bare_model.bridge.token_rows.input_rows
+    rows.requires_grad_(False)
+    return lambda: rows.requires_grad_(True)
+
+
+def ways_of(recipe: str) -> list[Way]:
+    half = ("dtype=bfloat16", "arguments.bf16=true")
+    ways = [
+        Way("before", prepare=as_before),
+        Way("now"),
+        Way("checkpointing", ("arguments.gradient_checkpointing=true",)),
+        Way("bfloat16, sdpa", half),
+        Way("bfloat16, eager", (*half, "attn_implementation=eager")),
+    ]
+    if "perceiver" in recipe:
+        ways.append(Way("now, input rows frozen", prepare=with_frozen_rows))
+    return ways
+
+
+def take_step(trainer, batch: dict, num_items) -> float:
+    loss = trainer.training_step(trainer.model, dict(batch), num_items)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer._step_batches.clear()
+    return float(loss)
+
+
+def saved_by_module(trainer, batch: dict, num_items) -> dict[str, float]:
+    """MiB that wait for `backward`, by the module that keeps them, the ten largest; layers of a kind are added up."""
+    found, seen, running = Counter(), {w.untyped_storage().data_ptr() for w in trainer.model.parameters()}, [""]
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            found[re.sub(r"\.\d+", "", running[-1]) or "loss"] += storage.nbytes() / 2**20
+        return tensor
+
+    handles = []
+    for name, module in trainer.model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda module, args, name=name: running.append(name)))
+        handles.append(module.register_forward_hook(lambda module, args, output: (running.pop(), None)[1]))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        take_step(trainer, batch, num_items)
+    for handle in handles:
+        handle.remove()
+    return {"all": round(sum(found.values()), 1), **{name: round(size, 1) for name, size in found.most_common(10)}}
+
+
+def seconds_by_operation(trainer, batch: dict, num_items) -> dict[str, float]:
+    """CPU seconds of a step by PyTorch's operation, the ten that take longest."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        take_step(trainer, batch, num_items)
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    return {event.key: round(event.self_cpu_time_total / 1e6, 3) for event in events[:10]}
+
+
+def measure_recipe(name: str, rounds: int, folder: str, only: set, profile: bool) -> list[dict]:
+    """Rows of one recipe: the steps of each way, on the same batches."""
+    ways = [way for way in ways_of(name) if not only or way.name in only]
+    rows = []
+    for number, settings in enumerate(dict.fromkeys(way.settings for way in ways)):
+        first = ["data.0.limit=48", "evaluation.0.limit=8", "samples.every=0", "arguments.use_cpu=true"]
+        trainer = build_trainer(read_recipe(name, [*first, *settings]), Path(folder) / f"{name}{number}")
+        rows += measure_ways(trainer, name, [way for way in ways if way.settings == settings], rounds, profile)
+        gc.collect()
+    return rows
+
+
+def measure_ways(trainer, name: str, ways: list[Way], rounds: int, profile: bool) -> list[dict]:
+    """Rows of the ways that share a trainer; each step of theirs begins with the same weights and random numbers."""
+    trainer.create_optimizer_and_scheduler(rounds)
+    trainer.state.max_steps, trainer.current_gradient_accumulation_steps = rounds + 1, 1
+    if trainer.args.gradient_checkpointing:  # as `Trainer.train` does it
+        trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+    taken = list(itertools.islice(trainer.get_train_dataloader(), rounds + 1))
+    if len(taken) < rounds + 1:
+        raise ValueError(
+            f"the first records of {name} make {len(taken)} batches: take at most {len(taken) - 1} --rounds"
+        )
+    batches = [trainer.get_batch_samples(iter([batch]), 1, trainer.args.device) for batch in taken]
+    found = {way.name: {"seconds": [], "losses": [], "peaks_mib": []} for way in ways}
+    for number, ((batch,), num_items) in enumerate(batches):
+        start = {key: value.clone() for key, value in trainer.model.bridge.state_dict().items()}
+        for way in ways:
+            trainer.model.bridge.load_state_dict(start)
+            torch.manual_seed(number)
+            undo, row, began = way.prepare(trainer), found[way.name], time.process_time()
+
+            def step(batch=batch, num_items=num_items, row=row) -> None:
+                row["losses"].append(take_step(trainer, batch, num_items))
+
+            if number == 0:  # then the optimizer's state and the C library's arenas are there
+                row["saved_mib"] = saved_by_module(trainer, batch, num_items)
+                undo()
+                continue
+            peak = peak_memory(step, torch.device("cpu"))
+            took = time.process_time() - began
+            undo()
+            row["seconds"].append(took)
+            row["peaks_mib"].append(peak)
+            print(f"  {name}, {way.name}: {took:.3g} s of CPU, {peak} MiB", file=sys.stderr, flush=True)
+    (batch,), num_items = batches[0]
+    if profile:
+        for way in ways:
+            undo = way.prepare(trainer)
+            found[way.name]["seconds_by_operation"] = seconds_by_operation(trainer, batch, num_items)
+            undo()
+    return [
+        {
+            "recipe": name, "way": way.name, "settings": list(way.settings), "places": list(batch["input_ids"].shape),
+            "scored": int(batch["shift_labels"].shape[1]),
+            "cpu_seconds": statistics.median(found[way.name]["seconds"]),
+            "peak_mib": max(found[way.name]["peaks_mib"]), **found[way.name],
+        } for way in ways
+    ]  # fmt: skip
+
+
+def recipes_table(rows: list[dict]) -> str:
+    lines = ["| recipe | way | CPU seconds | peak of a step, MiB | of it saved for backward |", "|---|---|--:|--:|--:|"]
+    lines += [
+        f"| {row['recipe']} | {row['way']} | {row['cpu_seconds']:.2f} | {row['peak_mib']:.0f} | "
+        f"{row['saved_mib']['all']:.0f} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def measure_recipes(names: str, rounds: int, only: set, profile: bool, output: Path | None) -> None:
+    """Measure the steps of recipes, write the report and print its table; rows of other ways in the file stay there."""
+    report = json.loads(output.read_text()) if output is not None and output.exists() else {"rows": []}
+    report |= {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "command": command_line(),
+        "device": f"CPU {platform.machine()}", "threads": torch.get_num_threads(), "versions": versions(),
+    }  # fmt: skip
+    for name in names.split(","):
+        gc.collect()
+        with tempfile.TemporaryDirectory() as folder:
+            rows = measure_recipe(name, rounds, folder, only, profile)
+        new = {(row["recipe"], row["way"]) for row in rows}
+        report["rows"] = [row for row in report["rows"] if (row["recipe"], row["way"]) not in new] + rows
+        if output is not None:
+            output.write_text(json.dumps(report, indent=2) + "\n")
+    print(recipes_table(report["rows"]))
+
+
 def command_line() -> str:
     """What was typed, without the folders of this machine."""
     arguments = [Path(argument).name if os.path.isabs(argument) else argument for argument in sys.argv[1:]]
@@ -453,9 +645,13 @@ def main(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[DType, typer.Option(help="Of all weights.")] = DType.float32,
     families: Annotated[str, typer.Option(help="By default all that the size has.")] = "",
-    sides: Annotated[str, typer.Option(help="By default all, such as 'uncached,cached and packed'.")] = "",
+    sides: Annotated[
+        str, typer.Option(help="By default all, such as 'uncached,cached and packed'; of recipes 'before;now'.")
+    ] = "",
     rounds: Annotated[int, typer.Option(help="Steps that each side is timed for.")] = 5,
     peak_tflops: Annotated[float | None, typer.Option(help="The device's, where it is not known.")] = None,
+    recipes: Annotated[str, typer.Option(help="Measure steps of these recipes instead.")] = "",
+    profile: Annotated[bool, typer.Option(help="Of recipes: seconds of a step by PyTorch's operation too.")] = False,
     output: Annotated[Path | None, typer.Option(help="JSON file of the results.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture of the results; needs matplotlib.")] = None,
 ) -> None:
@@ -473,6 +669,10 @@ def main(
         raise typer.BadParameter(f"--rounds is {rounds}; expected at least 1")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    only = {side.strip() for side in sides.split(";" if recipes else ",")} - {""}
+    if recipes:
+        measure_recipes(recipes, rounds, only, profile, output)
+        return
     name = torch.cuda.get_device_name(device) if on_gpu else f"CPU {platform.machine()}"
     if peak_tflops is None and dtype is not DType.float32:
         peak_tflops = next((peak for kind, peak in PEAK_TFLOPS.items() if kind in name), None)
@@ -486,7 +686,6 @@ def main(
     pictures = chosen["pictures"]
     records = [record(number, chosen["questions"]) for number in range(2 * pictures)]
     batches = [records[:pictures], records[pictures:]]
-    only = {side.strip() for side in sides.split(",")} - {""}
     for bridge in wanted:
         print(f"{bridge} ...", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as folder:

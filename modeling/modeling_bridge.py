@@ -220,4 +220,35 @@ def fill_vision_geometry(config: BridgedConfig) -> None:
             setattr(config, name, value)
 
 
-__all__ = ["Bridge", "TokenRows", "fill_vision_geometry", "num_embeddings", "patch_features_of", "with_image_arguments"]
+def additive_mask(attention_mask: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor | None:
+    """Make a boolean 4-d mask one that is added to the scores of attention; other masks stay as they are.
+
+    `"eager"` attention adds whatever it is given. PyTorch's SDPA takes boolean masks, but makes a copy of them in every
+    layer, and keeps all copies for `backward`.
+
+    Args:
+        attention_mask: `(batch, 1, tokens, keys)`, true where attention is allowed.
+        hidden_states: What the language model is given; the mask has the dtype in which it computes.
+
+    Returns:
+        `(batch, 1, tokens, keys)`: 0 where attention is allowed, else the lowest finite number.
+    """
+    if attention_mask is None or attention_mask.ndim != 4 or attention_mask.dtype != torch.bool:
+        return attention_mask
+    device, dtype = hidden_states.device, hidden_states.dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    attention_mask = attention_mask.to(device)
+    mask = torch.zeros(attention_mask.shape, dtype=dtype, device=device)
+    return mask.masked_fill(~attention_mask, torch.finfo(dtype).min)
+
+
+__all__ = [
+    "additive_mask",
+    "Bridge",
+    "TokenRows",
+    "fill_vision_geometry",
+    "num_embeddings",
+    "patch_features_of",
+    "with_image_arguments",
+]

@@ -34,11 +34,12 @@ from ..compat import initialization as init
 from ..compat_hooks import ModelHooks
 from ..configuration.configuration_bridged import BridgedConfig
 from .modeling_backbone import BackboneMixin
-from .modeling_bridge import Bridge, TokenRows, fill_vision_geometry, num_embeddings, patch_features_of
+from .modeling_bridge import Bridge, TokenRows, additive_mask, fill_vision_geometry, num_embeddings, patch_features_of
 from .modeling_checkpoint import BridgeCheckpointMixin
 from .modeling_freezing import FreezingMixin
 from .modeling_generation import BridgeGenerationMixin, VisualTokens, pad_logits
 from .modeling_hot_swap import HotSwapMixin
+from .modeling_losses import LossMixin, may_leave_out_logits
 from .modeling_output_layer import OutputLayerMixin
 from .modeling_outputs import ENCODER_DECODER_FIELDS, BridgedOutput
 from .modeling_parts import build_part
@@ -50,6 +51,7 @@ class BridgedModel(
     BridgeCheckpointMixin,
     BridgeGenerationMixin,
     FreezingMixin,
+    LossMixin,
     BackboneMixin,
     OutputLayerMixin,
     QuantizationMixin,
@@ -359,6 +361,7 @@ class BridgedModel(
 
     @accepts_cache
     @can_return_tuple
+    @may_leave_out_logits
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -385,7 +388,7 @@ class BridgedModel(
             input_ids: `(batch, tokens)`, with the `<image>` placeholders that the processor wrote.
             pixel_values: `(num_images, channels, height, width)`: the images of all rows, concatenated. For families
                 that take videos also `(num_images, num_frames, channels, height, width)`.
-            attention_mask: `(batch, tokens)`, 1 for tokens and 0 for padding; a 4-d mask is passed on unchanged.
+            attention_mask: `(batch, tokens)`, 1 for tokens and 0 for padding; or a 4-d mask: boolean, or one to add.
             position_ids: `(batch, tokens)`; by default they are counted from the mask.
             cache: The language model's cache; `past_key_values` is another name for it.
             inputs_embeds: `(batch, tokens, text_dim)` instead of `input_ids`.
@@ -406,6 +409,8 @@ class BridgedModel(
                 infinity. `generate` sets it, because its logits processors look up the prompt's placeholders.
             kwargs: The family's other `image_arguments`; the rest is passed on to the language model. `shift_labels`
                 (together with `labels`) holds the target of each position itself, instead of the next position's label.
+                `return_logits=False` (with `labels`) computes the loss from the logits of a few tokens at a time and
+                returns no logits; `label_smoothing` smooths the labels then.
 
         Returns:
             A `BridgedOutput`.
@@ -431,7 +436,7 @@ class BridgedModel(
         logits = self._select_kept_logits(outputs.logits, logits_to_keep)
         loss = None
         if labels is not None:
-            self._check_labels(labels if shift_labels is None else shift_labels, logits)
+            self._check_labels(labels if shift_labels is None else shift_labels, logits.shape[-1], logits.shape[1])
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,
@@ -464,7 +469,7 @@ class BridgedModel(
             kwargs["position_ids"] = position_ids
         outputs = run(
             inputs_embeds=hidden,
-            attention_mask=attention_mask,
+            attention_mask=additive_mask(attention_mask, hidden),
             **cache_argument(cache, arguments),
             **conditioning,
             **{**kwargs, "return_dict": True},
@@ -481,37 +486,6 @@ class BridgedModel(
         if every or "logits_to_keep" in self._language_model_arguments:
             return logits
         return logits[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
-
-    def _without_placeholders(self, labels: torch.Tensor | None, num_items_in_batch) -> torch.Tensor | None:
-        """Labels with -100 for the placeholders, where visual tokens take their places: nobody predicts those."""
-        if labels is None or not self.config.visual_tokens_in_prompt:
-            return labels
-        placeholders = labels == self.config.image_token_id
-        if num_items_in_batch is not None:
-            torch_compilable_check(
-                ~placeholders.any(),
-                lambda: (
-                    f"{int(placeholders.sum())} labels are <image> placeholders, which num_items_in_batch counts, "
-                    "but have no loss: set labels[labels == model.config.image_token_id] = -100 in the "
-                    "collator."
-                ),
-            )
-        return labels.masked_fill(placeholders, -100)
-
-    @staticmethod
-    def _check_labels(labels: torch.Tensor, logits: torch.Tensor) -> None:
-        torch_compilable_check(
-            ((labels == -100) | (labels >= 0) & (labels < logits.shape[-1])).all(),
-            lambda: (
-                f"labels go from {int(labels.min())} to {int(labels.max())}; expected 0 to {logits.shape[-1] - 1}, the "
-                "columns of the logits, or -100 for tokens to ignore. Use the tokenizer that belongs to this model."
-            ),
-        )
-        if logits.shape[1] != labels.shape[1]:
-            raise ValueError(
-                f"{labels.shape[1]} labels per row, but logits for {logits.shape[1]} positions: don't combine labels "
-                "with logits_to_keep, unless shift_labels says what each kept position predicts."
-            )
 
     def _encode_prompt(self, input_ids, images: dict, mm_encoder_outputs, inputs_embeds, mask, **kwargs):
         """Run the encoder of an encoder-decoder language model over text and visual tokens."""
@@ -540,7 +514,7 @@ class BridgedModel(
         logits = self._select_kept_logits(outputs.logits, logits_to_keep)
         loss = None
         if labels is not None:
-            self._check_labels(labels, logits)
+            self._check_labels(labels, logits.shape[-1], logits.shape[1])
             # The decoder's inputs are shifted already, so the labels are not.
             sums = "mean" if num_items_in_batch is None else "sum"
             loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction=sums)

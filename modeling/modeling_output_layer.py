@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -12,6 +15,19 @@ from .modeling_hooks import attach
 
 
 _running = threading.local()  # its `model` runs the language model in this thread; several models may share one
+
+
+@dataclass
+class Unscored:
+    """What an output layer was to score, and what it made of the last position.
+
+    Args:
+        hidden_states: `(batch, tokens, width)`; `None` if the layer was not called.
+        logits: Of the last position, `(batch, 1, vocabulary)`.
+    """
+
+    hidden_states: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
 
 
 class OutputLayerMixin:
@@ -62,6 +78,50 @@ class OutputLayerMixin:
         index = torch.tensor(token_rows.token_ids, device=logits.device)
         return logits.index_copy(-1, index, scores)
 
+    def score(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Score hidden states that reach the output layer, with the special tokens' rows.
+
+        Args:
+            hidden_states: `(..., width)`.
+
+        Returns:
+            Logits `(..., vocabulary)`, before the language model caps or scales them.
+        """
+        before, _running.model = getattr(_running, "model", None), self
+        try:
+            return self.language_model.get_output_embeddings()(hidden_states)
+        finally:
+            _running.model = before
+
+    @contextmanager
+    def unscored(self) -> Iterator[Unscored]:
+        """While this lasts, this thread's runs of the language model score the last position alone.
+
+        Yields:
+            What the output layer was to score in the last run.
+        """
+        self._follow_output_layer()  # its hook adds the special tokens' scores before ours sees them
+        found, head = Unscored(), self.language_model.get_output_embeddings()
+
+        def cut(layer: nn.Module, args: tuple) -> tuple | None:
+            if getattr(_running, "unscored", None) is not found or not args:
+                return None  # another thread runs the same language model
+            found.hidden_states = args[0]
+            return (args[0][:, -1:], *args[1:])
+
+        def keep(layer: nn.Module, args: tuple, logits: torch.Tensor) -> None:
+            if getattr(_running, "unscored", None) is found:
+                found.logits = logits
+
+        before, _running.unscored = getattr(_running, "unscored", None), found
+        handles = [] if head is None else [head.register_forward_pre_hook(cut), head.register_forward_hook(keep)]
+        try:
+            yield found
+        finally:
+            _running.unscored = before
+            for handle in handles:
+                handle.remove()
+
     def _run_language_model(self, **kwargs) -> ModelOutput:
         self._follow_output_layer()
         before, _running.model = getattr(_running, "model", None), self
@@ -71,4 +131,4 @@ class OutputLayerMixin:
             _running.model = before
 
 
-__all__ = ["OutputLayerMixin"]
+__all__ = ["OutputLayerMixin", "Unscored"]

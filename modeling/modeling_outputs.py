@@ -33,6 +33,7 @@ class BridgedOutput(CausalLMOutputWithPast):
         image_hidden_states: The bridge's visual tokens, `(num_images, num_image_tokens, text_dim)`; a list of
             `(num_image_tokens, text_dim)` if images differ in their number of tokens.
         visual_states: Conditioning to pass on together with the cache (families that condition decoder layers).
+        token_losses: Loss of each target, 0 where it is ignored, `(batch, tokens)`, if the logits were left out.
     """
 
     decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
@@ -43,6 +44,7 @@ class BridgedOutput(CausalLMOutputWithPast):
     encoder_attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
     visual_states: ModelOutput | None = None
+    token_losses: torch.Tensor | None = None
 
 
 @dataclass

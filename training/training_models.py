@@ -12,11 +12,12 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoProcessor,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
 
-from ..compat import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from ..compat import attention_of, set_hf_deepspeed_config, unset_hf_deepspeed_config
 from ..compose import compose
 from ..extensions import where_to_load
 from ..families import FAMILIES
@@ -60,7 +61,8 @@ def build_model(recipe: Recipe):
         The model and its processor.
 
     Raises:
-        RecipeError: `from` names a model of another kind than the recipe needs.
+        RecipeError: `from` names a model of another kind than the recipe needs, or the language model can't compute
+            attention as the recipe says.
         ValueError: Parts do not fit together.
         OSError: They can't be loaded.
     """
@@ -84,6 +86,8 @@ def build_model(recipe: Recipe):
         model, processor = compose(recipe.vision, recipe.language, recipe.bridge, **options)
     if isinstance(model, QFormerBlip2Stage1Model) != (recipe.stage == "stage1"):
         raise RecipeError(f"stage is {recipe.stage!r}, but {recipe.from_} is a {type(model).__name__}.")
+    if recipe.attn_implementation is not None:
+        _set_attention(model.language_model, recipe.attn_implementation)
     model.freeze(**{part: part in recipe.freeze for part in FROZEN_PARTS})
     if recipe.arguments.get("bf16") or recipe.arguments.get("fp16"):
         for parameter in model.parameters():
@@ -96,6 +100,20 @@ def build_model(recipe: Recipe):
 
         model = get_peft_model(model, lora_config(model, **recipe.lora))
     return model, processor
+
+
+def _set_attention(language_model: PreTrainedModel, implementation: str) -> None:
+    reason: object = "it has one implementation only"
+    try:
+        language_model.set_attn_implementation(implementation)  # some models only warn
+    except (ValueError, ImportError, RuntimeError) as error:
+        reason = error
+    now = attention_of(language_model.config.get_text_config())
+    if now != implementation:
+        raise RecipeError(
+            f"attn_implementation is {implementation!r}, but {type(language_model).__name__} keeps {now!r}: "
+            f"{' '.join(str(reason).split())}. Leave attn_implementation out, or choose another one."
+        )
 
 
 def framing_tokenizer(source: str) -> PreTrainedTokenizerBase:

@@ -9,7 +9,7 @@ A packed batch gives the loss and the gradients that it gives unpacked: the same
 less padding or none. So batches stay as they were, and only become fewer rows: a `per_device_train_batch_size` of 64
 with `max_tokens: 2048` may be 64 samples in 5 rows.
 
-Rows need a mask that says which token sees which, and PyTorch's SDPA takes one. Flash attention takes lengths of
+Rows need a mask that says which token sees which, and `"sdpa"` and `"eager"` take one. Flash attention takes lengths of
 samples instead (`cu_seq_lens_q` in transformers) and can't express branches: it is refused, not approximated.
 """
 
@@ -269,10 +269,11 @@ def check_packable(model, max_tokens: int | None = None) -> None:
             f"{name} does not use position_ids: it would count positions from the row's beginning, not from the "
             "sample's. Leave packing out."
         )
-    if (attention := attention_of(text_config)) != "sdpa":
+    if (attention := attention_of(text_config)) not in ("sdpa", "eager"):
         raise ValueError(
             f"The language model's attn_implementation is {attention!r}: packed rows need a mask of their own, which "
-            "only 'sdpa' takes. Call model.language_model.set_attn_implementation('sdpa'), or leave packing out."
+            "only 'sdpa' and 'eager' take. Call model.language_model.set_attn_implementation('sdpa'), or leave packing "
+            "out."
         )
     window = getattr(text_config, "sliding_window", None)
     slides = "sliding_attention" in (getattr(text_config, "layer_types", None) or ["sliding_attention"])

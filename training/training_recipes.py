@@ -20,7 +20,6 @@ import copy
 import dataclasses
 import difflib
 import re
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from transformers import TrainingArguments
 
 from ..compat import training_argument
 from .training_arguments import problem_of
+from .training_recipe_values import RecipeError, build, listed, one_of, unknown, without_defaults
 
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -49,10 +49,6 @@ def best_metrics(names: list[str]) -> list[str]:
         names: Of the data sets that are evaluated on.
     """
     return ["eval_loss", *(f"eval_{name}_loss" for name in names)]
-
-
-class RecipeError(ValueError):
-    """Something is wrong with a recipe: what, and where in the file."""
 
 
 @dataclass
@@ -192,6 +188,8 @@ class Recipe:
         tokenizer: The tokenizer, where it is not with the language model (in stage 1: the Q-Former's, required).
         image_processor: The image processor, where it is not with the vision encoder.
         dtype: Of all parts, such as `"bfloat16"`; without it, a fresh bridge is in float32.
+        attn_implementation: How the language model computes attention: `"sdpa"`, `"eager"`, `"flash_attention_2"`, ...;
+            by default transformers' choice.
         freeze: Which parts are not trained.
         text: How records become text.
         cache_features: Keep the vision encoder's features on disk, so that it runs once per image.
@@ -222,6 +220,7 @@ class Recipe:
     tokenizer: str | None = None
     image_processor: str | None = None
     dtype: str | None = None
+    attn_implementation: str | None = None
     freeze: list[str] = field(default_factory=lambda: list(PARTS))
     text: TextRecipe = field(default_factory=TextRecipe)
     cache_features: CacheRecipe | None = None
@@ -248,13 +247,13 @@ class Recipe:
         Raises:
             RecipeError: An unknown key, a value of the wrong kind, or things that contradict each other.
         """
-        recipe = _build(cls, {"from_" if key == "from" else key: value for key, value in fields.items()}, "")
+        recipe = build(cls, {"from_" if key == "from" else key: value for key, value in fields.items()}, "")
         recipe.check()
         return recipe
 
     def to_dict(self) -> dict:
         """What a YAML file would hold: nothing that has its default value."""
-        fields = _without_defaults(self)
+        fields = without_defaults(self)
         return {"from" if key == "from_" else key: value for key, value in fields.items()}
 
     def to_yaml(self) -> str:
@@ -271,23 +270,24 @@ class Recipe:
         """
         from ..families import FAMILIES
 
-        _one_of("stage", self.stage, STAGES)
+        one_of("stage", self.stage, STAGES)
         if self.from_ is None:
             needed = {"stage1": ["vision", "tokenizer"], "classification": ["vision", "bridge"]}
             needed = needed.get(self.stage, ["vision", "language", "bridge"])
             if missing := [name for name in needed if getattr(self, name) is None]:
                 raise RecipeError(
-                    f"{_listed(missing)} missing: a fresh {self.stage} model needs {_listed(needed)}, or give from."
+                    f"{listed(missing)} missing: a fresh {self.stage} model needs {listed(needed)}, or give from."
                 )
             if self.bridge is not None:
-                _one_of("bridge", self.bridge, tuple(FAMILIES))
+                one_of("bridge", self.bridge, tuple(FAMILIES))
         elif self.vision is not None:
             raise RecipeError("from brings its own vision encoder: leave vision out.")
-        if self.stage == "stage1" and any(given is not None for given in (self.language, self.lora, self.packing)):
-            raise RecipeError("stage1 has no language model: leave language, lora and packing out.")
-        unused = ("language", "tokenizer", "lora", "packing")
+        absent = ("language", "attn_implementation", "lora", "packing")
+        if self.stage == "stage1" and (given := [name for name in absent if getattr(self, name) is not None]):
+            raise RecipeError(f"stage1 has no language model: leave {listed(given)} out.")
+        unused = (*absent, "tokenizer")
         if self.stage == "classification" and (given := [n for n in unused if getattr(self, n) is not None]):
-            raise RecipeError(f"classification has no use for {_listed(given)}: leave it out.")
+            raise RecipeError(f"classification has no use for {listed(given)}: leave it out.")
         if self.cache_features is not None and "vision_model" not in self.freeze:
             raise RecipeError(
                 "cache_features needs a frozen vision encoder: freeze vision_model, or leave cache_features out."
@@ -295,9 +295,9 @@ class Recipe:
         if self.packing is not None and len({data.loss_weight for data in self.data}) > 1:
             raise RecipeError("packed rows have samples of several data sets: leave data.*.loss_weight or packing out.")
         for part in self.freeze:
-            _one_of("freeze", part, PARTS)
+            one_of("freeze", part, PARTS)
         for group in self.learning_rates:
-            _one_of("learning_rates", group, GROUPS)
+            one_of("learning_rates", group, GROUPS)
         for number, data in enumerate(self.data):
             if data.weight <= 0 or data.loss_weight < 0:
                 raise RecipeError(
@@ -320,7 +320,7 @@ class Recipe:
             if name in OWN_ARGUMENTS:
                 raise RecipeError(f"arguments.{name} is not for a recipe to set: see --output, --resume and push_to.")
             if training_argument(name) not in known:
-                raise RecipeError(_unknown(name, known, "arguments"))
+                raise RecipeError(unknown(name, known, "arguments"))
             if problem := problem_of(name, self.arguments[name]):
                 raise RecipeError(f"arguments.{name} is {self.arguments[name]!r}; {problem}.")
 
@@ -500,88 +500,6 @@ def _index(place: list, step: str, setting: str) -> int:
     if not step.isdigit() or int(step) >= len(place):
         raise RecipeError(f"--set {setting}: {step!r} is none of the {len(place)} entries, counted from 0.")
     return int(step)
-
-
-# ---------------------------------------------------------------------- checking values
-
-
-def _listed(names) -> str:
-    names = list(names)
-    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
-
-
-def _one_of(key: str, value, expected: tuple) -> None:
-    if value not in expected:
-        raise RecipeError(f"{key} is {value!r}; expected one of {', '.join(map(repr, expected))}.")
-
-
-def _unknown(name: str, known, where: str) -> str:
-    near = difflib.get_close_matches(str(name), sorted(known), n=1, cutoff=0.5)
-    meant = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(known))}."
-    return f"{where or 'a recipe'} has no key {name!r}; {meant}"
-
-
-def _build(cls, fields, where: str):
-    """A dataclass from a mapping.
-
-    Raises:
-        RecipeError: An unknown or missing key, or a value of the wrong kind.
-    """
-    if not isinstance(fields, dict):
-        raise RecipeError(f"{where} is {fields!r}; expected keys and values.")
-    hints = typing.get_type_hints(cls)
-    known = {name.removesuffix("_") for name in hints}
-    values = {}
-    for name, value in fields.items():
-        if name not in hints:
-            raise RecipeError(_unknown(name, known, where))
-        values[name] = _converted(value, hints[name], f"{where}.{name}".strip(".").removesuffix("_"))
-    for f in dataclasses.fields(cls):
-        if f.default is f.default_factory is dataclasses.MISSING and f.name not in values:
-            raise RecipeError(f"{where}.{f.name} is missing.")
-    return cls(**values)
-
-
-def _converted(value, hint, where: str):
-    """A value as its annotation wants it."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if type(None) in arguments:
-        if value is None:
-            return None
-        (hint,) = (argument for argument in arguments if argument is not type(None))
-        origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, {} if value is None else value, where)
-    if origin is list:
-        value = [] if value is None else value
-        if not isinstance(value, list):
-            raise RecipeError(f"{where} is {value!r}; expected a list.")
-        return [_converted(item, arguments[0], f"{where}.{number}") for number, item in enumerate(value)]
-    if (origin or hint) is dict:
-        value = {} if value is None else value
-        if not isinstance(value, dict):
-            raise RecipeError(f"{where} is {value!r}; expected keys and values.")
-        return {key: _converted(v, arguments[1], f"{where}.{key}") if arguments else v for key, v in value.items()}
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise RecipeError(
-            f"{where} is {value!r}; expected {'text' if hint is str else f'a value of type {hint.__name__}'}."
-        )
-    return value
-
-
-def _without_defaults(value):
-    if isinstance(value, list):
-        return [_without_defaults(item) for item in value]
-    if not dataclasses.is_dataclass(value):
-        return copy.deepcopy(value)
-    found = {}
-    for f in dataclasses.fields(value):
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        if getattr(value, f.name) != default:
-            found[f.name] = _without_defaults(getattr(value, f.name))
-    return found
 
 
 __all__ = [

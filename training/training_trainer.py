@@ -72,6 +72,7 @@ class BridgeTrainer(ResumableTrainer):
         self.skipped, self.num_skipped, self.num_seen, self.max_broken = Counter(), 0, 0, max_broken
         self.feature_cache = feature_cache
         self._step_batches: list[tuple] = []
+        self._loss_alone = False  # whether an evaluation drops the model's outputs
         if isinstance(encoder, Stage1Encoder) and (args.label_smoothing_factor or self.loss_weights):
             what = "labels to smooth (label_smoothing_factor)" if args.label_smoothing_factor else "tokens to weigh"
             raise ValueError(f"stage 1 has no {what}: its objectives make their own losses. Leave it out.")
@@ -238,13 +239,13 @@ class BridgeTrainer(ResumableTrainer):
         `Trainer` itself would hide the labels that it smooths from the model, and encoder-decoders need them.
         """
         weights = inputs.pop("token_weights", None)
-        if not return_outputs and self.compute_loss_func is None:
-            inputs = self._learned_only(inputs)
+        if (self._loss_alone or not return_outputs) and self.compute_loss_func is None:
+            inputs = self._without_logits(self._learned_only(inputs))
         smoothed = self.label_smoother is not None and self.compute_loss_func is None and "labels" in inputs
         if weights is None and not smoothed:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(**inputs)  # with the labels: an encoder-decoder makes its decoder's inputs of them
-        losses, targets = self._losses(outputs.logits.float(), inputs)
+        losses, targets = self._losses(outputs, inputs)
         if weights is not None:
             loss = (losses.reshape(len(losses), -1).sum(dim=1) * weights).sum()
         elif num_items_in_batch is None:
@@ -271,9 +272,22 @@ class BridgeTrainer(ResumableTrainer):
         kept = learned.nonzero().flatten()
         return {**inputs, "logits_to_keep": kept, "shift_labels": targets[:, kept]}
 
-    def _losses(self, logits: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    def _without_logits(self, inputs: dict) -> dict:
+        """Inputs that ask for the loss alone, so that the logits of all tokens are never held at once."""
+        model = self.bare_model
+        if "labels" not in inputs or not getattr(model, "has_usual_loss", False):
+            return inputs
+        if self.args.torch_compile or self.args.n_gpu > 1:  # as for `_learned_only`
+            return inputs
+        smoothing = self.args.label_smoothing_factor
+        return {**inputs, "return_logits": False, **({"label_smoothing": smoothing} if smoothing else {})}
+
+    def _losses(self, outputs, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of each target, 0 where nothing is learned, and the targets."""
         targets = self._targets(inputs)
+        if outputs.get("token_losses") is not None:
+            return outputs.token_losses, targets
+        logits = outputs.logits.float()
         if self._shifts_labels and inputs.get("shift_labels") is None:
             logits = logits[:, :-1]
         losses = nn.functional.cross_entropy(
@@ -295,7 +309,11 @@ class BridgeTrainer(ResumableTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """See `Trainer.prediction_step`; the model gets its inputs alone."""
-        return super().prediction_step(model, self._model_inputs(inputs), prediction_loss_only, ignore_keys)
+        before, self._loss_alone = self._loss_alone, prediction_loss_only
+        try:
+            return super().prediction_step(model, self._model_inputs(inputs), prediction_loss_only, ignore_keys)
+        finally:
+            self._loss_alone = before
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """See `Trainer.evaluate`; of several data sets `eval_loss` is the mean of their losses."""

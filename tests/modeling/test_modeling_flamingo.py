@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, MptForCausalLM
 
 import vlbridge
 from vlbridge.compat import cache_argument, cache_of
-from vlbridge.modeling.modeling_flamingo import PerceiverResampler
+from vlbridge.modeling.modeling_flamingo import PerceiverResampler, decoder_layers
 
 
 ATOL = 1e-4  # fp32, two layers; other shapes change the order of summation
@@ -294,3 +294,45 @@ def test_the_trained_copy_of_the_bridge_is_the_one_that_is_used(composed):
     wrapped(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert all(parameter.grad is not None for parameter in copied.cross_attention_layers.parameters())
     assert all(parameter.grad is None for parameter in wrapped.base_model.model.bridge.original_module.parameters())
+
+
+# ---------------------------------------------------------------------- what waits for backward
+
+
+def kept_by_layer(model, inputs, labels) -> list[int]:
+    """Number of tensors that each decoder layer keeps for `backward`, weights not counted."""
+    layers = decoder_layers(model.language_model)
+    kept, running = [0] * len(layers), []
+    weights = {weight.data_ptr() for weight in model.parameters()}
+
+    def note(tensor):
+        if running and tensor.data_ptr() not in weights:
+            kept[running[-1]] += 1
+        return tensor
+
+    handles = []
+    for number, layer in enumerate(layers):
+        handles.append(layer.register_forward_pre_hook(lambda layer, args, number=number: running.append(number)))
+        handles.append(layer.register_forward_hook(lambda layer, args, output: (running.pop(), None)[1]))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(**inputs, labels=labels).loss.backward()
+    for handle in handles:
+        handle.remove()
+    return kept
+
+
+def test_layers_below_the_first_trained_one_keep_nothing_for_backward():
+    """The special tokens' rows are trained, and lie below all layers; if they are frozen, cross-attention is first."""
+    model, processor = tiny_model("perceiver", cross_attention_every_n_layers=2)
+    inputs = inputs_of(processor, ["<image>a cat<|endofchunk|>"], [0])
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
+    model.train()
+    below, conditioned = kept_by_layer(model, inputs, labels)
+    assert below > 0 and conditioned > 0
+    rows = model.bridge.token_rows
+    assert rows.input_rows.grad.abs().sum() > 0
+    rows.input_rows.requires_grad_(False)
+    below, conditioned = kept_by_layer(model, inputs, labels)
+    assert below == 0 and conditioned > 0
+    gradients = [weight.grad.clone() for weight in model.bridge.cross_attention_layers.parameters()]
+    assert all(gradient.isfinite().all() for gradient in gradients) and any(gradient.any() for gradient in gradients)

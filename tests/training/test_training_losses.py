@@ -13,6 +13,7 @@ from toy_runs import save_data, save_parts, toy_records, toy_trainer
 from transformers import EarlyStoppingCallback, TrainingArguments
 
 from vlbridge import FAMILIES
+from vlbridge.modeling import modeling_losses
 from vlbridge.training.training_datasets import Samples
 from vlbridge.training.training_encoding import IGNORED, encoder_for
 from vlbridge.training.training_failures import TrainingError
@@ -87,6 +88,33 @@ def test_smoothed_labels_are_those_of_the_next_token(bridge, language, parts, tm
     shift = int(language != "t5")
     expected = sum(row_losses(logits[:, : logits.shape[1] - shift], labels[:, shift:], 0.3))
     assert float(found) == pytest.approx(float(expected) / int((labels[:, shift:] != IGNORED).sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize(("bridge", "language"), [("mlp", "llama"), ("perceiver", "llama"), ("qformer", "t5")])
+def test_logits_are_made_only_for_who_reads_them(bridge, language, parts, tmp_path, monkeypatch):
+    monkeypatch.setitem(modeling_losses.BLOCK_LOGITS, "cpu", 2 * 110)  # of two tokens of the toy vocabulary
+    trainer = toy_trainer(parts, bridge, language, dropout=0.0)(tmp_path)
+    trainer.model.eval()
+    batch = next(iter(trainer.get_train_dataloader()))
+    batch = {name: value for name, value in batch.items() if name not in ("ids", "sources", "skipped")}
+    scored = []
+    trainer.model.language_model.get_output_embeddings().register_forward_hook(
+        lambda layer, args, logits: scored.append(logits.shape[:-1].numel())
+    )
+    loss, logits, labels = trainer.prediction_step(trainer.model, dict(batch), False)
+    assert logits.shape[:2] == labels.shape and scored == [labels.numel()]
+    scored.clear()
+    alone, logits, _ = trainer.prediction_step(trainer.model, dict(batch), True)
+    assert logits is None and max(scored) <= 2 and len(scored) > 2
+    assert float(alone) == pytest.approx(float(loss), rel=1e-5)
+    scored.clear()
+    trained = trainer.compute_loss(trainer.model, dict(batch))
+    assert max(scored) <= 2 and float(trained.detach()) == pytest.approx(float(loss), rel=1e-5)
+    monkeypatch.setattr(trainer.model, "loss_function", lambda logits, **kwargs: logits.sum(), raising=False)
+    if language != "t5":  # whose forward has its own loss
+        scored.clear()
+        trainer.compute_loss(trainer.model, dict(batch))
+        assert len(scored) == 1
 
 
 def test_packed_rows_are_smoothed_as_their_samples(parts, tmp_path):

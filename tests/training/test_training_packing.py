@@ -14,6 +14,7 @@ from toy_records import assert_same, caption, document, image, loss_and_gradient
 from transformers import BloomConfig, FalconConfig
 
 import vlbridge
+from vlbridge.modeling.modeling_bridge import additive_mask
 from vlbridge.training.training_easy_vqa import (
     COLORS,
     SHAPES,
@@ -154,8 +155,9 @@ def test_conditioned_text_sees_the_images_of_its_own_sample_only(immediate):
     assert abs(wrong - model(**expected).loss) > 1e-3
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(("bridge", "language"), FAMILIES)
-def test_independent_questions_are_what_they_are_alone(bridge, language):
+def test_independent_questions_are_what_they_are_alone(bridge, language, attention):
     model, processor = tiny_model(bridge, language)
     encoder = encoder_for(model, processor)
     records = [QUESTIONS, caption("two dogs", 0), talk("one question", "yes", seed=4)]
@@ -167,9 +169,31 @@ def test_independent_questions_are_what_they_are_alone(bridge, language):
     assert len(samples[0]["pixel_values"]) == 1 and int(samples[0]["branch_ids"].max()) == 3
     batch = packed.collate(samples)
     assert len(batch["pixel_values"]) == 3
-    assert_same(loss_and_gradients(model, batch), loss_and_gradients(model, expected))
+    model.language_model.set_attn_implementation("sdpa")  # the samples alone, with a mask of two dimensions
+    alone = loss_and_gradients(model, expected)
+    model.language_model.set_attn_implementation(attention)
+    assert_same(loss_and_gradients(model, batch), alone)
     connected = encoder.collate([encoder.encode(record) for record in records])
     assert connected["input_ids"].shape != expected["input_ids"].shape
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_rows_in_half_precision(attention):
+    """The mask has the dtype that the language model computes in: of its weights, or of autocast."""
+    model, processor = tiny_model("mlp")
+    model.language_model.set_attn_implementation(attention)
+    packed = PackedEncoder(encoder_for(model, processor), model, 400)
+    batch = packed.collate([packed.encode(record) for record in RECORDS])
+    assert batch["attention_mask"].dtype == torch.bool
+    added = additive_mask(batch["attention_mask"], torch.zeros(1, dtype=torch.bfloat16))
+    assert added.dtype == torch.bfloat16 and torch.equal(added == 0, batch["attention_mask"])
+    assert additive_mask(added, added) is added and additive_mask(None, added) is None
+    with torch.no_grad():
+        expected = float(model(**batch).loss)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert additive_mask(batch["attention_mask"], torch.zeros(1)).dtype == torch.bfloat16
+            assert float(model(**batch).loss) == pytest.approx(expected, rel=0.02)
+        assert float(model.bfloat16()(**batch).loss) == pytest.approx(expected, rel=0.02)
 
 
 def test_questions_that_an_instruction_aware_qformer_reads_have_images_of_their_own():
@@ -274,8 +298,8 @@ def test_stage_1_and_other_attention_are_refused():
     with pytest.raises(ValueError, match="stage 1"):
         PackedEncoder(encoder_for(model, processor), model, 100)
     model, processor = tiny_model("mlp")
-    model.language_model.set_attn_implementation("eager")
-    with pytest.raises(ValueError, match="attn_implementation is 'eager'"):
+    model.language_model.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match="attn_implementation is 'flex_attention'"):
         PackedEncoder(encoder_for(model, processor), model, 100)
 
 

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 import vlbridge
 from vlbridge.cards import card_of_folder
 from vlbridge.cli import app
+from vlbridge.compat import attention_of
 from vlbridge.training import training_resumable, training_run
 from vlbridge.training.training_models import build_model
 from vlbridge.training.training_recipes import (
@@ -90,6 +91,10 @@ def recipe_of(toys, **more) -> Recipe:
         ({"bridge": "mpl"}, "bridge is 'mpl'; expected one of 'mlp', 'qformer', 'perceiver'"),
         ({"bridge": None}, "bridge missing: a fresh generative model needs vision, language and bridge"),
         ({"stage": "stage1"}, "tokenizer missing"),
+        (
+            {"stage": "stage1", "tokenizer": "t", "language": None, "attn_implementation": "eager"},
+            "stage1 has no language model: leave attn_implementation out",
+        ),
         ({"stage": "stage2"}, "stage is 'stage2'; expected one of 'generative', 'stage1'"),
         ({"from": "f"}, "leave vision out"),
         ({"freeze": ["bridge"]}, "freeze is 'bridge'"),
@@ -276,6 +281,13 @@ def test_trained_parts_are_kept_in_float32_where_computing_is_in_half_precision(
         assert parameter.requires_grad != frozen and parameter.dtype == (torch.bfloat16 if frozen else torch.float32), (
             name
         )
+
+
+def test_the_language_model_computes_attention_as_the_recipe_says(toys):
+    model, _ = build_model(recipe_of(toys, attn_implementation="eager"))
+    assert attention_of(model.language_model.config) == "eager" != attention_of(model.vision_model.config)
+    with pytest.raises(RecipeError, match="attn_implementation is 'fast', but LlamaForCausalLM keeps 'sdpa'"):
+        build_model(recipe_of(toys, attn_implementation="fast"))
 
 
 @pytest.mark.core
