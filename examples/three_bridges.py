@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -70,9 +71,14 @@ OPTIONS = {
     },
 }  # fmt: skip
 # Learning rates by part. At first all gradients agree on the form of answers, and Adam's equal steps add up over a wide
-# layer until the picture's share is lost; so the form is learned first, by what is added to every visual token alone.
-FORM_RATE, FORM_SHARE = 2e-3, 0.08
-FORM = {"mlp": "linear_2.bias", "qformer": "language_projection.bias", "perceiver": None}
+# layer until the picture's share is lost; so the form is learned first, by what knows no picture: what is added to every
+# visual token, or the Perceiver's feed-forward layers.
+FORM_SHARE = 0.08
+FORM = {
+    "mlp": (r"linear_2\.bias", 2e-3),
+    "qformer": (r"language_projection\.bias", 2e-3),
+    "perceiver": (r"cross_attention_layers\..*\.feed_forward\..*", 3e-4),  # sees the text alone
+}
 RATES = {
     "mlp": {"linear_1": 3e-5, "linear_2.bias": 1e-3, "linear_2.parametrizations.weight.original": 3e-4,
             "linear_2.parametrizations.weight.0": 2e-5},
@@ -450,8 +456,11 @@ def learn(model, questions: Questions, output: Path, bridge: str, watch, every: 
     # a large epsilon: the units of a thousand classes that are not there would all be moved by next to nothing
     eps = 1e-4 if bridge == "mlp" else 1e-8
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=eps, weight_decay=0.0)
-    form = FORM[bridge] and torch.optim.AdamW([parameters[FORM[bridge]]], lr=FORM_RATE, weight_decay=0.0)
-    form_steps = int(FORM_SHARE * steps) if form else 0
+    part, form_rate = FORM[bridge]
+    form = torch.optim.AdamW(
+        [one for name, one in parameters.items() if re.fullmatch(part, name)], lr=form_rate, weight_decay=0.0
+    )
+    form_steps = int(FORM_SHARE * steps)
 
     def rate(step: int) -> float:
         return min(1.0, (step + 1) / (0.02 * steps), (steps - form_steps - step) / (0.4 * steps))

@@ -10,9 +10,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ..compat import torch_compilable_check
+from ..compat import ForCausalLMLoss, torch_compilable_check
 from .modeling_outputs import BridgedOutput
 
 

@@ -126,6 +126,7 @@ IMPORTED = (
     Name("transformers.integrations.is_deepspeed_zero3_enabled", "ZeRO-3 shards parts while loading them"),
     Name("transformers.integrations.set_hf_deepspeed_config", "ZeRO-3: building the model unsharded"),
     Name("transformers.integrations.unset_hf_deepspeed_config", "ZeRO-3: building the model unsharded"),
+    Name("transformers.loss.loss_utils.ForCausalLMLoss", "whether a model's loss is the usual one"),
     Name("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS", "the Q-Former's attention implementations"),
     Name("transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "transformers serve"),
     Name("transformers.models.auto.modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", "transformers serve"),
