@@ -81,6 +81,8 @@ class TokenRows(nn.Module):
 
 def num_embeddings(embedding: nn.Module) -> int:
     """Number of rows of an embedding table, which PEFT may have wrapped."""
+    if isinstance(embedding, nn.Embedding):
+        return embedding.num_embeddings
     return next(module.num_embeddings for module in embedding.modules() if hasattr(module, "num_embeddings"))
 
 

@@ -31,7 +31,7 @@ from ..compat import (
     torch_compilable_check,
 )
 from ..compat import initialization as init
-from ..compat_hooks import ModelHooks
+from ..compat_hooks import ModelHooks, hidden_states_to_keep
 from ..configuration.configuration_bridged import BridgedConfig
 from .modeling_backbone import BackboneMixin
 from .modeling_bridge import Bridge, TokenRows, additive_mask, fill_vision_geometry, num_embeddings, patch_features_of
@@ -186,9 +186,11 @@ class BridgedModel(
                 + (", or (num_images, num_frames, channels, height, width) for videos." if self.takes_frames else ".")
             )
         vision_dtype = next(weight.dtype for weight in self.vision_model.parameters() if weight.is_floating_point())
-        if self.config.vision_feature_layer is not None:
-            kwargs["output_hidden_states"] = True
-        trained = pixel_values.requires_grad or any(weight.requires_grad for weight in self.vision_model.parameters())
+        if (layer := self.config.vision_feature_layer) is not None and not kwargs.get("output_hidden_states"):
+            kwargs["output_hidden_states"] = hidden_states_to_keep(self.vision_model, layer)
+        trained = torch.is_grad_enabled() and (
+            pixel_values.requires_grad or any(weight.requires_grad for weight in self.vision_model.parameters())
+        )
         with nullcontext() if trained else torch.no_grad():  # the weights decide: a frozen part may have adapters
             return self.vision_model(pixel_values=pixel_values.to(vision_dtype), return_dict=True, **kwargs)
 
@@ -270,7 +272,7 @@ class BridgedModel(
             `(batch, tokens, text_dim)`.
         """
         embedding = self.get_input_embeddings()
-        inputs_embeds = embedding(input_ids.masked_fill(input_ids >= num_embeddings(embedding), 0))
+        inputs_embeds = embedding(input_ids.clamp(max=num_embeddings(embedding) - 1))
         if self.bridge.token_rows is not None:
             inputs_embeds = self.bridge.token_rows.fill(inputs_embeds, input_ids)
         return inputs_embeds
@@ -296,10 +298,12 @@ class BridgedModel(
                 "Images need input_ids: placeholders can't be found in inputs_embeds. Give all that the processor "
                 "returned, as in generate(**inputs)."
             )
+        # Decoding steps have one token: checking them would only wait for the device.
+        if image_features is None and (input_ids.shape[1] == 1 or torch.compiler.is_compiling()):
+            return inputs_embeds
         placeholders = input_ids == self.config.image_token_id  # (batch, tokens)
         if image_features is None:
-            # Decoding steps have one token: checking them would only wait for the device.
-            if input_ids.shape[1] > 1 and not torch.compiler.is_compiling() and bool(placeholders.any()):
+            if bool(placeholders.any()):
                 raise ValueError(
                     f"There are {int(placeholders.sum())} image tokens in input_ids, but no images were given."
                 )
@@ -444,7 +448,7 @@ class BridgedModel(
                 num_items_in_batch=num_items_in_batch,
                 shift_labels=shift_labels,
             )
-        return BridgedOutput(
+        return BridgedOutput.of(
             loss=self.with_gradient(loss),
             logits=pad_logits(num_logits, logits),
             **cache_argument(cache_of(outputs)),
@@ -519,7 +523,7 @@ class BridgedModel(
             sums = "mean" if num_items_in_batch is None else "sum"
             loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction=sums)
             loss = loss if num_items_in_batch is None else loss / num_items_in_batch
-        return BridgedOutput(
+        return BridgedOutput.of(
             loss=self.with_gradient(loss),
             logits=pad_logits(num_logits, logits),
             **cache_argument(cache_of(outputs)),

@@ -165,6 +165,7 @@ class BridgeGenerationMixin(GenerationHooks):
         if self.config.is_encoder_decoder:
             if kwargs.get("encoder_outputs") is None:
                 self._encode_for_generation(inputs, encoded, generation_config, kwargs)
+            self._drop_mask_of_ones(kwargs)
         elif encoded is not None or kwargs.get("visual_states") is not None:
             kwargs["visual_states"] = self._states_for_generation(inputs, encoded, cache, kwargs)
         if self.config.visual_tokens_in_prompt:
@@ -393,6 +394,15 @@ class BridgeGenerationMixin(GenerationHooks):
             **wanted,
         )
 
+    @staticmethod
+    def _drop_mask_of_ones(kwargs: dict) -> None:
+        """Leave out an encoder's mask that masks nothing: else every step makes a mask for the decoder from it."""
+        mask = kwargs.get("attention_mask")
+        if mask is None or kwargs.get("encoder_outputs") is None or kwargs.get("custom_generate") is not None:
+            return  # a custom loop may read it
+        if bool(mask.all()):
+            del kwargs["attention_mask"]
+
     def _generation_setting(self, name: str, generation_config: GenerationConfig | None, kwargs: dict):
         """Read a setting from the arguments, the given configuration or the model's configuration, in this order."""
         places = (kwargs.get(name), getattr(generation_config, name, None), getattr(self.generation_config, name, None))
@@ -461,8 +471,8 @@ class BridgeGenerationMixin(GenerationHooks):
             else:
                 visual_states.prompt = None  # frees what was made of all images but the last
                 arguments["visual_states"] = visual_states.decoding
-        if (columns := self.num_logits_to_generate) > self.num_logits:
-            arguments["num_logits"] = columns
+        if self.language_model is not None:  # processors look up every token of the prompt, placeholders too
+            arguments["num_logits"] = self.config.image_token_id + 1
         return arguments
 
     def create_masks_for_generate(self, *args, **kwargs):

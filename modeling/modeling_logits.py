@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import nn
 from transformers import LogitsProcessor, PreTrainedModel
@@ -24,14 +26,18 @@ class NeverGenerated(LogitsProcessor):
 
     def __init__(self, token_id: int):
         self.token_id = token_id
+        self.index: torch.Tensor | None = None  # the token's column, on the scores' device
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Return new scores, `(rows, columns)`; the given ones if there is no such column."""
         if self.token_id >= scores.shape[-1]:
             return scores
-        scores = scores.clone()  # `generate` may return the given ones
-        scores[..., self.token_id] = -torch.inf
-        return scores
+        if self.index is None or self.index.device != scores.device:
+            self.index = torch.tensor([self.token_id], device=scores.device)
+        return scores.index_fill(-1, self.index, -torch.inf)  # not in place: `generate` may return the given ones
+
+    # `LogitsProcessorList` reads the signature for every token, and `inspect` takes longer for it than the call itself
+    __call__.__signature__ = inspect.signature(__call__)
 
 
 class Guidance(LogitsProcessor):

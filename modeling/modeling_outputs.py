@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import OrderedDict
+from dataclasses import dataclass, fields
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
@@ -45,6 +46,26 @@ class BridgedOutput(CausalLMOutputWithPast):
     image_hidden_states: torch.Tensor | None = None
     visual_states: ModelOutput | None = None
     token_losses: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, **values) -> BridgedOutput:
+        """The output `BridgedOutput(**values)`, made faster: generation makes one per token.
+
+        Args:
+            values: Fields by name. transformers' checks of the class, which look at all fields for each one that is
+                set, are left out.
+        """
+        if torch.compiler.is_compiling():  # the compiler knows dataclasses
+            return cls(**values)
+        output = cls.__new__(cls)
+        for name in OUTPUT_FIELDS:  # items in the order of the fields; a field that is `None` is no item
+            if (value := values.get(name)) is not None:
+                OrderedDict.__setitem__(output, name, value)
+                output.__dict__[name] = value
+        return output
+
+
+OUTPUT_FIELDS = tuple(field.name for field in fields(BridgedOutput))
 
 
 @dataclass

@@ -21,10 +21,13 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from ..inference import load
+from ..prompts import ImageCache, PromptMaker, whole_prompts
 from .serving_requests import ChatRequest, Limits, RequestError
 
 
 HELD_PICTURES = 16  # pictures of the largest size that requests may hold in memory, all together
+# Encoded pictures that are kept for further questions about them, for all bridges together: how many, and bytes
+KEPT_PICTURES, KEPT_BYTES = 256, 1 << 28
 
 
 @dataclass(eq=False)
@@ -170,6 +173,12 @@ class Engine:
         self.name, self.base = name, self.model.active_bridge
         for bridge, place in (bridges or {}).items():
             self.model.add_bridge(bridge, place)
+        # Every bridge makes other visual tokens of a picture
+        share, kept = KEPT_BYTES // len(self.model.bridges), max(KEPT_PICTURES // len(self.model.bridges), 1)
+        self.prompts = {
+            bridge: PromptMaker(ImageCache(self.model, self.processor, share, max_images=kept))
+            for bridge in self.model.bridges
+        }
         self.tokenizer = copy.deepcopy(self.processor.tokenizer)  # another thread must not change the engine's settings
         self.max_batch = max_batch
         self.jobs: queue.Queue[Job | Call | None] = queue.Queue()
@@ -379,14 +388,9 @@ class Engine:
         model, processor = self.model, self.processor
         if model.active_bridge != jobs[0].bridge:
             model.set_bridge(jobs[0].bridge)
-        nested = [job.images for job in jobs]
-        images = processor.nest(nested) if jobs[0].images else None
-        begin = processor.tokenizer.bos_token
-        begun = bool(begin) and all(job.prompt.startswith(begin) for job in jobs)
-        inputs = processor(
-            text=[job.prompt for job in jobs], images=images, return_tensors="pt", padding=True, padding_side="left",
-            **({"add_special_tokens": False} if begun else {}),
-        ).to(model.device)  # fmt: skip
+        maker = self.prompts[jobs[0].bridge]
+        prompts = maker.of_templates([job.prompt for job in jobs], [job.images for job in jobs])
+        inputs, images = whole_prompts(maker, prompts)
         for job, mask in zip(jobs, inputs["attention_mask"]):
             job.prompt_tokens = int(mask.sum())
         start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
@@ -400,7 +404,7 @@ class Engine:
         if jobs[0].on_text is not None:
             options["streamer"] = _Pieces(processor.tokenizer, jobs[0], not model.config.is_encoder_decoder)
         rows = model.generate(
-            **inputs, **options, stopping_criteria=StoppingCriteriaList([_Ended(jobs, start, deadline)])
+            **inputs, **images, **options, stopping_criteria=StoppingCriteriaList([_Ended(jobs, start, deadline)])
         )
         return [self._answer(job, row[start:].tolist(), options) for job, row in zip(jobs, rows)]
 

@@ -220,6 +220,25 @@ def without_new_hooks(model: nn.Module) -> Iterator[None]:
                 delattr(module, installed)
 
 
+# Since transformers 5.23, `output_hidden_states` may be a list of the layers to keep
+SELECTS_HIDDEN_STATES = version_of("transformers") >= Version("5.23")
+
+
+def hidden_states_to_keep(model: nn.Module, layers: int | list[int]) -> bool | list[int]:
+    """The argument `output_hidden_states` that gives some hidden states, and keeps no others where that is possible.
+
+    Args:
+        model: A vision encoder.
+        layers: Indices of the hidden states that are read; negative ones count from the end.
+    """
+    config = getattr(model, "config", None)
+    records = "hidden_states" in (getattr(model, "_can_record_outputs", None) or {})
+    counted = isinstance(getattr(config, "num_hidden_layers", None), int)
+    if not (SELECTS_HIDDEN_STATES and records and counted) or config.output_hidden_states:
+        return True
+    return layers if isinstance(layers, list) else [layers]
+
+
 class TrainerHooks:
     """Mixin before `Trainer`: each private method calls one with a public name, and hands it transformers' own way."""
 
@@ -243,6 +262,7 @@ __all__ = [
     "ModelHooks",
     "ProcessorHooks",
     "TrainerHooks",
+    "hidden_states_to_keep",
     "process_images",
     "without_new_hooks",
 ]

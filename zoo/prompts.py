@@ -94,11 +94,19 @@ class ImageCache:
         processor: Its processor.
         max_bytes: Size of the features that are kept, in bytes; the images that were used last stay.
         batch_size: Number of images that the vision encoder gets at a time.
+        max_images: Number of images that are kept; `None` for as many as `max_bytes` allows.
     """
 
-    def __init__(self, model: BridgedModel, processor, max_bytes: int = CACHE_BYTES, batch_size: int = 16):
+    def __init__(
+        self,
+        model: BridgedModel,
+        processor,
+        max_bytes: int = CACHE_BYTES,
+        batch_size: int = 16,
+        max_images: int | None = None,
+    ):
         self.model, self.processor = model, processor
-        self.max_bytes, self.batch_size = max_bytes, batch_size
+        self.max_bytes, self.batch_size, self.max_images = max_bytes, batch_size, max_images
         self.num_encoded = 0  # images that went through the encoder so far
         self._kept: OrderedDict[str, EncodedImage] = OrderedDict()
         self._num_bytes = 0
@@ -172,7 +180,8 @@ class ImageCache:
     def _keep(self, key: str, image: EncodedImage) -> None:
         self._kept[key] = image
         self._num_bytes += image.num_bytes
-        while self._num_bytes > self.max_bytes and self._kept:
+        most = len(self._kept) if self.max_images is None else self.max_images
+        while self._kept and (self._num_bytes > self.max_bytes or len(self._kept) > most):
             self._num_bytes -= self._kept.popitem(last=False)[1].num_bytes
 
 
@@ -227,7 +236,18 @@ class PromptMaker:
             ValueError: A demonstration or query can't be read.
         """
         shown = [list(each) for each in demonstrations]
-        templates, pictures_of = self.processor.few_shot(shown, list(queries), tokenize=False)
+        return self.of_templates(*self.processor.few_shot(shown, list(queries), tokenize=False))
+
+    def of_templates(self, templates: Sequence[str], pictures_of: Sequence[Sequence]) -> list[Prompt]:
+        """Make prompts of texts, with the ids of the processor's call.
+
+        Args:
+            templates: Texts with one image token per image, such as chat templates write.
+            pictures_of: The images of each text.
+
+        Raises:
+            ValueError: An image can't be read.
+        """
         encoded = iter(self.images.encode([image for images in pictures_of for image in images]))
         images = [[next(encoded) for _ in each] for each in pictures_of]
         replacements = [image.replacement for each in images for image in each]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import itertools
 import pickle
 import weakref
 
@@ -27,6 +28,7 @@ from transformers import AutoModelForCausalLM, GradientCheckpointingLayer
 
 import vlbridge
 from vlbridge.compat import cache_argument, cache_of
+from vlbridge.compat_hooks import SELECTS_HIDDEN_STATES
 
 
 ATOL = 1e-4  # fp32, two layers; padding changes the order of summation
@@ -257,13 +259,29 @@ def test_any_encoder(bridge, vision):
     assert model(**inputs).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("layer", [-1, -2, [-1, -2]])
-def test_chosen_layers(layer):
-    model, processor = tiny_model("mlp", vision_feature_layer=layer)
-    pixel_values = processor(images=[tiny_image()], text=["<image>"], return_tensors="pt")["pixel_values"]
-    hidden = model.vision_model(pixel_values, output_hidden_states=True).hidden_states
-    expected = torch.cat([hidden[index][:, 1:] for index in (layer if isinstance(layer, list) else [layer])], dim=-1)
-    torch.testing.assert_close(model.get_patch_features(pixel_values), expected, atol=0, rtol=0)
+@pytest.mark.parametrize(
+    ("vision", "layer"),
+    [*itertools.product(["clip", "siglip", "vit", "dinov2"], [0, -2, [-1, -2]]), ("resnet", -1)],
+    ids=str,
+)
+def test_chosen_layers(vision, layer):
+    """As all hidden states have them; encoders of transformers keep no others, where it can leave them out."""
+    model, _ = tiny_model("mlp", vision=vision, vision_feature_layer=layer)
+    pixel_values = torch.randn(2, 3, model.config.image_size, model.config.image_size)
+    layers = layer if isinstance(layer, list) else [layer]
+    kept = []
+    model.vision_model.register_forward_hook(lambda module, args, outputs: kept.append(outputs.hidden_states))
+    with torch.no_grad():
+        found = model.get_patch_features(pixel_values)
+        every = model.vision_model(pixel_values, output_hidden_states=True).hidden_states
+        asked = model.get_image_features(pixel_values, output_hidden_states=True).hidden_states
+    chosen = [every[index] for index in layers]
+    chosen = [states.flatten(2).transpose(1, 2) if states.ndim == 4 else states for states in chosen]
+    expected = torch.cat([states[:, model.config.num_prefix_tokens :] for states in chosen], dim=-1)
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+    left = sum(states is not None for states in kept[0])
+    assert left == (len(layers) if SELECTS_HIDDEN_STATES and vision != "resnet" else len(every))
+    assert len(asked) == len(every) and all(map(torch.equal, asked, every))
 
 
 @pytest.mark.core

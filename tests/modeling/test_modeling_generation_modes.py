@@ -6,7 +6,10 @@ guided tokens in `test_modeling_drafts_and_guidance.py`.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import inspect
+import pickle
 import threading
 
 import pytest
@@ -19,6 +22,7 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LogitsProcessorList,
     TextIteratorStreamer,
     TextStreamer,
     WatermarkDetector,
@@ -26,6 +30,8 @@ from transformers import (
 )
 
 import vlbridge
+from vlbridge.modeling.modeling_bridged import BridgedOutput
+from vlbridge.modeling.modeling_logits import NeverGenerated
 
 
 ATOL = 1e-4  # fp32, two layers; padding and caches change the order of summation
@@ -458,3 +464,48 @@ def test_transformers_llava_writes_the_same(pair, way):
         torch.manual_seed(3)
         found.append(new_tokens(each, inputs, **WAYS[way]))
     assert torch.equal(*found)
+
+
+# ---------------------------------------------------------------------- what a step costs
+
+
+@pytest.mark.core
+def test_outputs_are_made_as_transformers_makes_them():
+    values = {"logits": torch.ones(1, 2, 3), "loss": None, "visual_states": None, "image_hidden_states": torch.ones(1)}
+    quick, plain = BridgedOutput.of(**values), BridgedOutput(**values)
+    assert list(quick.keys()) == list(plain.keys()) == ["logits", "image_hidden_states"]
+    assert all(one is other for one, other in zip(quick.to_tuple(), plain.to_tuple(), strict=True))
+    for field in dataclasses.fields(plain):
+        assert getattr(quick, field.name) is getattr(plain, field.name)
+    assert quick["logits"] is quick.logits and quick[0] is quick.logits and "loss" not in quick
+    quick.loss = torch.zeros(())
+    assert "loss" in quick and pickle.loads(pickle.dumps(quick)).loss == 0
+
+
+@pytest.mark.core
+def test_the_processor_that_bars_placeholders():
+    scores = torch.randn(2, 5)
+    expected = scores.clone()
+    expected[:, 3] = -torch.inf
+    before = scores.clone()
+    processors = LogitsProcessorList([NeverGenerated(3)])
+    for _ in range(2):
+        assert torch.equal(processors(None, scores), expected) and torch.equal(scores, before)
+    assert NeverGenerated(5)(None, scores) is scores
+    assert list(inspect.signature(NeverGenerated(3).__call__).parameters) == ["input_ids", "scores"]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS], ids=["full", "ragged"])
+def test_an_encoder_mask_that_masks_nothing_is_left_out(texts):
+    model, processor = endless("qformer", "t5")
+    inputs = inputs_of(processor, texts)
+    seen = []
+    hook = model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    found = new_tokens(model, inputs)
+    hook.remove()
+    assert torch.equal(found, loop(model, inputs))
+    assert len(seen) == NEW
+    assert all((mask is None) == bool(inputs["attention_mask"].all()) for mask in seen)

@@ -140,18 +140,15 @@ def test_a_large_body_is_not_read(served):
 def test_a_model_that_fails_for_one_request_answers_the_others(served, monkeypatch):
     client, engine, model, processor = served("mlp")
     (text,) = expected(model, processor, turn(tiny_image(1), "what?"))
-    genuine = engine.processor
+    maker = engine.prompts[engine.base]
+    genuine = maker.of_templates
 
-    class Refusing:
-        def __getattr__(self, name):
-            return getattr(genuine, name)
+    def refusing(templates, pictures_of):
+        if any("refuse" in template for template in templates):
+            raise ValueError("I can't")
+        return genuine(templates, pictures_of)
 
-        def __call__(self, text, **kwargs):
-            if any("refuse" in prompt for prompt in text):
-                raise ValueError("I can't")
-            return genuine(text=text, **kwargs)
-
-    monkeypatch.setattr(engine, "processor", Refusing())
+    monkeypatch.setattr(maker, "of_templates", refusing)
     with ThreadPoolExecutor(6) as pool:
         ask = [
             pool.submit(

@@ -162,7 +162,8 @@ def test_what_goes_wrong_with_one_model_does_not_cost_the_other_its_answer(pair,
     def fail(*args, **kwargs):
         raise RuntimeError("out of something")
 
-    monkeypatch.setattr(pair[0].engine, "processor", _Failing(pair[0].engine.processor, fail))
+    engine = pair[0].engine
+    monkeypatch.setattr(engine.prompts[engine.base], "of_templates", fail)
     found = last(pair, Asked(tiny_image(5), "what?", max_new_tokens=NEW_TOKENS))
     assert (found["mlp"].state, found["mlp"].error) == ("failed", "The model failed.")
     assert found["perceiver"].state == "done"
@@ -172,17 +173,6 @@ def test_what_goes_wrong_with_one_model_does_not_cost_the_other_its_answer(pair,
     assert all("context has 512. Shorten" in reply.error for reply in long.values())
     assert "at most 2000" in one(pair[0], Asked(tiny_image(5), "w" * 3000)).error
     assert "expected 1 to 400" in one(pair[0], Asked(tiny_image(5), "w", max_new_tokens=401)).error
-
-
-class _Failing:
-    def __init__(self, genuine, call):
-        self.genuine, self.call = genuine, call
-
-    def __getattr__(self, name):
-        return getattr(self.genuine, name)
-
-    def __call__(self, *args, **kwargs):
-        return self.call()
 
 
 def test_people_at_the_same_time_get_their_own_answers(pair):

@@ -443,6 +443,10 @@ def test_the_cache_is_bounded():
     assert cache.num_encoded == 3
     cache.encode([second])
     assert cache.num_encoded == 4
+    few = ImageCache(model, processor, max_images=1)
+    for image, encoded in ((first, 1), (first, 1), (second, 2), (first, 3)):
+        few.encode([image])
+        assert few.num_encoded == encoded
     none = ImageCache(model, processor, max_bytes=0)
     queries, demonstrations = asked(3), shown(2)
     expected = full_prompts(model, processor, [demonstrations] * 3, queries)
