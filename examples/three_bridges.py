@@ -71,7 +71,7 @@ OPTIONS = {
     },
 }  # fmt: skip
 # Learning rates by part. At first all gradients agree on the form of answers, and Adam's equal steps add up over a wide
-# layer until the picture's share is lost; so the form is learned first, by what knows no picture: what is added to every
+# layer until the picture's share is lost. So the form is learned first, by what knows no picture: what is added to every
 # visual token, or the Perceiver's feed-forward layers.
 FORM_SHARE = 0.08
 FORM = {
