@@ -28,8 +28,8 @@ def compare(
 ) -> None:
     """Show what several models say about the same images.
 
-    The models are loaded one after the other. embedded-mlp, embedded-qformer and embedded-perceiver are the bridges
-    that are shipped. For whole data sets see vlbridge evaluate and bakeoff.
+    The models are loaded one after the other. "embedded" is the embedded bridge. For whole data sets see
+    vlbridge evaluate and bakeoff.
     """
     from vlbridge.assets import EMBEDDED, SHIPPED
     from vlbridge.images import ImageError, expand_paths, load_image

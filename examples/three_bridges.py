@@ -71,8 +71,8 @@ OPTIONS = {
     },
 }  # fmt: skip
 # Learning rates by part. At first all gradients agree on the form of answers, and Adam's equal steps add up over a wide
-# layer until the picture's share is lost. So the form is learned first, by what knows no picture: what is added to every
-# visual token, or the Perceiver's feed-forward layers.
+# layer until the picture's share is lost. So the form is learned first, by what knows no picture: what is added to
+# every visual token, or the Perceiver's feed-forward layers.
 FORM_SHARE = 0.08
 FORM = {
     "mlp": (r"linear_2\.bias", 2e-3),
@@ -82,7 +82,7 @@ FORM = {
 RATES = {
     "mlp": {"linear_1": 3e-5, "linear_2.bias": 1e-3, "linear_2.parametrizations.weight.original": 3e-4,
             "linear_2.parametrizations.weight.0": 2e-5},
-    "qformer": {"": 1e-4},
+    "qformer": {"": 5e-4},
     "perceiver": {"resampler": 5e-5, "cross_attention_layers": 3e-4},
 }  # fmt: skip
 SHOWS = "The image shows"  # stands before the visual tokens: a language model repeats what stands behind it
@@ -291,7 +291,7 @@ def read_out(model, probe, data: Data, words: Words, count: int = 256) -> dict[s
 # When what is asked about easy-VQA's drawings, in shares of all steps. Naming first. Comparing a question with the
 # picture is then learned with three shapes and plain questions, and carries over to negated questions and to colours;
 # if everything is asked at once, it is not learned in several times as many steps.
-NAMING, PLAIN, NEGATION, MOSTLY_PAIRS = 0.12, 0.25, 0.4, 0.75
+NAMING, PLAIN, NEGATION, MOSTLY_PAIRS = 0.3, 0.4, 0.5, 0.8
 
 
 class SharedMap(torch.nn.Module):

@@ -222,19 +222,23 @@ def fill_vision_geometry(config: BridgedConfig) -> None:
             setattr(config, name, value)
 
 
-def additive_mask(attention_mask: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor | None:
+def additive_mask(
+    attention_mask: torch.Tensor | dict[str, torch.Tensor] | None, hidden_states: torch.Tensor
+) -> torch.Tensor | dict[str, torch.Tensor] | None:
     """Make a boolean 4-d mask one that is added to the scores of attention; other masks stay as they are.
 
     `"eager"` attention adds whatever it is given. PyTorch's SDPA takes boolean masks, but makes a copy of them in every
     layer, and keeps all copies for `backward`.
 
     Args:
-        attention_mask: `(batch, 1, tokens, keys)`, true where attention is allowed.
+        attention_mask: `(batch, 1, tokens, keys)`, true where attention is allowed; or such masks by kind of layer.
         hidden_states: What the language model is given; the mask has the dtype in which it computes.
 
     Returns:
         `(batch, 1, tokens, keys)`: 0 where attention is allowed, else the lowest finite number.
     """
+    if isinstance(attention_mask, dict):
+        return {kind: additive_mask(mask, hidden_states) for kind, mask in attention_mask.items()}
     if attention_mask is None or attention_mask.ndim != 4 or attention_mask.dtype != torch.bool:
         return attention_mask
     device, dtype = hidden_states.device, hidden_states.dtype

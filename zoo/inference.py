@@ -56,9 +56,8 @@ def model_source(model: str | os.PathLike | None = None) -> str:
     """Where a model is loaded from: a folder or Hub id.
 
     Args:
-        model: Folder, which may begin with `~`, or Hub id; `None` is the embedded bridge. `"embedded"`,
-            `"embedded-mlp"`, `"embedded-qformer"` and `"embedded-perceiver"` are the shipped bridges, unless a folder
-            has the name.
+        model: Folder, which may begin with `~`, or Hub id; `None` and `"embedded"` are the embedded bridge
+            (and `"embedded-mlp"` the one of a family), unless a folder has the name.
     """
     if model is None:
         return default_model()
