@@ -4,7 +4,10 @@
     python benchmarks/classifier_start.py --steps 4 --classifier-steps 40    # to try it
 
 Two small classifiers, a ResNet and a ViT, learn to tell the colour of squares on grey noise. Each of them is then the
-frozen encoder in front of SmolLM2-135M-Instruct, which is to say the colour. Both bridges have one visual token and the
+frozen encoder in front of a frozen language model, which is to say the colour: SmolLM2-135M-Instruct, or a Llama of
+four layers that was trained here on sentences about squares, with the same tokenizer.
+
+Both bridges have one visual token and the
 same number of hidden units, and see the same pictures in the same order, with the same learning rate. They differ by
 where they begin: at random, or at the classifier's head and the embeddings of its classes' names.
 """
@@ -12,6 +15,7 @@ where they begin: at random, or at the classifier's head and the embeddings of i
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import platform
 import statistics
@@ -27,6 +31,8 @@ from transformers import (
     AutoModelForImageClassification,
     AutoTokenizer,
     CLIPImageProcessor,
+    LlamaConfig,
+    LlamaForCausalLM,
     ResNetConfig,
     ViTConfig,
     set_seed,
@@ -88,6 +94,32 @@ def train_classifier(kind: str, steps: int):
     return model.eval()
 
 
+def train_language(tokenizer, steps: int) -> LlamaForCausalLM:
+    """A small language model that has read about squares: it repeats the colour that stands before "square"."""
+    config = LlamaConfig(
+        hidden_size=192, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, vocab_size=len(tokenizer),
+        max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).train()
+    before, after = PROMPT.split("<image>")
+    ids = torch.tensor(
+        [tokenizer(f"{before} {word}{after} {word}", add_special_tokens=False)["input_ids"] for word in WORDS]
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    right = model(input_ids=ids).logits[:, -2].argmax(dim=-1) == ids[:, -1]
+    if not right.all():
+        raise SystemExit(
+            f"The small language model repeats {int(right.sum())} of {len(WORDS)} colours: train it longer."
+        )
+    return model.eval()
+
+
 def batch_of(processor, classes: torch.Tensor) -> dict[str, torch.Tensor]:
     """Prompt and answer of pictures of some classes; the loss is the answer's alone. All answers have one token."""
     prompt = processor.tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
@@ -135,8 +167,8 @@ def reached(losses: list[float], level: float) -> int | None:
     return None
 
 
-def compare(kind: str, language, tokenizer, settings: dict, seed: int) -> list[dict]:
-    """Both bridges on one encoder."""
+def compare(kind: str, name: str, language, tokenizer, settings: dict, seed: int) -> list[dict]:
+    """Both bridges on one encoder, in front of one language model."""
     set_seed(seed)
     classifier = train_classifier(kind, settings["classifier_steps"])
     count = {"train": settings["pictures"], "test": settings["test_pictures"]}
@@ -164,12 +196,16 @@ def compare(kind: str, language, tokenizer, settings: dict, seed: int) -> list[d
         with torch.no_grad():
             features = {name: model.get_patch_features(images) for name, images in pixels.items()}
         before = measure(model, processor, features["test"], classes["test"])
-        print(f"{kind}, {arm}, top logit {top:.2f}, head {head_accuracy:.2f}, before training: {before}", flush=True)
+        print(
+            f"{kind}, {name}, {arm}, top logit {top:.2f}, head {head_accuracy:.2f}, before training: {before}",
+            flush=True,
+        )
         began = time.time()
         losses = fit(model, processor, features["train"], classes["train"], settings, seed)
         runs.append(
             {
                 "encoder": kind,
+                "language": name,
                 "arm": arm,
                 "seed": seed,
                 "head_accuracy": round(head_accuracy, 4),
@@ -191,6 +227,7 @@ def steps_saved(runs: list[dict]) -> dict:
     level = statistics.mean(fresh[-WINDOW:])
     return {
         "encoder": runs[0]["encoder"],
+        "language": runs[0]["language"],
         "seed": runs[0]["seed"],
         "loss": round(level, 4),
         "fresh_after_steps": reached(fresh, level),
@@ -205,6 +242,7 @@ def main(
     classifier_steps: Annotated[int, typer.Option(min=1, help="Of the classifiers, 32 pictures each.")] = 100,
     pictures: Annotated[int, typer.Option(min=8, help="To train the bridges on.")] = 256,
     test_pictures: Annotated[int, typer.Option(min=8, help="To test the bridges on.")] = 32,
+    language_steps: Annotated[int, typer.Option(min=1, help="Of the small language model, 8 sentences each.")] = 150,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each bridge.")] = 1,
     output: Annotated[Path | None, typer.Option(help="JSON file with the figures.")] = None,
 ) -> None:
@@ -215,14 +253,19 @@ def main(
         "classifier_steps": classifier_steps,
         "pictures": pictures,
         "test_pictures": test_pictures,
+        "language_steps": language_steps,
     }
     place = demo.resolve(demo.LANGUAGE)
-    language = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(place)
+    set_seed(0)
+    languages = {
+        demo.LANGUAGE: AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval(),
+        "small Llama": train_language(tokenizer, language_steps),
+    }
     runs, saved = [], []
     for seed in range(seeds):
-        for kind in ENCODERS:
-            both = compare(kind, language, tokenizer, settings, seed)
+        for (name, language), kind in itertools.product(languages.items(), ENCODERS):
+            both = compare(kind, name, language, tokenizer, settings, seed)
             runs += both
             saved.append(steps_saved(both))
             print(json.dumps(saved[-1]), flush=True)
@@ -233,7 +276,7 @@ def main(
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-            "language": demo.LANGUAGE,
+            "parameters": {name: language.num_parameters() for name, language in languages.items()},
             **settings,
         }
         output.write_text(json.dumps({"about": about, "steps_saved": saved, "runs": runs}, indent=2) + "\n")
