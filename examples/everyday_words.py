@@ -2,10 +2,10 @@
 
     python examples/everyday_words.py --wordnet /usr/share/wordnet --output modeling/everyday_words.json
 
-A class keeps its own name if that is a word that people use; otherwise it gets the first such word on the way up to
-more general things. Words that people use are those that WordNet's editors met in running text (the counts of
-`cntlist.rev`) or that the language model's tokenizer keeps whole, unless they are so general that they say nothing. All
-breeds are dogs or cats. `--wordnet` is the folder of WordNet 3.0's own files; Debian's package wordnet-base has them.
+A class keeps its own name if the language model's tokenizer keeps it whole; otherwise it gets the first such word on
+the way up to more general things, or, if there is none, the first that WordNet's editors met in running text (the
+counts of `cntlist.rev`). The way ends at words that are so general that they say nothing. All breeds are dogs or cats.
+`--wordnet` is the folder of WordNet 3.0's own files; Debian's package wordnet-base has them.
 """
 
 from __future__ import annotations
@@ -80,18 +80,20 @@ def everyday(label: str, synsets: dict, counts: dict, by_words: dict[frozenset, 
     level = by_words.get(frozenset(name.lower() for name in names), [])
     if len(level) != 1:
         return own
-    found = None
+    found = met = None
     for _ in range(HEIGHT):
         words = [(word, counts.get((word.lower(), offset), 0)) for offset in level for word in synsets[offset][0]]
         if breeds := [KINDS[word] for word, _ in words if word in KINDS]:
             return breeds[0]
-        firsts = {synsets[offset][0][0] for offset in level}  # a synonym may be a whole word for something else
-        known = (word for word, count in words if _is_name(word) and (count or (word in whole and word in firsts)))
-        found = found or next(known, None)
+        # a language model repeats best what it reads as one token; a synonym may be such a word for something else
+        firsts = {synsets[offset][0][0] for offset in level}
+        names = [(word, count) for word, count in words if _is_name(word) and (count or word in firsts)]
+        found = found or next((word for word, _ in names if word in whole), None)
+        met = met or next((word for word, count in names if count), None)
         if any(word.lower() in VAGUE for word, _ in words):
             break
         level = [above for offset in level for above in synsets[offset][1] if above in synsets]
-    return (found or own).replace("_", " ")
+    return (found or met or own).replace("_", " ")
 
 
 def _is_name(word: str) -> bool:
