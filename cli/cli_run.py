@@ -133,9 +133,9 @@ def warn_of_photographs(model: str | None, picture, name: str) -> bool:
     Returns:
         Whether there was something to say.
     """
-    from vlbridge import demo
+    from vlbridge import demo, inference
 
-    warning = demo.photograph_warning(picture, name, model)
+    warning = demo.photograph_warning(picture, name, inference.model_source(model))
     if warning is None:
         return False
     print_line(f"vlbridge: warning: {warning}", sys.stderr)

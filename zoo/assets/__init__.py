@@ -1,4 +1,4 @@
-"""Files that are shipped with the package: trained bridges between the same parts, and two pictures."""
+"""Files that are shipped with the package: a trained bridge and an example picture."""
 
 from pathlib import Path
 
@@ -30,8 +30,3 @@ def embedded_models() -> dict[str, str]:
 def example_picture() -> str:
     """Path of a drawing that the shipped bridge can describe."""
     return str(FOLDER / "example.png")
-
-
-def example_photograph() -> str:
-    """Path of a photograph of a cat, by Stéfan van der Walt (public domain, CC0), scikit-image's `chelsea`."""
-    return str(FOLDER / "photograph.jpg")
