@@ -493,11 +493,14 @@ def test_logits_are_computed_where_something_is_learned(parts, tmp_path, bridge)
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    targets = trainer._targets(batch)
+    learned = int((targets != IGNORED).sum())
+    trainer.compute_loss(model, dict(batch))  # the first time, the model looks at how its language model scores
+    layer = model.get_output_embeddings()
+    hook = layer.register_forward_hook(lambda _, args, scores: seen.append(scores.shape[:-1].numel()))
     loss = trainer.compute_loss(model, dict(batch))
     hook.remove()
-    learned = (trainer._targets(batch) != IGNORED).any(dim=0).sum()
-    assert seen == [learned] and learned < batch["input_ids"].shape[1] - 1
+    assert seen == [len(targets), learned] and learned < targets.numel()  # each row's last position, and what is learned
     torch.testing.assert_close(loss, expected)
     loss.backward()
     torch.testing.assert_close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, gradients)
