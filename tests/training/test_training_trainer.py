@@ -500,7 +500,7 @@ def test_logits_are_computed_where_something_is_learned(parts, tmp_path, bridge)
     hook = layer.register_forward_hook(lambda _, args, scores: seen.append(scores.shape[:-1].numel()))
     loss = trainer.compute_loss(model, dict(batch))
     hook.remove()
-    assert seen == [len(targets), learned] and learned < targets.numel()  # each row's last position, and what is learned
+    assert seen == [len(targets), learned] and learned < targets.numel()  # the last ones, and what is learned
     torch.testing.assert_close(loss, expected)
     loss.backward()
     torch.testing.assert_close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, gradients)
