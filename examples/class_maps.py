@@ -23,6 +23,7 @@ from vlbridge.modeling.modeling_class_head import everyday_words
 
 GRID = 7  # rows and columns of a map
 STEPS, STEP = 40, 1.2
+ASIDE, ASIDE_STEPS = 0.7, 5  # share of the maps of one thing that show another too, and how strongly
 SURE, UNSURE = 0.5, 0.25  # probabilities of a class above and below which the head is sure, and knows nothing
 
 
@@ -63,6 +64,21 @@ class Maps:
     sure: torch.Tensor
 
 
+def _blobs(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Soft regions around random places, `(count, 49, 1)`."""
+    place = torch.rand(count, 2, generator=generator) * 4 + 1
+    size = 1.0 + 2.5 * torch.rand(count, 1, generator=generator)
+    axis = torch.arange(GRID).float()
+    distance = (axis[None, :, None] - place[:, :1, None]) ** 2 + (axis[None, None] - place[:, 1:, None]) ** 2
+    return torch.exp(-distance / (2 * size[..., None] ** 2)).flatten(1)[..., None]
+
+
+def _step(gradient: torch.Tensor, region: torch.Tensor, head: Head) -> torch.Tensor:
+    """A step along the gradient, of one length everywhere in a region, in units of what each channel varies by."""
+    gradient = gradient * head.spread
+    return STEP * gradient / gradient.norm(dim=2, keepdim=True).clamp(min=1e-12) * region * head.spread
+
+
 def make_maps(head: Head, classes: torch.Tensor, several: torch.Tensor, generator: torch.Generator) -> Maps:
     """Maps of given classes.
 
@@ -82,15 +98,18 @@ def make_maps(head: Head, classes: torch.Tensor, several: torch.Tensor, generato
     mixed = 0.65 * noise(count, 320, 1, 1) + 0.6 * smooth + 0.25 * noise(count, 320, GRID, GRID)
     strength = 0.6 + 0.5 * torch.rand(count, 1, 1, generator=generator)
     maps = head.mean + head.spread * strength * mixed.flatten(2).transpose(1, 2)
-    # a region: a soft blob around a random place
-    place = torch.rand(count, 2, generator=generator) * 4 + 1
-    size = 1.0 + 2.5 * torch.rand(count, 1, generator=generator)
-    axis = torch.arange(GRID).float()
-    distance = (axis[None, :, None] - place[:, :1, None]) ** 2 + (axis[None, None] - place[:, 1:, None]) ** 2
-    region = torch.exp(-distance / (2 * size[..., None] ** 2)).flatten(1)[..., None]
+    region = _blobs(count, generator)
     drawn = torch.rand(count, generator=generator)
     wanted = torch.where(several == 1, 0.3 + 0.69 * drawn**0.5, 0.06 + 0.4 * drawn)
     shown = (torch.arange(4) < several[:, None]).float()
+    # photographs of one thing show others too, in other places
+    aside = ((several == 1) & (torch.rand(count, generator=generator) < ASIDE)).nonzero()[:, 0]
+    elsewhere = _blobs(len(aside), generator)
+    for _ in range(ASIDE_STEPS):
+        moved = maps[aside].requires_grad_()
+        chosen = head.logits(moved).log_softmax(dim=-1).gather(1, classes[aside, 1:2])
+        (gradient,) = torch.autograd.grad(chosen.sum(), moved)
+        maps[aside] += _step(gradient, elsewhere, head)
     rows = (several > 0).nonzero()[:, 0]  # of which the head is not as sure yet as was drawn
     for _ in range(STEPS):
         moved = maps[rows].requires_grad_()
@@ -102,9 +121,8 @@ def make_maps(head: Head, classes: torch.Tensor, several: torch.Tensor, generato
         # several: the least likely of them first
         loss = torch.where(there.bool(), chosen, torch.inf).min(dim=1).values
         (gradient,) = torch.autograd.grad(loss[short].sum(), moved)
-        rows, gradient = rows[short], gradient[short] * head.spread
-        step = gradient / gradient.norm(dim=2, keepdim=True).clamp(min=1e-12) * region[rows] * head.spread
-        maps[rows] += STEP * step
+        rows, gradient = rows[short], gradient[short]
+        maps[rows] += _step(gradient, region[rows], head)
     sure, likeliest = head.logits(maps).softmax(dim=-1).max(dim=-1)
     return Maps(maps.half(), likeliest, sure)
 
