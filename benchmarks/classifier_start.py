@@ -4,12 +4,12 @@
     python benchmarks/classifier_start.py --steps 4 --classifier-steps 40    # to try it
 
 Two small classifiers, a ResNet and a ViT, learn to tell the colour of squares on grey noise. Each of them is then the
-frozen encoder in front of a frozen language model, which is to say the colour: SmolLM2-135M-Instruct, or a Llama of
+frozen encoder in front of a frozen language model, which has to name the colour: SmolLM2-135M-Instruct, or a Llama of
 four layers that was trained here on sentences about squares, with the same tokenizer.
 
-Both bridges have one visual token and the
-same number of hidden units, and see the same pictures in the same order, with the same learning rate. They differ by
-where they begin: at random, or at the classifier's head and the embeddings of its classes' names.
+Both bridges have one visual token and the same number of hidden units, and see the same pictures in the same order,
+with the same learning rate. They differ by where they begin: at random, or at the classifier's head and the embeddings
+of its classes' names.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def reached(losses: list[float], level: float) -> int | None:
 
 
 def compare(kind: str, name: str, language, tokenizer, settings: dict, seed: int) -> list[dict]:
-    """Both bridges on one encoder, in front of one language model."""
+    """Both bridges, between one encoder and one language model."""
     set_seed(seed)
     classifier = train_classifier(kind, settings["classifier_steps"])
     count = {"train": settings["pictures"], "test": settings["test_pictures"]}

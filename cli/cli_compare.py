@@ -33,7 +33,7 @@ def compare(
     """
     from vlbridge.assets import EMBEDDED, SHIPPED
     from vlbridge.images import ImageError, expand_paths, load_image
-    from vlbridge.inference import answer_each
+    from vlbridge.inference import BATCH_SIZE, answer_each
 
     if question is not None and not question.strip():
         raise CommandError("--question is empty", exit_code=2)
@@ -46,7 +46,13 @@ def compare(
     for name in models:
         model, processor = load_model(name, device, dtype)
         asked = processor.caption_prompt if question is None else question
-        found = answer_each(model, processor, list(pictures.values()), asked, max_new_tokens=max_new_tokens)
+        shown = list(pictures.values())
+        batches = (shown[start : start + BATCH_SIZE] for start in range(0, len(shown), BATCH_SIZE))
+        found = [
+            text
+            for batch in batches
+            for text in answer_each(model, processor, batch, asked, max_new_tokens=max_new_tokens)
+        ]
         for picture, text in zip(pictures, found):
             if isinstance(text, ValueError):
                 raise CommandError(f"{name}, {picture}: {one_line(text)}") from text

@@ -5,7 +5,8 @@ ImageNet's photographs, and its class head says what a class looks like to it. A
 in a region of it, the class is then strengthened by gradient steps until the head is as sure as was drawn. So a bridge
 learns the names of ImageNet's classes without a single photograph, and no photograph's rights matter.
 
-Half of the maps are of one class, of which the head is sure; the others are of several or none, of which it is not.
+Six of seven maps are of one class, of most of which the head is sure; the others are of several or none, of which it is
+not.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageClassification
 
 from vlbridge import demo
+from vlbridge.files import replacing
 from vlbridge.modeling.modeling_class_head import everyday_words
 
 
@@ -159,5 +161,6 @@ def all_maps(head: Head, per_word: int, file: Path | None = None, seed: int = 0,
     ]
     found = Maps(*(torch.cat([getattr(part, name) for part in parts]) for name in ("maps", "classes", "sure")))
     if file is not None:
-        torch.save(vars(found), file)
+        with replacing(file) as partial:
+            torch.save(vars(found), partial)
     return found

@@ -1,4 +1,4 @@
-"""Train the three shipped bridges, MLP, Q-Former and Perceiver, on the same data, and measure them.
+"""Train an MLP, a Q-Former and a Perceiver on the same data, and measure them.
 
     python examples/three_bridges.py train mlp --output FOLDER
     python examples/three_bridges.py stage1 --output STAGE1
@@ -151,6 +151,8 @@ class Data:
 
     def __post_init__(self):
         self.words = self.head.word_of_class[self.maps.classes]  # of each map, in `head.names`
+        # maps of which the head is sure, or of which it clearly is not
+        self.usable = ((self.maps.sure > SURE) | (self.maps.sure < UNSURE)).nonzero()[:, 0]
 
     def features(self, *maps: torch.Tensor) -> torch.Tensor:
         """What the bridge reads of these maps, one after the other."""
@@ -239,7 +241,6 @@ def warm_up(model, data: Data, words: Words, steps: int, learning_rate: float) -
     easy_rows = torch.tensor([index for index, _ in known])
     drawn = torch.stack([scene_targets(scene, words, count, grid) for scene in data.scenes])
     names = torch.stack([words(name) for name in data.head.names])
-    usable = ((data.maps.sure > SURE) | (data.maps.sure < UNSURE)).nonzero()[:, 0]
     parameters = [
         parameter
         for name, parameter in [*model.bridge.named_parameters(), *probe.named_parameters()]
@@ -250,7 +251,7 @@ def warm_up(model, data: Data, words: Words, steps: int, learning_rate: float) -
     bar = tqdm(range(steps), desc="warming up", unit="step")
     for step in bar:
         one, two = torch.randint(len(easy_rows), (24,)), torch.randint(len(drawn), (24,))
-        three = usable[torch.randint(len(usable), (64,))]
+        three = data.usable[torch.randint(len(data.usable), (64,))]
         features = data.features(data.easy_maps[easy_rows[one]], data.scene_maps[two], data.maps.maps[three])
         sure = data.maps.sure[three] > SURE
         target = torch.where(sure[:, None], names[data.words[three]], words("something"))[:, None]
@@ -332,7 +333,7 @@ class Questions:
         self.templates = yes_no_templates(data.easy)
         self.num_tokens = processor.num_image_tokens(*processor.output_size())
         self.prompts: dict[str, list[int]] = {}
-        self.usable = ((data.maps.sure > SURE) | (data.maps.sure < UNSURE)).nonzero()[:, 0].tolist()
+        self.usable = data.usable.tolist()
 
     def tokenize(self, text: str) -> list[int]:
         text = text.replace(self.processor.image_token, self.processor.image_token * self.num_tokens)

@@ -62,7 +62,7 @@ def test_a_conversation_encodes_its_picture_once(bridge, language, engine_of):
     engine, seen = engine_of(bridge, language)
     messages, said = [], []
     for number, text in enumerate(("what?", "a b?", "no?")):
-        # the page and clients send the picture anew with each turn
+        # the page and clients send the picture again with each turn
         messages.append(question(text, *([tiny_image(3)] if number == 0 else [])))
         if number:
             messages[0] = question("what?", tiny_image(3))
