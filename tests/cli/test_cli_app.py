@@ -53,6 +53,7 @@ LIGHT = [["--help"], ["--version"], [], ["--no-such-option"], ["no-such-command"
 COMMANDS = [
     "caption",
     "ask",
+    "compare",
     "info",
     "inspect",
     "capfilt",

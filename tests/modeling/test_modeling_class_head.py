@@ -234,7 +234,7 @@ def test_words_for_classes():
 def test_everyday_words_of_imagenet():
     names = list(AutoConfig.from_pretrained(demo.resolve(demo.VISION)).id2label.values())
     words = class_words(names, "everyday")
-    assert len(words) == 1000 and 600 < len(set(words)) < 700
+    assert len(words) == 1000 and 550 < len(set(words)) < 700
     assert {words[index] for index in range(151, 269)} == {"dog"}  # all breeds
     assert [words[index] for index in (281, 292, 670, 134, 517)] == ["cat", "tiger", "motor scooter", "crane", "crane"]
     spelled = [name.replace(" ", "_") for name in names]
