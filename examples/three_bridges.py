@@ -1,18 +1,22 @@
 """Train an MLP, a Q-Former and a Perceiver on the same data, and measure them.
 
-    python examples/three_bridges.py train mlp --output FOLDER
+    python examples/easy_vqa.py train --output DRAWINGS
+    python examples/three_bridges.py train mlp --drawings DRAWINGS --output FOLDER
     python examples/three_bridges.py stage1 --output STAGE1
     python examples/three_bridges.py train qformer --stage1 STAGE1 --output FOLDER
     python examples/three_bridges.py train perceiver --output FOLDER
     python examples/three_bridges.py evaluate --model FOLDER
 
 The data: easy-VQA's drawings of one shape; scenes of two to five shapes (`scenes.py`); and what the encoder would see
-in photographs of ImageNet's classes (`class_maps.py`). Each step has questions about four drawings, two scenes and four
-photographs, packed behind their visual tokens. A run that was killed goes on where its last checkpoint was.
+in photographs of ImageNet's classes (`class_maps.py`). Each step has questions about drawings, a scene and photographs,
+packed behind their visual tokens. The MLP begins as a bridge that knows drawings, beside the encoder's class head:
+yes/no questions are learned from drawings with many pairs about each (`easy_vqa.py`), and hardly at all from a mixture.
+A run that was killed goes on where its last checkpoint was.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import re
@@ -37,7 +41,6 @@ from vlbridge import demo
 from vlbridge.files import cache_dir, replacing, write_json
 from vlbridge.images import load_image
 from vlbridge.inference import answer
-from vlbridge.modeling.modeling_llava import pool_patches
 from vlbridge.training.training_easy_vqa import (
     COLORS,
     NEGATED,
@@ -55,13 +58,13 @@ from vlbridge.training.training_packing import PackedCollator, append_pairs
 app = typer.Typer(add_completion=False, help=__doc__.splitlines()[0])
 LAST = -1  # the encoder's last block, 320 channels
 OPTIONS = {
-    "mlp": {"pooling": "average", "pooling_factor": 4, "projector_init_from": demo.VISION, "class_names": "everyday",
+    "mlp": {"pooling": "average", "pooling_factor": 1, "projector_init_from": demo.VISION, "class_names": "everyday",
             "free_units": 576},
     "qformer": {
         "vision_feature_layer": LAST,
         "qformer_config": {
             "num_query_tokens": 16, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
-            "intermediate_size": 1024,
+            "intermediate_size": 1024, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
         },
     },
     "perceiver": {
@@ -70,26 +73,41 @@ OPTIONS = {
         "latents_init_std": 0.1, "gate_init": 1.0,
     },
 }  # fmt: skip
-# Learning rates by part. At first all gradients agree on the form of answers, and Adam's equal steps add up over a wide
-# layer until the picture's share is lost. So the form is learned first, by what knows no picture: what is added to
-# every visual token, or the Perceiver's feed-forward layers.
-FORM_SHARE = 0.08
+# At first all gradients agree on the form of answers, and Adam's equal steps add up over a wide layer until the
+# picture's share is lost. So the form is learned first, by what knows no picture: what is added to every visual token,
+# or the Perceiver's feed-forward layers. Parameters, learning rate, and share of the steps:
 FORM = {
-    "mlp": (r"linear_2\.bias", 2e-3),
-    "qformer": (r"language_projection\.bias", 2e-3),
-    "perceiver": (r"cross_attention_layers\..*\.feed_forward\..*", 3e-4),  # sees the text alone
+    "mlp": (r"linear_2\.bias", 2e-3, 0.02),
+    "qformer": (r"language_projection\.bias", 2e-3, 0.08),
+    "perceiver": (r"cross_attention_layers\..*\.feed_forward\..*", 3e-4, 0.08),  # sees the text alone
 }
+# Learning rate and Adam's epsilon by part. With a small epsilon, the units of classes that are not shown would be moved
+# at full rate by next to nothing.
 RATES = {
-    "mlp": {"linear_1": 3e-5, "linear_2.bias": 1e-3, "linear_2.parametrizations.weight.original": 1e-3,
-            "linear_2.parametrizations.weight.0": 2e-5},
-    "qformer": {"": 5e-4},
-    "perceiver": {"resampler": 5e-5, "cross_attention_layers": 3e-4},
+    "mlp": {
+        "linear_1.parametrizations.weight.original0": (3e-5, 1e-4),  # the class head
+        "linear_1.parametrizations.weight.original1": (2e-4, 1e-8),  # free units
+        "linear_1.bias": (3e-5, 1e-4),
+        "linear_2.parametrizations.weight.0.matrix": (4e-5, 1e-8),  # shared by all names
+        "linear_2.parametrizations.weight.original0": (1e-3, 1e-4),  # names
+        "linear_2.parametrizations.weight.original1": (3e-4, 1e-8),  # free units
+        "linear_2.bias": (5e-4, 1e-8),
+    },
+    "qformer": {
+        "vision_layer_norm": (1e-4, 1e-8), "qformer": (1e-4, 1e-8), "language_projection.weight": (3e-4, 1e-8),
+        "language_projection.bias": (1e-3, 1e-8),
+    },
+    "perceiver": {
+        "token_rows": (5e-4, 1e-8), "resampler": (5e-5, 1e-8), "cross_attention_layers": (5e-4, 1e-8),
+    },
 }  # fmt: skip
 # Stands before the visual tokens, and begins captions: a language model repeats what stands there by itself
 SHOWS = "The image shows"
 NOTHING = "something I can't name"
 PHOTO_QUESTIONS = ("what is in the image?", "what does the photo show?", "what is this?")
 NUM_SCENES, NUM_TEST_SCENES, MAPS_PER_WORD = 3000, 300, 10
+CLASSES = 1000  # of the encoder's head
+WARM_UP_PICTURES = (16, 16, 40)  # drawings, scenes and photographs of a step without the language model
 
 
 # ---------------------------------------------------------------------- data
@@ -139,6 +157,7 @@ class Data:
         maps: Of photographs that nobody took, see `class_maps`.
         head: The encoder's end.
         read: Makes the features that a bridge reads, `(n, num_patches, vision_dim)`, of maps.
+        held_back: Drawings, scenes and pairs of maps at the end that are not trained on.
     """
 
     easy: list[Example]
@@ -148,11 +167,14 @@ class Data:
     maps: Maps
     head: Head
     read: Callable[[torch.Tensor], torch.Tensor]
+    held_back: int = 40
 
     def __post_init__(self):
         self.words = self.head.word_of_class[self.maps.classes]  # of each map, in `head.names`
         # maps of which the head is sure, or of which it clearly is not
-        self.usable = ((self.maps.sure > SURE) | (self.maps.sure < UNSURE)).nonzero()[:, 0]
+        usable = ((self.maps.sure > SURE) | (self.maps.sure < UNSURE)).nonzero()[:, 0]
+        self.held_back_maps = (self.maps.sure > SURE).nonzero()[:, 0][-2 * self.held_back or len(usable) :]
+        self.usable = usable[~torch.isin(usable, self.held_back_maps)]
 
     def features(self, *maps: torch.Tensor) -> torch.Tensor:
         """What the bridge reads of these maps, one after the other."""
@@ -166,7 +188,7 @@ def reader(model, head: Head) -> Callable[[torch.Tensor], torch.Tensor]:
 
     @torch.no_grad()
     def read(maps: torch.Tensor) -> torch.Tensor:
-        return pool_patches(head.features(maps), 7, 7, "average", model.config.pooling_factor)
+        return head.features(maps)
 
     return read
 
@@ -223,13 +245,36 @@ def scene_targets(scene: Scene, words: Words, count: int, grid: bool) -> torch.T
     return near @ things
 
 
-def warm_up(model, data: Data, words: Words, steps: int, learning_rate: float) -> None:
+NAMES = 0.1  # weight of the loss of names
+LONGER = 3.0  # length of visual tokens over that of words, where drawings give tokens ten times as long as words
+
+
+@torch.no_grad()
+def add_drawings(model, folder: Path) -> torch.nn.Module:
+    """Let the free units be the hidden units of an MLP bridge that knows drawings, and return a copy."""
+    drawings, bridge = AutoModel.from_pretrained(folder).bridge, model.bridge
+    bridge.linear_1.weight[CLASSES:] = drawings.linear_1.weight
+    bridge.linear_1.bias[CLASSES:] = drawings.linear_1.bias
+    bridge.linear_2.weight[:, CLASSES:] = drawings.linear_2.weight
+    bridge.linear_2.bias.copy_(drawings.linear_2.bias)
+    return copy.deepcopy(bridge).requires_grad_(False)
+
+
+def warm_up(model, data: Data, words: Words, steps: int, learning_rate: float, kept: torch.nn.Module | None) -> None:
     """Let visual tokens begin as the words for what is in the picture; the language model is not run.
 
     All tokens get a word, whether or not their place shows anything: one that was nearly zero would be noise to the
     language model, whose first layer norm makes all tokens equally large.
 
     Of a Perceiver, whose visual tokens are no embeddings, a linear layer that is thrown away makes them such.
+
+    Args:
+        model: The model.
+        data: The data.
+        words: Embeddings.
+        steps: Number of steps.
+        learning_rate: The highest.
+        kept: A bridge whose visual tokens of drawings of one shape shall stay as they are.
     """
     grid = model.config.model_type == "mlp_llava"
     text_dim, count = words.table.shape[1], model.config.num_image_tokens(224, 224)
@@ -241,6 +286,7 @@ def warm_up(model, data: Data, words: Words, steps: int, learning_rate: float) -
     easy_rows = torch.tensor([index for index, _ in known])
     drawn = torch.stack([scene_targets(scene, words, count, grid) for scene in data.scenes])
     names = torch.stack([words(name) for name in data.head.names])
+    directions = torch.nn.functional.normalize(names, dim=-1)
     parameters = [
         parameter
         for name, parameter in [*model.bridge.named_parameters(), *probe.named_parameters()]
@@ -248,26 +294,36 @@ def warm_up(model, data: Data, words: Words, steps: int, learning_rate: float) -
     ]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
-    bar = tqdm(range(steps), desc="warming up", unit="step")
+    bar, (num_easy, num_drawn, num_maps) = tqdm(range(steps), desc="warming up", unit="step"), WARM_UP_PICTURES
     for step in bar:
-        one, two = torch.randint(len(easy_rows), (24,)), torch.randint(len(drawn), (24,))
-        three = data.usable[torch.randint(len(data.usable), (64,))]
+        one, two = torch.randint(len(easy_rows), (num_easy,)), torch.randint(len(drawn), (num_drawn,))
+        three = data.usable[torch.randint(len(data.usable), (num_maps,))]
         features = data.features(data.easy_maps[easy_rows[one]], data.scene_maps[two], data.maps.maps[three])
         sure = data.maps.sure[three] > SURE
         target = torch.where(sure[:, None], names[data.words[three]], words("something"))[:, None]
         wanted = torch.cat([easy[one][:, None].expand(-1, count, -1), drawn[two], target.expand(-1, count, -1)])
-        given = probe(model.bridge(features))
+        given, loss = probe(model.bridge(features)), 0.0
+        seen = given[-num_maps:][sure]
+        if kept is not None:
+            before = kept(features[:num_easy])
+            loss = ((given[:num_easy] - before).square().sum(dim=-1) / before.square().sum(dim=-1)).mean()
+            given, wanted = given[num_easy:], wanted[num_easy:]
         # the direction first: where a place tells little, a squared error would make all words a bit of each
         away = 1 - torch.nn.functional.cosine_similarity(given, wanted, dim=-1)
-        longer = given.norm(dim=-1) / wanted.norm(dim=-1) - 1
-        loss = away.mean() + 0.05 * longer.square().mean()
+        length = wanted.norm(dim=-1) * (1 if kept is None else LONGER)
+        # and nearer than all other names
+        near = torch.nn.functional.normalize(seen, dim=-1) @ directions.T
+        names_loss = torch.nn.functional.cross_entropy(
+            20 * near.flatten(0, 1), data.words[three][sure].repeat_interleave(count)
+        )
+        loss += away.mean() + 0.05 * (given.norm(dim=-1) / length - 1).square().mean() + NAMES * names_loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+            bar.set_postfix(loss=f"{loss.item():.3f}", names=f"{names_loss.item():.3f}")
         if step % 200 == 199 or step == steps - 1:
             print(f"warm-up {step + 1}: {json.dumps(read_out(model, probe, data, words))}", flush=True)
 
@@ -298,11 +354,24 @@ def read_out(model, probe, data: Data, words: Words, count: int = 256) -> dict[s
 # When what is asked about easy-VQA's drawings, in shares of all steps. Naming first. Comparing a question with the
 # picture is then learned with three shapes and plain questions, and carries over to negated questions and to colours;
 # if everything is asked at once, it is not learned in several times as many steps.
-NAMING, PLAIN, NEGATION = 0.2, 0.35, 0.5
+# A bridge that begins with drawings is asked everything from the beginning.
+NAMING, PLAIN, NEGATION = 0.13, 0.28, 0.4
+
+
+class ClassRows(torch.nn.Module):
+    """The first layer's weight in two parts, each with a learning rate: the class head's rows, and the free units'."""
+
+    def forward(self, classes: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
+        """Rows of both, `(units, vision_dim)`."""
+        return torch.cat([classes, free])
+
+    def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two parts."""
+        return weight[:CLASSES].clone(), weight[CLASSES:].clone()
 
 
 class SharedMap(torch.nn.Module):
-    """Multiplies the outputs of all hidden units by one matrix.
+    """Multiplies the outputs of the class units by one matrix.
 
     What has to change in the name of one class for the language model to say it has to change in all of them; so names
     are learned that few examples or none have shown.
@@ -312,9 +381,13 @@ class SharedMap(torch.nn.Module):
         super().__init__()
         self.matrix = torch.nn.Parameter(torch.eye(text_dim))
 
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        """Map `(text_dim, units)` to `(text_dim, units)`."""
-        return self.matrix @ weight
+    def forward(self, classes: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
+        """Columns of both, `(text_dim, units)`."""
+        return torch.cat([self.matrix @ classes, free], dim=1)
+
+    def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two parts."""
+        return weight[:, :CLASSES].clone(), weight[:, CLASSES:].clone()
 
 
 class Questions:
@@ -326,10 +399,12 @@ class Questions:
         steps: Of the whole run.
         seed: Of all that is drawn.
         dtype: Precision of the language model.
+        begin: How far the run has come when it begins, from 0 to 1: what a bridge knows is not asked in stages.
     """
 
-    def __init__(self, data: Data, processor, steps: int, seed: int, dtype: torch.dtype):
+    def __init__(self, data: Data, processor, steps: int, seed: int, dtype: torch.dtype, begin: float = 0.0):
         self.data, self.processor, self.steps, self.seed, self.dtype = data, processor, steps, seed, dtype
+        self.begin = begin
         self.templates = yes_no_templates(data.easy)
         self.num_tokens = processor.num_image_tokens(*processor.output_size())
         self.prompts: dict[str, list[int]] = {}
@@ -345,22 +420,22 @@ class Questions:
             self.prompts[question] = self.tokenize(text)
         return self.prompts[question]
 
-    def easy(self, index: int, progress: float, rng: random.Random, count: int) -> list[tuple[str, str]]:
+    def easy(self, index: int, progress: float, rng: random.Random, pairs: int, others: int) -> list[tuple[str, str]]:
         """Matched pairs about what a drawing shows and does not show, and its own questions."""
         example = self.data.easy[index]
         own, caption, found = list(example.questions), caption_of(example), properties_of(example)
         if caption:
             own.append((self.processor.caption_prompt, f"{SHOWS} {caption}."))
-        about = "{shape}" if progress < NEGATION else rng.choice(("{shape}", "{color}", "{color}"))
+        if progress < NAMING:
+            own = [pair for pair in own if pair[1] not in ("yes", "no")] * 2
         asked = []
-        if len(found) == 2 and progress >= NAMING:
+        for _ in range(pairs if len(found) == 2 else 0):
+            about = "{shape}" if progress < NEGATION else rng.choice(("{shape}", "{color}", "{color}"))
             templates = [form for form in self.templates if about in form]
             if progress < PLAIN:
                 templates = [form for form in templates if not NEGATED.search(form)]
-            asked = matched_pair(found, templates, lambda below: rng.randrange(below))
-        naming = [pair for pair in own if pair[1] not in ("yes", "no")]
-        asked += rng.sample(naming, min(count - 1 - len(asked), len(naming)))
-        return list(dict.fromkeys(asked + rng.sample(own, len(own))))[:count]
+            asked += matched_pair(found, templates, lambda below: rng.randrange(below))
+        return list(dict.fromkeys(asked + rng.sample(own, min(others, len(own)))))
 
     def scene(self, index: int, progress: float, rng: random.Random, count: int) -> list[tuple[str, str]]:
         """The caption, and questions of every kind; first those about names."""
@@ -387,14 +462,20 @@ class Questions:
 
     def step(self, number: int) -> dict:
         """The batch of a step, packed into rows."""
-        rng, progress, data = random.Random(f"{self.seed}:{number}"), number / self.steps, self.data
+        rng, data = random.Random(f"{self.seed}:{number}"), self.data
+        progress = self.begin + (1 - self.begin) * number / self.steps
         samples = []
-        for kind in ("easy", "easy", "easy", "easy", "scene", "scene", "photo", "photo", "photo", "photo"):
-            if kind == "easy":
-                index = rng.randrange(len(data.easy))
-                pairs, maps = self.easy(index, progress, rng, 4), data.easy_maps[index]
+        # (matched pairs, other questions) of each drawing
+        easy = [(0, 4)] * 4 if progress < NAMING else [(5, 1)] * 2 + [(0, 3)] if progress < NEGATION else [(3, 3)] * 2
+        for kind in (*easy, "scene", *["photo"] * 9):
+            if isinstance(kind, tuple):
+                pairs = []
+                while not pairs:  # some have nothing but yes/no questions, and no shape or colour is told
+                    index = rng.randrange(len(data.easy) - data.held_back)
+                    pairs = self.easy(index, progress, rng, *kind)
+                maps = data.easy_maps[index]
             elif kind == "scene":
-                index = rng.randrange(len(data.scenes))
+                index = rng.randrange(len(data.scenes) - data.held_back)
                 pairs, maps = self.scene(index, progress, rng, 3), data.scene_maps[index]
             else:
                 index = rng.choice(self.usable)
@@ -452,18 +533,16 @@ def learn(model, questions: Questions, output: Path, bridge: str, watch, every: 
     steps, state = questions.steps, output.with_suffix(".training.pt")
     parameters = dict(model.bridge.named_parameters())
     groups = [
-        {"params": [one for name, one in parameters.items() if name.startswith(part)], "lr": rate}
-        for part, rate in RATES[bridge].items()
+        {"params": [one for name, one in parameters.items() if name.startswith(part)], "lr": rate, "eps": eps}
+        for part, (rate, eps) in RATES[bridge].items()
     ]
-    assert sum(len(group["params"]) for group in groups) == len(parameters)
-    # a large epsilon: the units of a thousand classes that are not there would all be moved by next to nothing
-    eps = 1e-4 if bridge == "mlp" else 1e-8
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=eps, weight_decay=0.0)
-    part, form_rate = FORM[bridge]
+    assert sum(len(group["params"]) for group in groups) == len(parameters), list(parameters)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    part, form_rate, form_share = FORM[bridge]
     form = torch.optim.AdamW(
         [one for name, one in parameters.items() if re.fullmatch(part, name)], lr=form_rate, weight_decay=0.0
     )
-    form_steps = int(FORM_SHARE * steps)
+    form_steps = int(form_share * steps)
 
     def rate(step: int) -> float:
         return min(1.0, (step + 1) / (0.02 * steps), (steps - form_steps - step) / (0.4 * steps))
@@ -513,12 +592,12 @@ def asked_of(pairs: list[list[tuple[str, str]]], model, processor, features, max
 class Watch:
     """Answers to a few questions about pictures that are not trained on: the last ones of the training data."""
 
-    def __init__(self, data: Data, questions: Questions, count: int = 40):
-        self.questions, rng = questions, random.Random(5)
+    def __init__(self, data: Data, questions: Questions):
+        self.questions, rng, count = questions, random.Random(5), data.held_back
         self.easy = data.easy[-count:], data.features(data.easy_maps[-count:])
         asked = [[pair for kind in KINDS for pair in ask(scene.shapes, kind, rng)] for scene in data.scenes[-count:]]
         self.scenes = asked, data.features(data.scene_maps[-count:])
-        rows = (data.maps.sure > SURE).nonzero()[-2 * count :, 0]
+        rows = data.held_back_maps
         words = [data.head.names[index] for index in data.words[rows].tolist()]
         self.photos = (
             [[(PHOTO_QUESTIONS[0], photo_answer(word))] for word in words],
@@ -548,23 +627,27 @@ class Watch:
 def train(
     bridge: Annotated[str, typer.Argument(help="mlp, qformer or perceiver.")],
     output: Annotated[Path, typer.Option(help="Folder to write the bridge to.")],
+    drawings: Annotated[Path | None, typer.Option(help="Of the MLP: what `easy_vqa.py train` wrote.")] = None,
     stage1: Annotated[Path | None, typer.Option(help="Of the Q-Former: what `stage1` wrote.")] = None,
-    steps: Annotated[int, typer.Option(help="With the language model.")] = 1400,
-    warm_up_steps: Annotated[int, typer.Option(help="Without the language model.")] = 1000,
-    warm_up_rate: float = 1e-3,
+    steps: Annotated[int, typer.Option(help="With the language model.")] = 800,
+    warm_up_steps: Annotated[int, typer.Option(help="Without the language model.")] = 400,
+    warm_up_rate: float = 5e-4,
     dtype: Annotated[str, typer.Option(help="Of the language model: float32 on a CPU without AMX.")] = "bfloat16",
     seed: int = 0,
     limit: Annotated[int, typer.Option(help="Use this many pictures only, to try the program (0: all).")] = 0,
 ) -> None:
     """Train one bridge between EfficientNet-Lite0 and SmolLM2-135M-Instruct."""
+    if drawings is not None and bridge != "mlp":
+        raise typer.BadParameter(f"--drawings is for the MLP, not for {bridge}", param_hint="--drawings")
     set_seed(seed)
     started = time.time()
     options = dict(OPTIONS[bridge])
     if stage1 is not None:
         options["qformer_init_from"] = str(stage1)
     model, processor = vlbridge.compose(demo.VISION, demo.LANGUAGE, bridge, **options)
-    processor.chat_template = processor.chat_template.replace("'<image>", f"'{SHOWS}<image>")
-    assert SHOWS in processor.apply_chat_template(conversation("what is this?"))
+    processor.chat_template = re.sub(r"'<image>(\\n)?'", rf"'{SHOWS}<image>\\n'", processor.chat_template)
+    assert f"{SHOWS}<image>\n" in processor.apply_chat_template(conversation("what is this?"))
+    kept = None if drawings is None else add_drawings(model, drawings)
     model.language_model.to(getattr(torch, dtype))
     model.language_model.set_attn_implementation("eager")
     model.vision_model.to(memory_format=torch.channels_last)
@@ -575,14 +658,18 @@ def train(
     if warm.is_file():
         model.bridge.load_state_dict(torch.load(warm, weights_only=True))
     elif warm_up_steps:
-        warm_up(model, data, words, warm_up_steps, warm_up_rate)
+        warm_up(model, data, words, warm_up_steps, warm_up_rate, kept)
         with replacing(warm) as file:
             torch.save(model.bridge.state_dict(), file)
-    questions = Questions(data, processor, steps, seed, model.language_model.dtype)
+    questions = Questions(
+        data, processor, steps, seed, model.language_model.dtype, begin=0.0 if drawings is None else NEGATION
+    )
     if bridge == "mlp":
+        parametrize.register_parametrization(model.bridge.linear_1, "weight", ClassRows())
         parametrize.register_parametrization(model.bridge.linear_2, "weight", SharedMap(words.table.shape[1]))
     learn(model, questions, output, bridge, Watch(data, questions))
     if bridge == "mlp":
+        parametrize.remove_parametrizations(model.bridge.linear_1, "weight")
         parametrize.remove_parametrizations(model.bridge.linear_2, "weight")
     model.language_model.set_attn_implementation("sdpa")
     model.bridge.to(torch.bfloat16)
@@ -652,8 +739,9 @@ def photographs(folders: list[Path], model, processor, limit: int) -> dict:
     such): then the words of both are looked up in it.
     """
     head, rows = Head(), []
-    files = [file for folder in folders for file in sorted(folder.rglob("*")) if file.suffix in (".png", ".jpg")]
-    for file in tqdm(files[: limit or None], desc="photographs", unit="picture"):
+    suffixes = (".png", ".jpg")
+    files = [(folder, file) for folder in folders for file in sorted(folder.rglob("*")) if file.suffix in suffixes]
+    for folder, file in tqdm(files[: limit or None], desc="photographs", unit="picture"):
         picture = load_image(file)
         pixels = processor.image_processor([picture], return_tensors="pt")["pixel_values"]
         sure, likeliest = head.network(pixels).softmax(dim=-1)[0].max(dim=-1)
@@ -663,8 +751,8 @@ def photographs(folders: list[Path], model, processor, limit: int) -> dict:
         shown = text.read_text(encoding="utf-8", errors="replace").splitlines()[0] if text.is_file() else None
         word = head.names[int(head.word_of_class[likeliest])]
         rows.append(
-            {"file": str(file), "sure": round(float(sure), 3), "word": word, "said": said, "caption": caption,
-             "shown": shown}
+            {"file": str(file.relative_to(folder)), "sure": round(float(sure), 3), "word": word, "said": said,
+             "caption": caption, "shown": shown}
         )  # fmt: skip
     sure = [row for row in rows if row["sure"] > SURE]
     described = [row for row in sure if row["shown"]]

@@ -8,10 +8,24 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import three_bridges
 import torch
 from class_maps import SURE, Head, Maps, make_maps
 from scenes import KINDS, NUMBERS, RGB, SIDE, ask, caption_of_scene, draw_scene, paint
-from three_bridges import NAMING, NOTHING, PLAIN, SHOWS, Data, Questions, Scene, SharedMap, photo_answer, scene_targets
+from three_bridges import (
+    NAMING,
+    NEGATION,
+    NOTHING,
+    PLAIN,
+    SHOWS,
+    ClassRows,
+    Data,
+    Questions,
+    Scene,
+    SharedMap,
+    photo_answer,
+    scene_targets,
+)
 from tiny import tiny_model
 from torch.nn.utils import parametrize
 
@@ -132,7 +146,7 @@ def questions(head, drawn):
     maps = Maps(torch.randn(3, patches, dim), torch.tensor([281, 504, 1]), torch.tensor([0.9, 0.8, 0.1]))
     data = Data(
         [Example(Path(), asked)] * 4, torch.randn(4, patches, dim), [Scene(one, Path()) for one in drawn[:3]],
-        torch.randn(3, patches, dim), maps, head, lambda maps: maps,
+        torch.randn(3, patches, dim), maps, head, lambda maps: maps, held_back=0,
     )  # fmt: skip
     return model, Questions(data, processor, 100, 0, torch.float32)
 
@@ -142,16 +156,18 @@ def test_a_step_is_a_function_of_its_number(questions):
     one, same, other = asked.step(3), asked.step(3), asked.step(4)
     assert all(torch.equal(one[name], same[name]) for name in one if isinstance(one[name], torch.Tensor))
     assert not torch.equal(one["patch_features"], other["patch_features"])
-    assert len(one["patch_features"]) == 10
+    assert len(one["patch_features"]) == 14
+    asked.begin = NEGATION  # everything from the first step on
+    assert len(asked.step(3)["patch_features"]) == 12
 
 
 def test_what_is_asked_about_drawings_grows(questions):
     _, asked = questions
 
-    def draw(progress):
-        return [pair for seed in range(30) for pair in asked.easy(0, progress, random.Random(seed), 4)]
+    def draw(progress, *counts):
+        return [pair for seed in range(30) for pair in asked.easy(0, progress, random.Random(seed), *counts)]
 
-    naming, plain, later = draw(0.0), draw((NAMING + PLAIN) / 2), draw(0.9)
+    naming, plain, later = draw(0.0, 0, 4), draw((NAMING + PLAIN) / 2, 5, 1), draw(0.9, 3, 3)
     about_shapes = re.compile("|".join(SHAPES))
     pairs = [pair for pair in plain if pair not in asked.data.easy[0].questions and pair[1] in ("yes", "no")]
     assert pairs and all(about_shapes.search(question) for question, _ in pairs)
@@ -188,15 +204,51 @@ def test_right_answers_are_counted_word_for_word(questions):
     assert asked.right(model, asked.data.easy_maps[:2], pairs) == [[True, False, True], [False]]
 
 
-def test_a_shared_map_is_folded_into_the_weights():
-    layer = torch.nn.Linear(5, 4)
-    before, inputs = layer.weight.detach().clone(), torch.randn(3, 5)
-    parametrize.register_parametrization(layer, "weight", SharedMap(4))
-    torch.testing.assert_close(layer.weight, before)  # it begins as nothing
+def test_what_is_held_back_is_not_trained_on(head, drawn):
+    _, processor = tiny_model("mlp")
+    count, sure = 30, torch.tensor([0.9, 0.1, 0.4, 0.8, 0.7])
+    data = Data(
+        [Example(Path(str(number)), [("what?", "red")]) for number in range(count)], torch.zeros(count, 1, 1),
+        [Scene(one, Path()) for one in drawn[:count]], torch.ones(count, 1, 1),
+        Maps(torch.full((5, 1, 1), 2.0), torch.arange(5), sure), head, lambda maps: maps, held_back=1,
+    )  # fmt: skip
+    assert data.held_back_maps.tolist() == [3, 4] and data.usable.tolist() == [0, 1]
+    data.easy_maps[-1:], data.scene_maps[-1:], data.maps.maps[2:] = -1, -1, -1
+    asked = Questions(data, processor, 10, 0, torch.float32)
+    assert all((asked.step(number)["patch_features"] >= 0).all() for number in range(30))
+
+
+def test_a_bridge_that_knows_drawings_is_taken_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(three_bridges, "CLASSES", 5)
+    torch.manual_seed(0)
+    drawings, _ = tiny_model("mlp")
+    drawings.save_pretrained(tmp_path)
+    before = drawings.bridge
+    wide = tiny_model("mlp", projector_hidden_size=5 + before.linear_1.out_features)[0]
+    features = torch.randn(2, 4, before.linear_1.in_features)
+    kept = three_bridges.add_drawings(wide, tmp_path)
+    assert all(torch.equal(a, b) and not b.requires_grad for a, b in zip(wide.bridge.parameters(), kept.parameters()))
     with torch.no_grad():
-        layer.parametrizations.weight[0].matrix.copy_(torch.randn(4, 4))
-    matrix, expected = layer.parametrizations.weight[0].matrix.detach().clone(), layer(inputs)
-    parametrize.remove_parametrizations(layer, "weight")
-    torch.testing.assert_close(layer(inputs), expected)
-    torch.testing.assert_close(layer.weight, matrix @ before)
-    assert sorted(layer.state_dict()) == ["bias", "weight"]
+        wide.bridge.linear_2.weight[:, :5] = 0  # the classes say nothing
+    torch.testing.assert_close(wide.bridge(features), before(features))
+
+
+def test_a_shared_map_is_folded_into_the_weights(monkeypatch):
+    monkeypatch.setattr(three_bridges, "CLASSES", 3)
+    one, two = torch.nn.Linear(6, 5), torch.nn.Linear(5, 4)
+    rows, columns, inputs = one.weight.detach().clone(), two.weight.detach().clone(), torch.randn(3, 5)
+    parametrize.register_parametrization(one, "weight", ClassRows())
+    parametrize.register_parametrization(two, "weight", SharedMap(4))
+    torch.testing.assert_close(one.weight, rows)  # they begin as nothing
+    torch.testing.assert_close(two.weight, columns)
+    matrix = torch.randn(4, 4)
+    with torch.no_grad():
+        two.parametrizations.weight[0].matrix.copy_(matrix)
+        one.parametrizations.weight.original1.zero_()
+    expected = two(inputs)
+    for layer in (one, two):
+        parametrize.remove_parametrizations(layer, "weight")
+        assert sorted(layer.state_dict()) == ["bias", "weight"]
+    torch.testing.assert_close(two(inputs), expected)
+    torch.testing.assert_close(two.weight, torch.cat([matrix @ columns[:, :3], columns[:, 3:]], dim=1))
+    torch.testing.assert_close(one.weight, torch.cat([rows[:3], torch.zeros(2, 6)]))
