@@ -204,6 +204,9 @@ class MLPLlavaConfig(BridgedConfig):
             `"pixel_shuffle"` concatenates their channels. An incomplete neighbourhood at the border is averaged over
             the patches it has, or filled up with zeros. `"cls"` keeps the encoder's CLS feature alone.
         pooling_factor: Side of the neighbourhood that becomes one token, in patches.
+        global_context: Whether each feature is followed by the mean of all features of its image (or tile), so that
+            every visual token knows the whole image; the first layer is twice as wide. Source: ParseNet
+            (arXiv 1506.04579).
         image_grid_pinpoints: Resolutions to choose from for each image, `(height, width)` in pixels, multiples of the
             encoder's image size (the official configuration lists the width first). If given, images of any resolution
             are cut into tiles, as in LLaVA-NeXT.
@@ -222,6 +225,7 @@ class MLPLlavaConfig(BridgedConfig):
     projector_norm_eps: float | None = None
     pooling: Literal["pixel_shuffle", "average", "cls"] | None = None
     pooling_factor: int = 1
+    global_context: bool = False
     image_grid_pinpoints: list[list[int]] | None = None
     patch_merge_type: Literal["flat", "spatial", "spatial_unpad"] = "spatial_unpad"
 
@@ -235,6 +239,8 @@ class MLPLlavaConfig(BridgedConfig):
             )
         if self.pooling == "cls" and self.image_grid_pinpoints is not None:
             raise ValueError("pooling='cls' gives one token per image; images can't be cut into tiles with it.")
+        if self.global_context and self.projector_depth == 0:
+            raise ValueError("global_context doubles the features' width; projector_type='identity' can't undo that.")
         for pinpoint in self.image_grid_pinpoints or ([] if self.image_grid_pinpoints is None else [[]]):
             if len(pinpoint) != 2 or min(pinpoint) < 1:
                 raise ValueError(

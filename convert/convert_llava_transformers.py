@@ -67,6 +67,8 @@ def refuse_llava(config: MLPLlavaConfig, language_model: PreTrainedModel) -> Non
         )
     if config.pooling is not None:
         problems.append(f"they don't pool, this model has pooling={config.pooling!r}")
+    if config.global_context:
+        problems.append("their projector sees one feature at a time, this one the image's mean too (global_context)")
     if config.projector_norm_eps is not None:
         problems.append("their projector has no layer norm in front")
     if config.image_grid_pinpoints is not None and config.patch_merge_type != "spatial_unpad":

@@ -280,6 +280,8 @@ def llava_fields(saved: Saved) -> tuple[dict, list[str]]:
         problems.append(f"its vision tower is CLIP's, this one is a {config.vision_config.model_type}")
     if config.pooling is not None:
         problems.append("it does not pool")
+    if config.global_context:
+        problems.append("its projector sees one feature at a time, this one the image's mean too (global_context)")
     if config.projector_norm_eps is not None:
         problems.append("its projector has no layer norm in front")
     if config.projector_hidden_size not in (None, config.text_config.hidden_size) or not config.projector_bias:

@@ -58,8 +58,7 @@ from vlbridge.training.training_packing import PackedCollator, append_pairs
 app = typer.Typer(add_completion=False, help=__doc__.splitlines()[0])
 LAST = -1  # the encoder's last block, 320 channels
 OPTIONS = {
-    "mlp": {"pooling": "average", "pooling_factor": 1, "projector_init_from": demo.VISION, "class_names": "everyday",
-            "free_units": 576},
+    "mlp": {"global_context": True, "projector_init_from": demo.VISION, "class_names": "everyday", "free_units": 576},
     "qformer": {
         "vision_feature_layer": LAST,
         "qformer_config": {
@@ -253,7 +252,8 @@ LONGER = 3.0  # length of visual tokens over that of words, where drawings give 
 def add_drawings(model, folder: Path) -> torch.nn.Module:
     """Let the free units be the hidden units of an MLP bridge that knows drawings, and return a copy."""
     drawings, bridge = AutoModel.from_pretrained(folder).bridge, model.bridge
-    bridge.linear_1.weight[CLASSES:] = drawings.linear_1.weight
+    bridge.linear_1.weight[CLASSES:] = 0
+    bridge.linear_1.weight[CLASSES:, : drawings.linear_1.in_features] = drawings.linear_1.weight
     bridge.linear_1.bias[CLASSES:] = drawings.linear_1.bias
     bridge.linear_2.weight[:, CLASSES:] = drawings.linear_2.weight
     bridge.linear_2.bias.copy_(drawings.linear_2.bias)

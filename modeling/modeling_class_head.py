@@ -341,6 +341,12 @@ def complete_for_classifier(config: PreTrainedConfig, head: ClassHead, free_unit
             + ". Leave this option out. (A head that reads the plain average also reads averages over a part of the "
             "patches: pooling='average' with pooling_factor.)"
         )
+    if config.global_context and (head.pooling != "average" or head.norm_eps is not None):
+        raise ValueError(
+            "global_context gives every token the average over all patches, but the class head reads "
+            + ("the CLS feature" if head.pooling == "cls" else "it behind a layer norm")
+            + ". Leave this option out."
+        )
     if config.is_encoder_decoder:
         raise ValueError(
             f"The language model is a {config.text_config.model_type}, an encoder-decoder; a bridge can begin as a "
@@ -348,7 +354,8 @@ def complete_for_classifier(config: PreTrainedConfig, head: ClassHead, free_unit
         )
     config.projector_hidden_size = head.num_classes + free_units
     config.projector_norm_eps = head.norm_eps
-    if head.pooling == "average" and config.pooling is None:  # one neighbourhood: the whole grid
+    if head.pooling == "average" and config.pooling is None and not config.global_context:
+        # one neighbourhood: the whole grid
         config.pooling_factor = -(-config.image_size // config.patch_size)
     config.pooling = head.pooling
 
@@ -364,9 +371,9 @@ def begin_as_classifier(
 ) -> None:
     """Set a two-layer projector to name the classes of a classifier.
 
-    Its pre-activations are the logits minus `threshold`, followed by those of the free units, which are left as they
-    are and whose outputs begin at zero. Its output is, for every class, GELU of this, times `scale`, times the sum of
-    the embeddings of the class's name.
+    Its pre-activations are the logits minus `threshold`, of the whole image with `global_context` and else of the
+    token's patches, followed by those of the free units, which are left as they are and whose outputs begin at zero.
+    Its output is, for every class, GELU of this, times `scale`, times the sum of the embeddings of the class's name.
 
     Args:
         bridge: An `MLPBridge` with `linear_1` and `linear_2`.
@@ -386,14 +393,17 @@ def begin_as_classifier(
     if not 0.0 < float(scale) < float("inf"):
         raise ValueError(f"class_name_scale is {scale}; expected a number above 0, such as 0.25.")
     count, first, second = head.num_classes, bridge.linear_1, bridge.linear_2
-    if len(tokens) != count or first.out_features < count or first.in_features != head.weight.shape[1]:
+    weight = head.weight
+    if bridge.config.global_context:  # the classes read what follows the token's own features
+        weight = nn.functional.pad(weight, (weight.shape[1], 0))
+    if len(tokens) != count or first.out_features < count or first.in_features != weight.shape[1]:
         raise ValueError(
             f"The class head has {count} classes of {head.weight.shape[1]} channels and {len(tokens)} names; the "
             f"projector has {first.out_features} hidden units of {first.in_features} channels."
         )
     device = next(embedding.parameters()).device
     names = torch.stack([embedding(torch.tensor(ids, device=device)).float().sum(dim=0).cpu() for ids in tokens])
-    first.weight[:count] = head.weight.to(first.weight)
+    first.weight[:count] = weight.to(first.weight)
     first.bias[:count] = (head.bias - threshold).to(first.bias)
     second.weight.zero_()
     second.weight[:, :count] = (scale * names.T).to(second.weight)

@@ -66,7 +66,7 @@ class MLPBridge(Bridge):
                 f"vision encoder's have {config.vision_feature_size}. Use 'linear'."
             )
         widths = [config.projector_hidden_size or self.text_dim] * (self.depth - 1)
-        widths = [config.vision_feature_size, *widths, self.text_dim]
+        widths = [config.vision_feature_size * (2 if config.global_context else 1), *widths, self.text_dim]
         for index, (width_in, width_out) in enumerate(zip(widths[: self.depth], widths[1:]), start=1):
             self.add_module(f"linear_{index}", nn.Linear(width_in, width_out, bias=config.projector_bias))
         self.image_newline = nn.Parameter(torch.empty(self.text_dim)) if config.has_image_newline else None
@@ -77,10 +77,12 @@ class MLPBridge(Bridge):
             init.normal_(self.image_newline, mean=0.0, std=self.text_dim**-0.5)  # as in the official code
 
     def project(self, patch_features: torch.Tensor) -> torch.Tensor:
-        """Map `(..., vision_dim)` to `(..., text_dim)`."""
+        """Map `(..., num_patches, vision_dim)` to `(..., num_patches, text_dim)`."""
         hidden = patch_features
         if self.config.projector_norm_eps is not None:
             hidden = nn.functional.layer_norm(hidden, hidden.shape[-1:], eps=self.config.projector_norm_eps)
+        if self.config.global_context:
+            hidden = torch.cat([hidden, hidden.mean(dim=-2, keepdim=True).expand_as(hidden)], dim=-1)
         for index in range(1, self.depth + 1):
             hidden = getattr(self, f"linear_{index}")(hidden if index == 1 else nn.functional.gelu(hidden))
         return hidden

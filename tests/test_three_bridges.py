@@ -224,7 +224,7 @@ def test_a_bridge_that_knows_drawings_is_taken_over(tmp_path, monkeypatch):
     drawings, _ = tiny_model("mlp")
     drawings.save_pretrained(tmp_path)
     before = drawings.bridge
-    wide = tiny_model("mlp", projector_hidden_size=5 + before.linear_1.out_features)[0]
+    wide = tiny_model("mlp", projector_hidden_size=5 + before.linear_1.out_features, global_context=True)[0]
     features = torch.randn(2, 4, before.linear_1.in_features)
     kept = three_bridges.add_drawings(wide, tmp_path)
     assert all(torch.equal(a, b) and not b.requires_grad for a, b in zip(wide.bridge.parameters(), kept.parameters()))

@@ -377,6 +377,7 @@ def test_composed_llavas_give_the_same_outputs(language, vision, options, tmp_pa
         (("mlp", "llama", "clip"), {"projector_hidden_size": 24}, "this one 24"),
         (("mlp", "llama", "clip"), {"pooling": "average", "pooling_factor": 2}, "don't pool"),
         (("mlp", "llama", "clip"), {"projector_norm_eps": 1e-6}, "no layer norm in front"),
+        (("mlp", "llama", "clip"), {"global_context": True}, "sees one feature at a time"),
         (("mlp", "llama", "clip"), {"image_aspect_ratio": "anyres", "patch_merge_type": "flat"}, "'flat'"),
         (("mlp", "t5", "clip"), {}, "this one is a t5"),
         (("mlp", "gpt2", "clip"), {}, "model.embed_tokens"),

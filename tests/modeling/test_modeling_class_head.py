@@ -186,6 +186,28 @@ def test_several_visual_tokens_each_name_what_their_place_shows(tmp_path):
     torch.testing.assert_close(places.mean(dim=1), logits - 4.5, atol=2e-5, rtol=2e-5)
 
 
+def test_with_global_context_each_visual_token_names_the_whole_picture(tmp_path):
+    classifier = saved("resnet", tmp_path)
+    model, processor = begin(tmp_path, global_context=True, free_units=2)
+    count = processor.num_image_tokens(SIDE, SIDE)
+    pixels, seen = torch.randn(2, 3, SIDE, SIDE), []
+    model.bridge.linear_1.register_forward_hook(lambda layer, inputs, output: seen.append(output))
+    with torch.no_grad():
+        model.get_image_features(pixel_values=pixels)
+        logits = classifier(pixel_values=pixels).logits
+    (units,) = seen
+    assert units.shape == (2, count, 4 + 2) and count > 1
+    torch.testing.assert_close(units[..., :4], (logits - 4.5)[:, None].expand(-1, count, -1), atol=2e-5, rtol=2e-5)
+    assert units[..., 4:].std(dim=1).min() > 0  # free units see their own place
+
+
+@pytest.mark.parametrize(("kind", "reads"), [("vit", "the CLS feature"), ("convnext", "it behind a layer norm")])
+def test_global_context_is_an_average(kind, reads, tmp_path):
+    saved(kind, tmp_path)
+    with pytest.raises(ValueError, match=f"average over all patches, but the class head reads {reads}"):
+        begin(tmp_path, global_context=True)
+
+
 @pytest.mark.parametrize("kind", ["vit", "convnext"])
 def test_it_is_saved_loaded_and_moved_like_any_bridge(kind, tmp_path):
     saved(kind, tmp_path / "eye")

@@ -35,6 +35,7 @@ COMBINATIONS = [
     ({**ANYRES, "patch_merge_type": "flat", "vision_feature_select_strategy": "full"}, "llama"),
     ({**ANYRES, "patch_merge_type": "spatial", "pooling": "average", "pooling_factor": 2}, "llama"),
     ({"pooling": "pixel_shuffle", "pooling_factor": 2, "vision_feature_layer": [-1, -2]}, "llama"),
+    ({**ANYRES, "global_context": True}, "llama"),
 ]
 
 
@@ -204,6 +205,26 @@ def test_projectors(projector, depth, bias):
         hidden = hidden @ layer.weight.T + (layer.bias if bias else 0)
         hidden = hidden if index == depth else hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
     torch.testing.assert_close(model.bridge(patches), hidden)
+
+
+@pytest.mark.core
+def test_global_context_against_a_loop():
+    model, _ = tiny_model("mlp", global_context=True)
+    first, second = model.bridge.linear_1, model.bridge.linear_2
+    patches = torch.randn(2, 25, 32)
+    expected = []
+    for image in patches:
+        context = image.sum(dim=0) / 25
+        for patch in image:
+            hidden = first.weight[:, :32] @ patch + first.weight[:, 32:] @ context + first.bias
+            expected.append(second(torch.nn.functional.gelu(hidden)))
+    tokens = model.bridge(patches)
+    torch.testing.assert_close(tokens, torch.stack(expected).unflatten(0, (2, 25)))
+    patches[0, 3] += 1  # seen by all tokens of its image, and by no others
+    changed = (model.bridge(patches) != tokens).any(dim=-1)
+    assert changed[0].all() and not changed[1].any()
+    with pytest.raises(ValueError, match="global_context doubles the features' width"):
+        tiny_model("mlp", projector_type="identity", global_context=True)
 
 
 def test_identity_takes_features_as_they_are():
