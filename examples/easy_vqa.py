@@ -25,6 +25,7 @@ from transformers import AutoModel, AutoProcessor, Trainer, TrainerCallback, Tra
 import vlbridge
 from vlbridge import demo
 from vlbridge.compat import cache_argument, cache_of
+from vlbridge.prompts import later_states
 from vlbridge.training.training_easy_vqa import (
     COLORS,
     NEGATED,
@@ -89,6 +90,11 @@ def conversation(question: str, image=None) -> list[dict]:
     return [{"role": "user", "content": [picture, {"type": "text", "text": question}]}]
 
 
+def num_placeholders(processor) -> int:
+    """Places of a picture in the prompt: one for each visual token, or one where visual tokens are read beside it."""
+    return processor.num_multimodal_tokens(image_sizes=[processor.output_size()]).num_image_tokens[0]
+
+
 class PackedConversations(Dataset):
     """Per picture: its patch features and its packed questions.
 
@@ -109,7 +115,7 @@ class PackedConversations(Dataset):
         self.drawn = 0
         self.templates = yes_no_templates(examples)
         self.generator = torch.Generator().manual_seed(seed)
-        self.num_tokens = processor.num_image_tokens(*processor.output_size())
+        self.num_tokens = num_placeholders(processor)
         self.prompts: dict[str, list[int]] = {}
 
     def __len__(self) -> int:
@@ -164,7 +170,7 @@ def answer_all(model, processor, examples: list[Example], features: torch.Tensor
     What the conversations about one picture have in common, above all the picture, runs through the language model
     once.
     """
-    num_tokens, tokenizer = processor.num_image_tokens(*processor.output_size()), processor.tokenizer
+    num_tokens, tokenizer = num_placeholders(processor), processor.tokenizer
     answers = []
     for index, example in enumerate(tqdm(examples, desc="answering", unit="picture")):
         turns = [conversation(question) for question, _ in example.questions]
@@ -174,7 +180,8 @@ def answer_all(model, processor, examples: list[Example], features: torch.Tensor
         shared = min(common_prefix(prompts), min(map(len, prompts)) - 1)
         prefix = torch.tensor([prompts[0][:shared]], device=model.device)
         patch_features = features[index : index + 1].float().to(model.device)
-        cache = cache_of(model(input_ids=prefix, patch_features=patch_features, use_cache=True, logits_to_keep=1))
+        outputs = model(input_ids=prefix, patch_features=patch_features, use_cache=True, logits_to_keep=1)
+        cache, states = cache_of(outputs), later_states(model, outputs.visual_states)
         cache.batch_repeat_interleave(len(prompts))
         rest = tokenizer.pad({"input_ids": [prompt[shared:] for prompt in prompts]}, return_tensors="pt").to(
             model.device
@@ -185,6 +192,7 @@ def answer_all(model, processor, examples: list[Example], features: torch.Tensor
             ids,
             attention_mask=torch.cat([torch.ones_like(prefix), rest["attention_mask"]], dim=1),
             **cache_argument(cache),
+            **({} if states is None else {"visual_states": states}),
             do_sample=False,
             max_new_tokens=max_new_tokens,
         )[:, ids.shape[1] :]

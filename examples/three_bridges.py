@@ -30,7 +30,7 @@ from typing import Annotated
 import torch
 import typer
 from class_maps import SURE, UNSURE, Head, Maps, all_maps
-from easy_vqa import accuracies, answer_all, blind_baseline, conversation, encode, kind_of
+from easy_vqa import accuracies, answer_all, blind_baseline, conversation, encode, kind_of, num_placeholders
 from scenes import KINDS, Shape, ask, caption_of_scene, draw_scene, paint
 from torch.nn.utils import parametrize
 from tqdm import tqdm
@@ -406,7 +406,7 @@ class Questions:
         self.data, self.processor, self.steps, self.seed, self.dtype = data, processor, steps, seed, dtype
         self.begin = begin
         self.templates = yes_no_templates(data.easy)
-        self.num_tokens = processor.num_image_tokens(*processor.output_size())
+        self.num_tokens = num_placeholders(processor)
         self.prompts: dict[str, list[int]] = {}
         self.usable = data.usable.tolist()
 

@@ -16,6 +16,7 @@ from three_bridges import (
     NAMING,
     NEGATION,
     NOTHING,
+    OPTIONS,
     PLAIN,
     SHOWS,
     ClassRows,
@@ -136,11 +137,9 @@ def test_the_end_of_the_encoder_is_the_encoder(head):
 # ---------------------------------------------------------------------- training
 
 
-@pytest.fixture
-def questions(head, drawn):
-    model, processor = tiny_model("mlp")
-    dim = model.config.vision_feature_size
-    patches = model.config.num_image_tokens(*processor.output_size())
+def make_questions(head, drawn, bridge):
+    model, processor = tiny_model(bridge)
+    dim, patches = model.config.vision_feature_size, model.config.num_image_tokens(*processor.output_size())
     asked = [("what color is the shape?", "red"), ("what shape is it?", "circle"), ("is there a red shape?", "yes"),
              ("is there not a circle?", "no"), ("is there a circle?", "yes")]  # fmt: skip
     maps = Maps(torch.randn(3, patches, dim), torch.tensor([281, 504, 1]), torch.tensor([0.9, 0.8, 0.1]))
@@ -149,6 +148,19 @@ def questions(head, drawn):
         torch.randn(3, patches, dim), maps, head, lambda maps: maps, held_back=0,
     )  # fmt: skip
     return model, Questions(data, processor, 100, 0, torch.float32)
+
+
+@pytest.fixture
+def questions(head, drawn):
+    return make_questions(head, drawn, "mlp")
+
+
+@pytest.mark.parametrize("bridge", OPTIONS)
+def test_each_bridge_learns_from_a_step(head, drawn, bridge):
+    model, asked = make_questions(head, drawn, bridge)
+    model(**asked.step(0)).loss.backward()
+    grown = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert grown and all(name.startswith("bridge.") for name in grown)
 
 
 def test_a_step_is_a_function_of_its_number(questions):

@@ -320,9 +320,11 @@ def test_captions_are_what_questions_and_answers_tell(questions, caption):
     assert caption_of(Example(None, questions)) == caption
 
 
-@pytest.mark.parametrize("language", ["llama", "opt"])
-def test_answers_from_a_shared_prefix_are_those_of_each_question_alone(language):
-    model, processor = tiny_model("mlp", language)
+@pytest.mark.parametrize(
+    "parts", [("mlp", "llama"), ("mlp", "opt"), ("qformer", "llama"), ("perceiver", "llama")], ids="-".join
+)
+def test_answers_from_a_shared_prefix_are_those_of_each_question_alone(parts):
+    model, processor = tiny_model(*parts)
     examples = [
         Example(None, [("what is it?", "a"), ("is there a red circle in the image?", "b"), ("why", "c")]),
         Example(None, [("one question", "d")]),
