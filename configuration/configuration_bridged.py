@@ -86,7 +86,7 @@ class BridgedConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = [
         "cache", "past_key_values", "hidden_states", "attentions", "decoder_hidden_states", "decoder_attentions",
         "cross_attentions", "encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions",
-        "image_hidden_states", "visual_states",
+        "image_hidden_states", "visual_states", "token_losses",
     ]  # fmt: skip
     # Families that put visual tokens into the prompt count them; Flamingo conditions on them instead.
     visual_tokens_in_prompt: ClassVar[bool] = True
