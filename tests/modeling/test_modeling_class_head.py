@@ -172,16 +172,21 @@ def test_free_units_are_silent_and_learn():
     assert (wide.bridge.linear_2.weight.grad[:, 4:] != 0).any(dim=0).all()
 
 
-def test_several_visual_tokens_each_name_what_their_place_shows(tmp_path):
-    classifier = saved("resnet", tmp_path)
-    model, processor = begin(tmp_path, pooling="average", pooling_factor=2)
-    count = processor.num_image_tokens(SIDE, SIDE)
+def units_and_logits(model, classifier) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the first layer makes of two pictures, and what the classifier says of them."""
     pixels, seen = torch.randn(2, 3, SIDE, SIDE), []
     model.bridge.linear_1.register_forward_hook(lambda layer, inputs, output: seen.append(output))
     with torch.no_grad():
         model.get_image_features(pixel_values=pixels)
-        logits = classifier(pixel_values=pixels).logits
-    (places,) = seen  # the class head is linear: the mean of what it says of places is what it says of the picture
+        return seen[0], classifier(pixel_values=pixels).logits
+
+
+def test_several_visual_tokens_each_name_what_their_place_shows(tmp_path):
+    classifier = saved("resnet", tmp_path)
+    model, processor = begin(tmp_path, pooling="average", pooling_factor=2)
+    count = processor.num_image_tokens(SIDE, SIDE)
+    places, logits = units_and_logits(model, classifier)
+    # the class head is linear: the mean of what it says of places is what it says of the picture
     assert places.shape == (2, count, 4) and count > 1
     torch.testing.assert_close(places.mean(dim=1), logits - 4.5, atol=2e-5, rtol=2e-5)
 
@@ -190,12 +195,7 @@ def test_with_global_context_each_visual_token_names_the_whole_picture(tmp_path)
     classifier = saved("resnet", tmp_path)
     model, processor = begin(tmp_path, global_context=True, free_units=2)
     count = processor.num_image_tokens(SIDE, SIDE)
-    pixels, seen = torch.randn(2, 3, SIDE, SIDE), []
-    model.bridge.linear_1.register_forward_hook(lambda layer, inputs, output: seen.append(output))
-    with torch.no_grad():
-        model.get_image_features(pixel_values=pixels)
-        logits = classifier(pixel_values=pixels).logits
-    (units,) = seen
+    units, logits = units_and_logits(model, classifier)
     assert units.shape == (2, count, 4 + 2) and count > 1
     torch.testing.assert_close(units[..., :4], (logits - 4.5)[:, None].expand(-1, count, -1), atol=2e-5, rtol=2e-5)
     assert units[..., 4:].std(dim=1).min() > 0  # free units see their own place
