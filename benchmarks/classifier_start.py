@@ -3,9 +3,10 @@
     python benchmarks/classifier_start.py --output benchmarks/results/classifier_start.json
     python benchmarks/classifier_start.py --steps 4 --classifier-steps 40    # to try it
 
-Two small classifiers, a ResNet and a ViT, learn to tell the colour of squares on grey noise. Each of them is then the
-frozen encoder in front of a frozen language model, which has to name the colour: SmolLM2-135M-Instruct, or a Llama of
-four layers that was trained here on sentences about squares, with the same tokenizer.
+Two small classifiers, a ResNet and a ViT, learn to tell the colour of squares on grey noise. Their encoders are then
+frozen, and a bridge is trained between each of them and a frozen language model, which is asked for the colour. There
+are two language models: SmolLM2-135M-Instruct, and a Llama of four layers that is trained here on sentences about
+squares, with the same tokenizer.
 
 Both bridges have one visual token and the same number of hidden units, and see the same pictures in the same order,
 with the same learning rate. They differ by where they begin: at random, or at the classifier's head and the embeddings

@@ -465,8 +465,11 @@ class Questions:
         rng, data = random.Random(f"{self.seed}:{number}"), self.data
         progress = self.begin + (1 - self.begin) * number / self.steps
         samples = []
-        # (matched pairs, other questions) of each drawing
-        easy = [(0, 4)] * 4 if progress < NAMING else [(5, 1)] * 2 + [(0, 3)] if progress < NEGATION else [(3, 3)] * 2
+        easy = [(3, 3)] * 2  # matched pairs and other questions of each drawing
+        if progress < NAMING:
+            easy = [(0, 4)] * 4
+        elif progress < NEGATION:
+            easy = [(5, 1), (5, 1), (0, 3)]
         for kind in (*easy, "scene", *["photo"] * 9):
             if isinstance(kind, tuple):
                 pairs = []
