@@ -123,7 +123,7 @@ def _read(source: Path | str):
 
 
 def warn_of_photographs(model: str | None, picture, name: str) -> bool:
-    """Say on stderr that the embedded bridge can't know what a picture shows, unless it is a plain drawing.
+    """Say on stderr where the embedded bridge can't know what a picture shows.
 
     Args:
         model: As on the command line; other models than the embedded bridge may know anything.

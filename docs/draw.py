@@ -23,8 +23,13 @@ COLOURS = {
     "dark": {"ink": "#e6edf3", "soft": "#a6b0ba", "frozen": "#2a323c", "edge": "#6b7681", "bridge": "#f0883e",
              "on_bridge": "#1b1108", "text": "#6b7681", "line": "#a6b0ba"},
 }  # fmt: skip
-EXAMPLE = "zoo/assets/example.png"
-COMMANDS = [["caption", EXAMPLE], ["ask", EXAMPLE, "what color is the shape?"], ["ask", EXAMPLE, "is there a circle?"]]
+EXAMPLE, PHOTOGRAPH = "zoo/assets/example.png", "zoo/assets/photograph.jpg"
+COMMANDS = [
+    ["caption", EXAMPLE],
+    ["ask", EXAMPLE, "is there a circle?"],
+    ["caption", PHOTOGRAPH],
+    ["ask", PHOTOGRAPH, "what is this?"],
+]
 
 
 class Drawing:
@@ -136,7 +141,7 @@ def bridges(theme: str) -> str:
 
 
 def terminal() -> str:
-    """A terminal with the commands of the README, run now, and the picture that they are about."""
+    """A terminal with the commands of the README, run now, and the pictures that they are about."""
     lines = []
     for arguments in COMMANDS:
         done = subprocess.run(
@@ -144,17 +149,17 @@ def terminal() -> str:
         )
         words = " ".join(f'"{word}"' if " " in word else word for word in arguments)
         lines += [("command", f"vlbridge {words}"), ("answer", done.stdout.strip())]
-    picture = base64.b64encode((ROOT / EXAMPLE).read_bytes()).decode()
-    height = 62 + 24 * len(lines)
+    pictures = [base64.b64encode((ROOT / file).read_bytes()).decode() for file in (EXAMPLE, PHOTOGRAPH)]
+    height = 72 + 24 * len(lines)
     elements = [
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'viewBox="0 0 784 {height}" font-family="{MONO}" font-size="14" role="img">',
-        "<title>vlbridge captions a picture and answers two questions about it</title>",
+        "<title>vlbridge captions a drawing and a photograph, and answers questions about them</title>",
         f'<rect width="784" height="{height}" rx="10" fill="#161b22" stroke="#444c56"/>',
         *(f'<circle cx="{x}" cy="18" r="5.5" fill="{colour}"/>'
           for x, colour in ((20, "#ff5f57"), (38, "#febc2e"), (56, "#28c840"))),
-        f'<image x="624" y="36" width="140" height="140" xlink:href="data:image/png;base64,{picture}"/>',
-        '<text x="694" y="194" fill="#8b949e" font-size="12" text-anchor="middle">example.png</text>',
+        f'<image x="672" y="34" width="92" height="92" xlink:href="data:image/png;base64,{pictures[0]}"/>',
+        f'<image x="672" y="138" width="92" height="92" xlink:href="data:image/jpeg;base64,{pictures[1]}"/>',
     ]  # fmt: skip
     for number, (kind, words) in enumerate(lines):
         y = 56 + 24 * number

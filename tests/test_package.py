@@ -88,8 +88,8 @@ def test_the_wheel_holds_every_file(built):
     tasks = (ROOT / "evaluation" / "tasks").glob("*.yaml")
     assert {f"vlbridge/evaluation/tasks/{path.name}" for path in tasks} <= held
     assert "vlbridge/modeling/everyday_words.json" in held
-    bridge = ROOT / "zoo" / "assets" / "easy_vqa_mlp"
-    assert {f"vlbridge/assets/easy_vqa_mlp/{path.name}" for path in bridge.iterdir()} <= held
+    bridge = ROOT / "zoo" / "assets" / "embedded_mlp"
+    assert {f"vlbridge/assets/embedded_mlp/{path.name}" for path in bridge.iterdir()} <= held
     assert [name for name in held if name.startswith("vlbridge/model_cards/") and name.endswith(".md")] == [
         "vlbridge/model_cards/template.md"
     ]

@@ -5,7 +5,7 @@
 """
 
 from . import demo, hub  # noqa: F401  (both register with vlbridge.extensions)
-from .assets import default_model, example_picture
+from .assets import default_model, example_photograph, example_picture
 from .compat import warn_of_untested
 from .compose import compose
 from .configuration import (
@@ -72,6 +72,7 @@ __all__ = [
     "answer_with",
     "compose",
     "default_model",
+    "example_photograph",
     "example_picture",
     "rank_answers",
     "transplant",

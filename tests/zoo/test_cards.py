@@ -327,5 +327,5 @@ def test_the_hub_accepts_them(hub, committed):
 def test_the_example_of_the_shipped_bridge(committed, tmp_path, monkeypatch, capsys):
     shutil.copy(vlbridge.example_picture(), tmp_path / "picture.png")
     monkeypatch.chdir(tmp_path)
-    exec(example_of(ModelCard(committed["easy_vqa_mlp.md"])), {})
+    exec(example_of(ModelCard(committed["embedded_mlp.md"])), {})
     assert "triangle" in capsys.readouterr().out

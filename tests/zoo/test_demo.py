@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import vlbridge
 from vlbridge import demo
 
 
@@ -202,6 +203,7 @@ def test_concurrent_threads(fake):
 
 def test_concurrent_processes(fake):
     script = f"""
+import vlbridge
 from vlbridge import demo
 def convert(member, folder):
     folder.mkdir()
@@ -382,3 +384,18 @@ def test_drawings_are_told_from_photographs():
         stripes.paste(colour, (30 * number, 0, 30 * number + 30, 90))
     assert not any(demo.is_plain_drawing(picture) for picture in (noise, gradient, stripes))
     assert demo.is_plain_drawing(Image.new("1", (3, 5)))
+
+
+def test_bridges_that_name_photographs_warn_where_the_encoder_is_not_sure(monkeypatch):
+    noise = Image.effect_noise((80, 80), 90)
+    cat = Image.open(vlbridge.example_photograph())
+    (word, share), guess = demo.encoder_guess(noise), demo.encoder_guess(cat)
+    assert guess[0] == "cat" and share < demo.SURE < guess[1]
+    assert demo.photograph_warning(cat, "a.jpg") is None
+    found = demo.photograph_warning(noise, "a.jpg")
+    assert f'not sure what a.jpg shows, at best "{word}" ({share:.0%}): ' in found
+    assert found.endswith("then the same command with --model llava.")
+    monkeypatch.setattr(demo, "NAMES_PHOTOGRAPHS", ())
+    assert "a.jpg is not a drawing of one plain shape" in demo.photograph_warning(cat, "a.jpg")
+    assert demo.photograph_warning(Image.open(vlbridge.example_picture()), "a.png") is None
+    assert demo.photograph_warning(noise, "a.jpg", "me/other") is None

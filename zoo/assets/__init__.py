@@ -1,11 +1,11 @@
-"""Files that are shipped with the package: a trained bridge and an example picture."""
+"""Files that are shipped with the package: a trained bridge and two example pictures."""
 
 from pathlib import Path
 
 
 FOLDER = Path(__file__).parent
 EMBEDDED = "embedded"  # what the command line calls the first of them; each is also "embedded-mlp", ... by its family
-SHIPPED = {"mlp": "easy_vqa_mlp"}  # family and folder
+SHIPPED = {"mlp": "embedded_mlp"}  # family and folder
 
 
 def default_model(bridge: str = "mlp") -> str:
@@ -30,3 +30,8 @@ def embedded_models() -> dict[str, str]:
 def example_picture() -> str:
     """Path of a drawing that the shipped bridge can describe."""
     return str(FOLDER / "example.png")
+
+
+def example_photograph() -> str:
+    """Path of a photograph that the shipped MLP can name: a cat, from scikit-image's samples (CC0)."""
+    return str(FOLDER / "photograph.jpg")
