@@ -78,7 +78,7 @@ def clients(session: nox.Session) -> None:
 @nox.session(venv_backend="uv")
 def app(session: nox.Session) -> None:
     """The page of `vlbridge app` in the system's Chromium: `apt-get install chromium`."""
-    session.install("--editable", ".[app]", "playwright", "pytest", "pytest-timeout", "pyyaml")
+    session.install("--editable", ".[app,demo]", "playwright", "pytest", "pytest-timeout", "pyyaml")
     session.run("python", "-c", "import gradio, playwright")  # tests are skipped where these are missing
     tests = session.posargs or ["tests/zoo/test_app_page.py", "tests/zoo/test_app.py", "tests/cli/test_cli_page.py"]
     session.run("python", "-m", "pytest", "-q", *tests, env={"OMP_NUM_THREADS": "1"})
