@@ -8,9 +8,10 @@
     python examples/three_bridges.py evaluate --model FOLDER
 
 The data: easy-VQA's drawings of one shape; scenes of two to five shapes (`scenes.py`); and what the encoder would see
-in photographs of ImageNet's classes (`class_maps.py`). Each step has questions about drawings, a scene and photographs,
+in photographs of ImageNet's classes (`class_maps.py`). Each step of the MLP has questions about drawings, a scene and photographs,
 packed behind their visual tokens. The MLP begins as a bridge that knows drawings, beside the encoder's class head:
 yes/no questions are learned from drawings with many pairs about each (`easy_vqa.py`), and hardly at all from a mixture.
+So the other two, which begin with nothing, are asked about drawings alone.
 A run that was killed goes on where its last checkpoint was.
 """
 
@@ -106,7 +107,9 @@ NOTHING = "something I can't name"
 PHOTO_QUESTIONS = ("what is in the image?", "what does the photo show?", "what is this?")
 NUM_SCENES, NUM_TEST_SCENES, MAPS_PER_WORD = 3000, 300, 10
 CLASSES = 1000  # of the encoder's head
-WARM_UP_PICTURES = (16, 16, 40)  # drawings, scenes and photographs of a step without the language model
+DRAWINGS_ALONE = ("qformer", "perceiver")  # what these are asked about
+# Drawings, scenes and photographs of a step without the language model, for these and for the MLP
+WARM_UP_PICTURES = {True: (48, 8, 8), False: (16, 16, 40)}
 
 
 # ---------------------------------------------------------------------- data
@@ -294,7 +297,7 @@ def warm_up(model, data: Data, words: Words, steps: int, learning_rate: float, k
     ]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
-    bar, (num_easy, num_drawn, num_maps) = tqdm(range(steps), desc="warming up", unit="step"), WARM_UP_PICTURES
+    bar, (num_easy, num_drawn, num_maps) = tqdm(range(steps), desc="warming up", unit="step"), WARM_UP_PICTURES[not grid]
     for step in bar:
         one, two = torch.randint(len(easy_rows), (num_easy,)), torch.randint(len(drawn), (num_drawn,))
         three = data.usable[torch.randint(len(data.usable), (num_maps,))]
@@ -355,7 +358,7 @@ def read_out(model, probe, data: Data, words: Words, count: int = 256) -> dict[s
 # picture is then learned with three shapes and plain questions, and carries over to negated questions and to colours;
 # if everything is asked at once, it is not learned in several times as many steps.
 # A bridge that begins with drawings is asked everything from the beginning.
-NAMING, PLAIN, NEGATION = 0.13, 0.28, 0.4
+NAMING, PLAIN, NEGATION = 0.2, 0.35, 0.5
 
 
 class ClassRows(torch.nn.Module):
@@ -400,11 +403,14 @@ class Questions:
         seed: Of all that is drawn.
         dtype: Precision of the language model.
         begin: How far the run has come when it begins, from 0 to 1: what a bridge knows is not asked in stages.
+        alone: Ask about drawings of one shape alone, and always for the caption, which tells colour and shape.
     """
 
-    def __init__(self, data: Data, processor, steps: int, seed: int, dtype: torch.dtype, begin: float = 0.0):
+    def __init__(
+        self, data: Data, processor, steps: int, seed: int, dtype: torch.dtype, begin: float = 0.0, alone: bool = False
+    ):
         self.data, self.processor, self.steps, self.seed, self.dtype = data, processor, steps, seed, dtype
-        self.begin = begin
+        self.begin, self.alone = begin, alone
         self.templates = yes_no_templates(data.easy)
         self.num_tokens = num_placeholders(processor)
         self.prompts: dict[str, list[int]] = {}
@@ -427,7 +433,7 @@ class Questions:
         if caption:
             own.append((self.processor.caption_prompt, f"{SHOWS} {caption}."))
         if progress < NAMING:
-            own = [pair for pair in own if pair[1] not in ("yes", "no")] * 2
+            own = [pair for pair in own if pair[1] not in ("yes", "no")] * 2  # ends in the caption, too
         asked = []
         for _ in range(pairs if len(found) == 2 else 0):
             about = "{shape}" if progress < NEGATION else rng.choice(("{shape}", "{color}", "{color}"))
@@ -435,7 +441,8 @@ class Questions:
             if progress < PLAIN:
                 templates = [form for form in templates if not NEGATED.search(form)]
             asked += matched_pair(found, templates, lambda below: rng.randrange(below))
-        return list(dict.fromkeys(asked + rng.sample(own, min(others, len(own)))))
+        named = [own[-1]] if self.alone and caption else []
+        return list(dict.fromkeys(asked + named + rng.sample(own, min(others, len(own)))))
 
     def scene(self, index: int, progress: float, rng: random.Random, count: int) -> list[tuple[str, str]]:
         """The caption, and questions of every kind; first those about names."""
@@ -466,11 +473,14 @@ class Questions:
         progress = self.begin + (1 - self.begin) * number / self.steps
         samples = []
         easy = [(3, 3)] * 2  # matched pairs and other questions of each drawing
-        if progress < NAMING:
+        others = ["scene", *["photo"] * 9]
+        if self.alone:
+            easy, others = [(0, 8) if progress < NAMING else (4, 1) if progress < NEGATION else (3, 2)] * 3, []
+        elif progress < NAMING:
             easy = [(0, 4)] * 4
         elif progress < NEGATION:
             easy = [(5, 1), (5, 1), (0, 3)]
-        for kind in (*easy, "scene", *["photo"] * 9):
+        for kind in (*easy, *others):
             if isinstance(kind, tuple):
                 pairs = []
                 while not pairs:  # some have nothing but yes/no questions, and no shape or colour is told
@@ -665,8 +675,9 @@ def train(
         with replacing(warm) as file:
             torch.save(model.bridge.state_dict(), file)
     questions = Questions(
-        data, processor, steps, seed, model.language_model.dtype, begin=0.0 if drawings is None else NEGATION
-    )
+        data, processor, steps, seed, model.language_model.dtype, begin=0.0 if drawings is None else NEGATION,
+        alone=bridge in DRAWINGS_ALONE,
+    )  # fmt: skip
     if bridge == "mlp":
         parametrize.register_parametrization(model.bridge.linear_1, "weight", ClassRows())
         parametrize.register_parametrization(model.bridge.linear_2, "weight", SharedMap(words.table.shape[1]))
