@@ -58,9 +58,10 @@ def compare(
                 raise CommandError(f"{name}, {picture}: {one_line(text)}") from text
             said[picture][name] = text
         del model
-    for name, picture in pictures.items():
-        if any(warn_of_photographs(model, picture, name) for model in models):
-            break
+    for model in models:
+        for name, picture in pictures.items():
+            if warn_of_photographs(model, picture, name, of_several=len(models) > 1):
+                break  # once is enough
     width = max(map(len, models))
     for picture, answers in said.items():
         if as_json:

@@ -122,13 +122,14 @@ def _read(source: Path | str):
     return decode_image(sys.stdin.buffer.read(), "stdin") if source == "-" else read_image(source)
 
 
-def warn_of_photographs(model: str | None, picture, name: str) -> bool:
+def warn_of_photographs(model: str | None, picture, name: str, of_several: bool = False) -> bool:
     """Say on stderr where the embedded bridge can't know what a picture shows.
 
     Args:
         model: As on the command line; other models than the embedded bridge may know anything.
         picture: The picture, as Pillow has it.
         name: What the user calls it.
+        of_several: Say which model it is about.
 
     Returns:
         Whether there was something to say.
@@ -138,7 +139,7 @@ def warn_of_photographs(model: str | None, picture, name: str) -> bool:
     warning = demo.photograph_warning(picture, name, inference.model_source(model))
     if warning is None:
         return False
-    print_line(f"vlbridge: warning: {warning}", sys.stderr)
+    print_line(f"vlbridge: warning: {f'{model}: ' if of_several else ''}{warning}", sys.stderr)
     return True
 
 

@@ -1,7 +1,6 @@
-"""Train the shipped bridge on easy-VQA, and measure it.
+"""Train an MLP bridge on easy-VQA, from which the shipped one begins (`three_bridges.py`, which measures both).
 
-    python examples/easy_vqa.py train --output FOLDER
-    python examples/easy_vqa.py evaluate [--model FOLDER]
+    python examples/easy_vqa.py --output FOLDER
 
 Only the bridge is trained, so two things need not be done again and again: the encoder runs once per image (its patch
 features are kept), and all questions about one image share that image's tokens (they are packed into one row, each
@@ -10,7 +9,6 @@ seeing the image and itself only, so that every question is exactly what it woul
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -41,7 +39,6 @@ from vlbridge.training.training_features import FeatureCache
 from vlbridge.training.training_packing import PackedCollator, append_pairs, common_prefix
 
 
-app = typer.Typer(add_completion=False, help=__doc__.splitlines()[0])
 
 
 @dataclass(frozen=True)
@@ -267,7 +264,6 @@ class AnswerSomeQuestions(TrainerCallback):
         model.train()
 
 
-@app.command()
 def train(
     output: Path = typer.Option(..., help="Folder to write the bridge to."),
     steps: int = typer.Option(0, help="Only the curriculum's last ones (0: all), without the warm-up."),
@@ -330,35 +326,5 @@ def train(
     print(f"trained in {(time.time() - started) / 60:.1f} minutes, saved to {output}")
 
 
-@app.command()
-def evaluate(
-    model: str = typer.Option("", help="Hub id or folder; the shipped bridge by default."),
-    dtype: str = "float32",
-    limit: int = typer.Option(0, help="Ask about this many pictures only (0: all)."),
-    output: Path | None = typer.Option(None, help="Write the figures to this JSON file."),
-) -> None:
-    """Accuracy on the test split, beside the blind baseline."""
-    source = model or vlbridge.default_model()
-    bridged = AutoModel.from_pretrained(source, dtype=dtype).to("cuda" if torch.cuda.is_available() else "cpu")
-    processor = AutoProcessor.from_pretrained(source)
-    data = demo.easy_vqa_dir()
-    train_split, test_split = load_split(data, "train"), load_split(data, "test")[: limit or None]
-    started = time.time()
-    given = answer_all(bridged, processor, test_split, encode(bridged, processor, test_split))
-    accuracy, by_kind = accuracies(test_split, given)
-    figures = {
-        "questions": len(given),
-        "accuracy": round(accuracy, 4),
-        "blind_baseline": round(blind_baseline(train_split, test_split), 4),
-        "by_kind": {kind: round(share, 4) for kind, share in by_kind.items()},
-        "seconds": round(time.time() - started),
-        "dtype": dtype,
-        "device": str(bridged.device),
-    }
-    print(json.dumps(figures, indent=2))
-    if output is not None:
-        output.write_text(json.dumps(figures, indent=2) + "\n")
-
-
 if __name__ == "__main__":
-    app()
+    typer.run(train)

@@ -1,6 +1,6 @@
 """Train an MLP, a Q-Former and a Perceiver on the same data, and measure them.
 
-    python examples/easy_vqa.py train --output DRAWINGS
+    python examples/easy_vqa.py --output DRAWINGS
     python examples/three_bridges.py train mlp --drawings DRAWINGS --output FOLDER
     python examples/three_bridges.py stage1 --output STAGE1
     python examples/three_bridges.py train qformer --stage1 STAGE1 --output FOLDER
@@ -41,7 +41,7 @@ import vlbridge
 from vlbridge import demo
 from vlbridge.files import cache_dir, replacing, write_json
 from vlbridge.images import load_image
-from vlbridge.inference import answer
+from vlbridge.inference import BATCH_SIZE, answer
 from vlbridge.training.training_easy_vqa import (
     COLORS,
     NEGATED,
@@ -640,7 +640,7 @@ class Watch:
 def train(
     bridge: Annotated[str, typer.Argument(help="mlp, qformer or perceiver.")],
     output: Annotated[Path, typer.Option(help="Folder to write the bridge to.")],
-    drawings: Annotated[Path | None, typer.Option(help="Of the MLP: what `easy_vqa.py train` wrote.")] = None,
+    drawings: Annotated[Path | None, typer.Option(help="Of the MLP: what `easy_vqa.py` wrote.")] = None,
     stage1: Annotated[Path | None, typer.Option(help="Of the Q-Former: what `stage1` wrote.")] = None,
     steps: Annotated[int, typer.Option(help="With the language model.")] = 800,
     warm_up_steps: Annotated[int, typer.Option(help="Without the language model.")] = 400,
@@ -755,19 +755,22 @@ def photographs(folders: list[Path], model, processor, limit: int) -> dict:
     head, rows = Head(), []
     suffixes = (".png", ".jpg")
     files = [(folder, file) for folder in folders for file in sorted(folder.rglob("*")) if file.suffix in suffixes]
-    for folder, file in tqdm(files[: limit or None], desc="photographs", unit="picture"):
-        picture = load_image(file)
-        pixels = processor.image_processor([picture], return_tensors="pt")["pixel_values"]
-        sure, likeliest = head.network(pixels).softmax(dim=-1)[0].max(dim=-1)
-        said = answer(model, processor, [picture], PHOTO_QUESTIONS[0], max_new_tokens=10)[0]
-        caption = answer(model, processor, [picture], processor.caption_prompt, max_new_tokens=16)[0]
-        text = file.with_suffix(".txt")
-        shown = text.read_text(encoding="utf-8", errors="replace").splitlines()[0] if text.is_file() else None
-        word = head.names[int(head.word_of_class[likeliest])]
-        rows.append(
-            {"file": str(file.relative_to(folder)), "sure": round(float(sure), 3), "word": word, "said": said,
-             "caption": caption, "shown": shown}
-        )  # fmt: skip
+    files = files[: limit or None]
+    for start in tqdm(range(0, len(files), BATCH_SIZE), desc="photographs", unit="batch"):
+        batch = files[start : start + BATCH_SIZE]
+        pictures = [load_image(file) for _, file in batch]
+        pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        sure, likeliest = head.network(pixels).softmax(dim=-1).max(dim=-1)
+        said = answer(model, processor, pictures, PHOTO_QUESTIONS[0], max_new_tokens=10)
+        captions = answer(model, processor, pictures, processor.caption_prompt, max_new_tokens=16)
+        for (folder, file), share, index, one, caption in zip(batch, sure, likeliest, said, captions, strict=True):
+            text = file.with_suffix(".txt")
+            shown = text.read_text(encoding="utf-8", errors="replace").splitlines()[0] if text.is_file() else None
+            word = head.names[int(head.word_of_class[index])]
+            rows.append(
+                {"file": str(file.relative_to(folder)), "sure": round(float(share), 3), "word": word, "said": one,
+                 "caption": caption, "shown": shown}
+            )  # fmt: skip
     sure = [row for row in rows if row["sure"] > SURE]
     described = [row for row in sure if row["shown"]]
     unsure = [row for row in rows if row["sure"] < UNSURE]

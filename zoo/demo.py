@@ -460,12 +460,12 @@ def photograph_warning(
         if share >= SURE:
             return None
         reason = (
-            f"the embedded bridge is not sure what {name} shows, at best \"{word}\" ({share:.0%}): what it says may be "
-            "wrong."
+            f"{name}: the embedded bridge is not sure what this shows, at best \"{word}\" ({share:.0%}): what it says may "
+            "be wrong."
         )
     else:
         reason = (
-            f"{name} is not a drawing of one plain shape, and this embedded bridge knows nothing else: what it says "
+            f"{name}: this is not a drawing of one plain shape, and the embedded {family} knows nothing else: what it says "
             "means nothing."
         )
     return (

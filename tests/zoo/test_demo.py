@@ -393,9 +393,9 @@ def test_bridges_that_name_photographs_warn_where_the_encoder_is_not_sure(monkey
     assert guess[0] == "cat" and share < demo.SURE < guess[1]
     assert demo.photograph_warning(cat, "a.jpg") is None
     found = demo.photograph_warning(noise, "a.jpg")
-    assert f'not sure what a.jpg shows, at best "{word}" ({share:.0%}): ' in found
+    assert found.startswith(f'a.jpg: the embedded bridge is not sure what this shows, at best "{word}" ({share:.0%}): ')
     assert found.endswith("then the same command with --model llava.")
     monkeypatch.setattr(demo, "NAMES_PHOTOGRAPHS", ())
-    assert "a.jpg is not a drawing of one plain shape" in demo.photograph_warning(cat, "a.jpg")
+    assert "a.jpg: this is not a drawing of one plain shape, and the embedded mlp knows nothing else" in demo.photograph_warning(cat, "a.jpg")
     assert demo.photograph_warning(Image.open(vlbridge.example_picture()), "a.png") is None
     assert demo.photograph_warning(noise, "a.jpg", "me/other") is None
