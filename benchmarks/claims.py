@@ -3,9 +3,9 @@
     python benchmarks/claims.py --output benchmarks/results/claims.json      # about an hour on one CPU core
     python benchmarks/claims.py --claims gates --seeds 1 --steps 3 --reader-steps 3 --pictures 40    # to try it
 
-EfficientNet-Lite0 is the frozen encoder. The frozen language model is a Llama of 1.3 M parameters, the *reader*, that has
-learned from texts alone to answer questions about a caption before them, and to go on in the way of examples: what a
-bridge tells it in place of the caption, it can use. So bridges are trained in a minute, and a claim can have seeds.
+EfficientNet-Lite0 is the frozen encoder. The frozen language model is a Llama of 1.0 M parameters, the *reader*, that
+has learned from texts alone to answer questions about a caption before them, and to go on in the way of examples: what
+a bridge tells it in place of the caption, it can use. So bridges are trained in minutes, and a claim can have seeds.
 
 - gates: a Perceiver's tanh gates, which begin at 0, open during training (Flamingo, section 2.4);
 - stage1: a Q-Former that was trained in stage 1 learns stage 2 faster than a fresh one (BLIP-2, section 4.4);
@@ -93,7 +93,7 @@ def questions_about(shapes: list[Shape], rng: random.Random) -> list[tuple[str, 
 
 
 def read_text(rng: random.Random) -> str:
-    """A text for the reader: a caption and questions about it, or captions of single shapes and what is said of each."""
+    """A text for the reader: a caption and questions about it, or captions of single shapes and what is said of them."""
     if rng.random() < 0.3:
         task, said = rng.choice(TASKS), []
         for _ in range(MOST_SHOTS + 1):
@@ -171,7 +171,9 @@ class Bench:
             "train": scenes(cache_dir() / "scenes", pictures, "train"),
             "new": scenes(cache_dir() / "scenes_test", new, "test"),
         }
-        easy = [one for one in load_split(demo.easy_vqa_dir(), "train") if len(properties_of(one)) == 2][: pictures + new]
+        easy = [one for one in load_split(demo.easy_vqa_dir(), "train") if len(properties_of(one)) == 2][
+            : pictures + new
+        ]
         pictured = [*drawn["train"], *drawn["new"]]
         features = encode(model, processor, [*(Example(scene.image, []) for scene in pictured), *easy])
         self.scenes = {
@@ -209,6 +211,10 @@ class Bench:
             samples.append(self.sample(processor, known.features[place], pairs))
         return PackedCollator()(samples) if len(samples) == 1 else PackedCollator(max_tokens=256)(samples)
 
+    def learn(self, model, processor, rate: float, seed: int, look: Callable[[int], None] | None = None) -> list[float]:
+        """Train a bridge on questions about scenes, see `learn`."""
+        return learn(model, rate, self.steps, lambda number: self.batch(processor, number, seed), look)
+
     @torch.inference_mode()
     def right(self, model, processor) -> dict[str, float]:
         """Share of questions about new scenes whose answer is the likeliest, word for word, by kind; and of all."""
@@ -219,7 +225,9 @@ class Bench:
             batch = PackedCollator()([self.sample(processor, features, list(asked.values()))])
             wanted = batch["shift_labels"][0, :-1]
             logits = model(**{**batch, "labels": None, "shift_labels": None}).logits[0]
-            same = (logits[: len(wanted)].argmax(dim=-1) == wanted).view(len(asked), 2).all(dim=1)  # a word, and the end
+            same = (
+                (logits[: len(wanted)].argmax(dim=-1) == wanted).view(len(asked), 2).all(dim=1)
+            )  # a word, and the end
             for kind, hit in zip(asked, same.tolist()):
                 found[kind].append(hit)
         shares = {kind: round(statistics.mean(hits), 4) for kind, hits in found.items() if hits}
@@ -281,7 +289,7 @@ def gates(bench: Bench, seed: int) -> dict:
             opened.append([step, *(round(statistics.mean(abs(row[kind]) for row in tanh_gates(model)), 4)
                                    for kind in ("attention", "feed_forward"))])  # fmt: skip
 
-    losses = learn(model, RATES["perceiver"], bench.steps, lambda number: bench.batch(processor, number, seed), look)
+    losses = bench.learn(model, processor, RATES["perceiver"], seed, look)
     return {"opened": opened, "loss": last(losses), "right": bench.right(model, processor)}
 
 
@@ -324,7 +332,7 @@ def stage1(bench: Bench, seed: int) -> dict:
             if step in bench.looks:
                 reached.append([step, bench.right(model, processor)["all"]])
 
-        losses = learn(model, RATES["qformer"], bench.steps, lambda number: bench.batch(processor, number, seed), look)
+        losses = bench.learn(model, processor, RATES["qformer"], seed, look)
         found[name] = {"loss": last(losses), "right": reached}
     return found
 
@@ -342,7 +350,7 @@ def projector(bench: Bench, seed: int) -> dict:
     for kind in ("linear", "mlp2x_gelu"):
         set_seed(seed)
         model, processor = bench.compose("mlp", projector_type=kind)
-        losses = learn(model, RATES["mlp"], bench.steps, lambda number: bench.batch(processor, number, seed))
+        losses = bench.learn(model, processor, RATES["mlp"], seed)
         parameters = sum(parameter.numel() for parameter in model.bridge.parameters())
         found[kind] = {"loss": last(losses), "parameters": parameters, "right": bench.right(model, processor)}
     return found
@@ -436,7 +444,7 @@ def queries(bench: Bench, seed: int) -> dict:
     model, processor = bench.compose("qformer")
     some = bench.scenes["new"].features[:64].float()
     before = likeness(model.eval(), some)
-    learn(model, RATES["qformer"], bench.steps, lambda number: bench.batch(processor, number, seed))
+    bench.learn(model, processor, RATES["qformer"], seed)
     return {"before": before, "after": likeness(model, some), "right": bench.right(model, processor)}
 
 
@@ -446,7 +454,7 @@ def tokens(bench: Bench, seed: int) -> dict:
     for count in (1, 2, 4, 8, 16, 32):
         set_seed(seed)
         model, processor = bench.compose("qformer", qformer_config={"num_query_tokens": count})
-        losses = learn(model, RATES["qformer"], bench.steps, lambda number: bench.batch(processor, number, seed))
+        losses = bench.learn(model, processor, RATES["qformer"], seed)
         found[str(count)] = {"loss": last(losses), "right": bench.right(model, processor)}
     return found
 
@@ -455,7 +463,9 @@ CLAIMS = {one.__name__: one for one in (gates, stage1, projector, shots, queries
 
 
 def main(
-    output: Annotated[Path | None, typer.Option(help="JSON file with the figures; claims that it has are kept.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file with the figures; claims that it has are kept.")
+    ] = None,
     claims: Annotated[str, typer.Option(help="Which, with commas between.")] = ",".join(CLAIMS),
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each.")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Of each bridge, 16 pictures each.")] = 600,
@@ -465,7 +475,9 @@ def main(
 ) -> None:
     """Test claims, and write what came of it after each run."""
     if unknown := set(claims.split(",")) - set(CLAIMS):
-        raise typer.BadParameter(f"{', '.join(sorted(unknown))}; expected of {', '.join(CLAIMS)}", param_hint="--claims")
+        raise typer.BadParameter(
+            f"{', '.join(sorted(unknown))}; expected of {', '.join(CLAIMS)}", param_hint="--claims"
+        )
     transformers.logging.set_verbosity_error()
     reader = folder / "reader"
     report: dict = json.loads(output.read_text()) if output is not None and output.is_file() else {}

@@ -17,6 +17,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import re
 import statistics
 import sys
 import tempfile
@@ -26,27 +27,101 @@ from typing import Annotated
 import torch
 import transformers
 import typer
-from llava_projectors import ask, fit, naming
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
     set_seed,
 )
 
 import vlbridge
 from vlbridge import demo
-from vlbridge.training.training_easy_vqa import Example, load_split
+from vlbridge.training.training_easy_vqa import COLORS, SHAPES, Example, load_split, properties_of
+from vlbridge.training.training_packing import PackedCollator
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-from easy_vqa import encode, warm_up  # noqa: E402
+from easy_vqa import PackedConversations, Stage, accuracies, answer_all, encode, kind_of, warm_up  # noqa: E402
 
 
 ARMS = ("fresh", "transplanted", "fresh, warmed up")
 WINDOW = 5  # steps that a loss is the mean of
+
+
+# ---------------------------------------------------------------------- training and asking
+
+
+def naming_forms(examples: list[Example]) -> dict[str, list[str]]:
+    """All questions for a colour and for a shape that give nothing of it away."""
+    words = {*COLORS, *SHAPES}
+    forms: dict[str, set[str]] = {"color": set(), "shape": set()}
+    for example in examples:
+        for question, answer in example.questions:
+            if not words & set(re.findall(r"\w+", question)):
+                forms.get(kind_of(question, answer), set()).add(question)
+    return {kind: sorted(questions) for kind, questions in forms.items()}
+
+
+def naming(examples: list[Example]) -> dict[int, Example]:
+    """Every picture whose colour and shape are known, by its place, with every form of the questions for them."""
+    forms = naming_forms(examples)
+    found = {place: properties_of(example) for place, example in enumerate(examples)}
+    return {
+        place: Example(examples[place].image, [(question, known[kind]) for kind in forms for question in forms[kind]])
+        for place, known in found.items()
+        if len(known) == 2
+    }
+
+
+def fit(model, processor, examples: list[Example], patches: torch.Tensor, settings: dict, seed: int) -> list[float]:
+    """Train a bridge through its language model; the loss of every step."""
+    curriculum = [Stage(settings["steps"])]
+    dataset = PackedConversations(examples, patches, processor, settings["num_questions"], curriculum, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=settings["steps"],
+            per_device_train_batch_size=1,
+            learning_rate=settings["learning_rate"],
+            adam_beta2=0.95,
+            lr_scheduler_type="cosine",
+            warmup_steps=min(20, settings["steps"] // 5),
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            seed=seed,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+        )
+        trainer = Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=PackedCollator())
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        trainer.train()
+    return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def ask(model, processor, examples: list[Example], features: torch.Tensor) -> tuple[float, dict[str, float], int]:
+    """Ask each picture's own questions for colour and shape, with greedy answers.
+
+    Returns:
+        The accuracy, the accuracy of each kind of question, and the number of questions.
+    """
+    asked = {
+        place: [pair for pair in example.questions if kind_of(*pair) in ("color", "shape")]
+        for place, example in enumerate(examples)
+    }
+    places = [place for place, pairs in asked.items() if pairs]
+    test = [Example(examples[place].image, asked[place]) for place in places]
+    accuracy, by_kind = accuracies(test, answer_all(model.eval(), processor, test, features[places]))
+    return accuracy, by_kind, sum(map(len, asked.values()))
 
 
 # ---------------------------------------------------------------------- the other language model

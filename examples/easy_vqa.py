@@ -39,8 +39,6 @@ from vlbridge.training.training_features import FeatureCache
 from vlbridge.training.training_packing import PackedCollator, append_pairs, common_prefix
 
 
-
-
 @dataclass(frozen=True)
 class Stage:
     """A part of the curriculum.

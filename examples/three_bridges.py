@@ -8,8 +8,8 @@
     python examples/three_bridges.py evaluate --model FOLDER
 
 The data: easy-VQA's drawings of one shape; scenes of two to five shapes (`scenes.py`); and what the encoder would see
-in photographs of ImageNet's classes (`class_maps.py`). Each step of the MLP has questions about drawings, a scene and photographs,
-packed behind their visual tokens. The MLP begins as a bridge that knows drawings, beside the encoder's class head:
+in photographs of ImageNet's classes (`class_maps.py`). Each step of the MLP has questions about drawings, a scene and
+photographs, packed behind their visual tokens. The MLP begins as a bridge that knows drawings, beside the encoder's class head:
 yes/no questions are learned from drawings with many pairs about each (`easy_vqa.py`), and hardly at all from a mixture.
 So the other two, which begin with nothing, are asked about drawings alone.
 A run that was killed goes on where its last checkpoint was.
@@ -297,7 +297,10 @@ def warm_up(model, data: Data, words: Words, steps: int, learning_rate: float, k
     ]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
-    bar, (num_easy, num_drawn, num_maps) = tqdm(range(steps), desc="warming up", unit="step"), WARM_UP_PICTURES[not grid]
+    bar, (num_easy, num_drawn, num_maps) = (
+        tqdm(range(steps), desc="warming up", unit="step"),
+        WARM_UP_PICTURES[not grid],
+    )
     for step in bar:
         one, two = torch.randint(len(easy_rows), (num_easy,)), torch.randint(len(drawn), (num_drawn,))
         three = data.usable[torch.randint(len(data.usable), (num_maps,))]

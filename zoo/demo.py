@@ -460,7 +460,7 @@ def photograph_warning(
         if share >= SURE:
             return None
         reason = (
-            f"{name}: the embedded bridge is not sure what this shows, at best \"{word}\" ({share:.0%}): what it says may "
+            f'{name}: the embedded bridge is not sure what this shows, at best "{word}" ({share:.0%}): what it says may '
             "be wrong."
         )
     else:

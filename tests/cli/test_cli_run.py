@@ -394,7 +394,10 @@ class TestPhotographs:
         question = ["what is it?"] if command == ("ask",) else []
         result = run(*command, "pictures", *question)
         assert result.exit_code == 0 and len(result.stdout.splitlines()) == 5
-        assert result.stderr.count("warning") == 1 and "x.png: the embedded bridge is not sure what this shows" in result.stderr
+        assert (
+            result.stderr.count("warning") == 1
+            and "x.png: the embedded bridge is not sure what this shows" in result.stderr
+        )
         assert "vlbridge convert liuhaotian/llava-v1.5-7b llava" in result.stderr
 
     def test_nothing_is_said_of_drawings_and_of_other_models(self, stub, photographs):

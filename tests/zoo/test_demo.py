@@ -396,6 +396,9 @@ def test_bridges_that_name_photographs_warn_where_the_encoder_is_not_sure(monkey
     assert found.startswith(f'a.jpg: the embedded bridge is not sure what this shows, at best "{word}" ({share:.0%}): ')
     assert found.endswith("then the same command with --model llava.")
     monkeypatch.setattr(demo, "NAMES_PHOTOGRAPHS", ())
-    assert "a.jpg: this is not a drawing of one plain shape, and the embedded mlp knows nothing else" in demo.photograph_warning(cat, "a.jpg")
+    assert (
+        "a.jpg: this is not a drawing of one plain shape, and the embedded mlp knows nothing else"
+        in demo.photograph_warning(cat, "a.jpg")
+    )
     assert demo.photograph_warning(Image.open(vlbridge.example_picture()), "a.png") is None
     assert demo.photograph_warning(noise, "a.jpg", "me/other") is None
