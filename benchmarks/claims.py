@@ -93,7 +93,7 @@ def questions_about(shapes: list[Shape], rng: random.Random) -> list[tuple[str, 
 
 
 def read_text(rng: random.Random) -> str:
-    """A text for the reader: a caption and questions about it, or captions of single shapes and what is said of them."""
+    """A text for the reader: a caption and questions about it, or single shapes and what is said of each."""
     if rng.random() < 0.3:
         task, said = rng.choice(TASKS), []
         for _ in range(MOST_SHOTS + 1):

@@ -9,9 +9,9 @@
 
 The data: easy-VQA's drawings of one shape; scenes of two to five shapes (`scenes.py`); and what the encoder would see
 in photographs of ImageNet's classes (`class_maps.py`). Each step of the MLP has questions about drawings, a scene and
-photographs, packed behind their visual tokens. The MLP begins as a bridge that knows drawings, beside the encoder's class head:
-yes/no questions are learned from drawings with many pairs about each (`easy_vqa.py`), and hardly at all from a mixture.
-So the other two, which begin with nothing, are asked about drawings alone.
+photographs, packed behind their visual tokens. The MLP begins as a bridge that knows drawings, beside the encoder's
+class head: yes/no questions are learned from drawings with many pairs about each (`easy_vqa.py`), and hardly at all
+from a mixture. So the other two, which begin with nothing, are asked about drawings alone.
 A run that was killed goes on where its last checkpoint was.
 """
 

@@ -163,8 +163,10 @@ def test_public_names_are_in_the_reference():
         exported |= set(importlib.import_module(package).__all__)
     like_their_base = {name for name in exported if "Classification" in name}
     left = exported - listed - like_their_base
-    assert left == {"FAMILIES", "QFormerBlip2PreTrainingProcessor", "__version__", "default_model", "example_photograph",
-                    "example_picture", "BakeoffError", "TaskError", "task_names"}  # fmt: skip
+    assert left == {
+        "FAMILIES", "QFormerBlip2PreTrainingProcessor", "__version__", "default_model", "example_photograph",
+        "example_picture", "BakeoffError", "TaskError", "task_names",
+    }  # fmt: skip
 
 
 def test_the_table_of_memory_is_that_of_the_results():

@@ -460,13 +460,13 @@ def photograph_warning(
         if share >= SURE:
             return None
         reason = (
-            f'{name}: the embedded bridge is not sure what this shows, at best "{word}" ({share:.0%}): what it says may '
-            "be wrong."
+            f"{name}: the embedded bridge is not sure what this shows, at best '{word}' ({share:.0%}): what it says "
+            "may be wrong."
         )
     else:
         reason = (
-            f"{name}: this is not a drawing of one plain shape, and the embedded {family} knows nothing else: what it says "
-            "means nothing."
+            f"{name}: this is not a drawing of one plain shape, and the embedded {family} knows nothing else: what it "
+            "says means nothing."
         )
     return (
         f"{reason} A model for all photographs, on a GPU: vlbridge convert liuhaotian/llava-v1.5-7b llava, then "

@@ -393,7 +393,7 @@ def test_bridges_that_name_photographs_warn_where_the_encoder_is_not_sure(monkey
     assert guess[0] == "cat" and share < demo.SURE < guess[1]
     assert demo.photograph_warning(cat, "a.jpg") is None
     found = demo.photograph_warning(noise, "a.jpg")
-    assert found.startswith(f'a.jpg: the embedded bridge is not sure what this shows, at best "{word}" ({share:.0%}): ')
+    assert found.startswith(f"a.jpg: the embedded bridge is not sure what this shows, at best '{word}' ({share:.0%}): ")
     assert found.endswith("then the same command with --model llava.")
     monkeypatch.setattr(demo, "NAMES_PHOTOGRAPHS", ())
     assert (
