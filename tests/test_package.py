@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from vlbridge.assets import SHIPPED
+
 
 ROOT = Path(__file__).parent.parent
 SETUP = ConfigParser()
@@ -88,8 +90,10 @@ def test_the_wheel_holds_every_file(built):
     tasks = (ROOT / "evaluation" / "tasks").glob("*.yaml")
     assert {f"vlbridge/evaluation/tasks/{path.name}" for path in tasks} <= held
     assert "vlbridge/modeling/everyday_words.json" in held
-    bridge = ROOT / "zoo" / "assets" / "embedded_mlp"
-    assert {f"vlbridge/assets/embedded_mlp/{path.name}" for path in bridge.iterdir()} <= held
+    assert "vlbridge/assets/photograph.jpg" in held
+    for name in SHIPPED.values():
+        bridge = ROOT / "zoo" / "assets" / name
+        assert {f"vlbridge/assets/{name}/{path.name}" for path in bridge.iterdir()} <= held
     assert [name for name in held if name.startswith("vlbridge/model_cards/") and name.endswith(".md")] == [
         "vlbridge/model_cards/template.md"
     ]

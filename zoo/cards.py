@@ -1,6 +1,6 @@
 """Model cards: of a saved model from what lies in its folder, of a release from the catalogue.
 
-`python -m vlbridge.cards` writes those of the catalogue and of the shipped bridge to `model_cards/`.
+`python -m vlbridge.cards` writes those of the catalogue and of the shipped bridges to `model_cards/`.
 
 Licence identifiers and fields of the header are the Hub's: https://huggingface.co/docs/hub/model-cards and
 https://huggingface.co/docs/hub/repositories-licenses.
@@ -512,13 +512,14 @@ def card_of_release(release: Release) -> ModelCard:
 
 
 def committed_cards() -> dict[str, str]:
-    """The cards in `model_cards/`, by file name: every release of the catalogue and the shipped bridge."""
-    from .assets import default_model
+    """The cards in `model_cards/`, by file name: every release of the catalogue and the shipped bridges."""
+    from .assets import SHIPPED, default_model
 
-    folder = Path(default_model())
-    shipped = _render(_about_folder(folder, folder.name, "vlbridge.default_model()"))
     cards = {f"{release_title(release)}.md": card_of_release(release) for release in CATALOGUE.values()}
-    return {name: str(card) for name, card in {f"{folder.name}.md": shipped, **cards}.items()}
+    for family, name in SHIPPED.items():
+        place = f'vlbridge.default_model("{family}")'
+        cards[f"{name}.md"] = _render(_about_folder(Path(default_model(family)), name, place))
+    return {name: str(card) for name, card in cards.items()}
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoProcessor
 
 import vlbridge
 from vlbridge import cards
+from vlbridge.assets import SHIPPED
 from vlbridge.cards import card_of_folder, card_of_release
 from vlbridge.catalogue import CATALOGUE, find
 from vlbridge.licences import LICENCES, licence_conflicts, licence_of, strictest
@@ -277,7 +278,7 @@ def test_committed_cards_are_those_that_are_generated(committed):
     there.pop("template.md")
     assert sorted(there) == sorted(committed)
     assert [name for name in there if there[name] != committed[name]] == []
-    assert len(committed) == len(CATALOGUE) + 1
+    assert len(committed) == len(CATALOGUE) + len(SHIPPED)
 
 
 def test_committed_cards_are_complete(committed):
@@ -324,8 +325,9 @@ def test_the_hub_accepts_them(hub, committed):
         ModelCard("---\nlicense: 5\n---\n").validate()
 
 
-def test_the_example_of_the_shipped_bridge(committed, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("family", SHIPPED)
+def test_the_example_of_a_shipped_bridge(family, committed, tmp_path, monkeypatch, capsys):
     shutil.copy(vlbridge.example_picture(), tmp_path / "picture.png")
     monkeypatch.chdir(tmp_path)
-    exec(example_of(ModelCard(committed["embedded_mlp.md"])), {})
+    exec(example_of(ModelCard(committed[f"{SHIPPED[family]}.md"])), {})
     assert "triangle" in capsys.readouterr().out
