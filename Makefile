@@ -60,10 +60,10 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# about two hours on two CPU cores (half an hour for its evaluation); --dtype bfloat16 is faster on a CPU with AMX
+# about two and a half hours on two CPU cores (half an hour for its evaluation); --dtype bfloat16 is faster on a CPU with AMX
 train-demo: $(VENV)/.dev
 	$(BIN)/python examples/easy_vqa.py --output runs/drawings
-	$(BIN)/python examples/three_bridges.py train mlp --drawings runs/drawings --steps 340 --dtype float32 \
+	$(BIN)/python examples/three_bridges.py train mlp --drawings runs/drawings --steps 480 --dtype float32 \
 		--output zoo/assets/embedded_mlp
 
 # PHOTOS: folders of photographs to ask about too, each behind --photos

@@ -26,9 +26,9 @@ COLOURS = {
 EXAMPLE, PHOTOGRAPH = "zoo/assets/example.png", "zoo/assets/photograph.jpg"
 COMMANDS = [
     ["caption", EXAMPLE],
-    ["ask", EXAMPLE, "is there a circle?"],
     ["caption", PHOTOGRAPH],
-    ["ask", PHOTOGRAPH, "what is this?"],
+    ["ask", EXAMPLE, "what color is the shape?"],
+    ["ask", PHOTOGRAPH, "is there a dog in the image?"],
 ]
 
 

@@ -361,7 +361,7 @@ def read_out(model, probe, data: Data, words: Words, count: int = 256) -> dict[s
 # picture is then learned with three shapes and plain questions, and carries over to negated questions and to colours;
 # if everything is asked at once, it is not learned in several times as many steps.
 # A bridge that begins with drawings is asked everything from the beginning.
-NAMING, PLAIN, NEGATION = 0.2, 0.35, 0.5
+NAMING, PLAIN, NEGATION = 0.25, 0.4, 0.55
 
 
 class ClassRows(torch.nn.Module):
@@ -478,7 +478,9 @@ class Questions:
         easy = [(3, 3)] * 2  # matched pairs and other questions of each drawing
         others = ["scene", *["photo"] * 9]
         if self.alone:
-            easy, others = [(0, 8) if progress < NAMING else (4, 1) if progress < NEGATION else (3, 2)] * 3, []
+            easy, others = [(4, 1) if progress < NEGATION else (3, 2)] * 3, []
+            if progress < NAMING:
+                easy = [(0, 3)] * 8
         elif progress < NAMING:
             easy = [(0, 4)] * 4
         elif progress < NEGATION:

@@ -192,8 +192,7 @@ def test_what_is_asked_about_drawings_grows(questions):
 def test_bridges_that_begin_with_nothing_are_asked_about_drawings_alone(questions):
     _, asked = questions
     asked.alone = True
-    for number in (0, 99):
-        assert len(asked.step(number)["patch_features"]) == 3
+    assert [len(asked.step(number)["patch_features"]) for number in (0, 30, 99)] == [8, 3, 3]
     for progress in (0.0, 0.9):  # the caption is always among it
         pairs = asked.easy(0, progress, random.Random(1), 0, 1)
         assert (asked.processor.caption_prompt, f"{SHOWS} a red circle.") in pairs

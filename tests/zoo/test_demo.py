@@ -388,17 +388,17 @@ def test_drawings_are_told_from_photographs():
 
 def test_bridges_that_name_photographs_warn_where_the_encoder_is_not_sure(monkeypatch):
     noise = Image.effect_noise((80, 80), 90)
-    cat = Image.open(vlbridge.example_photograph())
-    (word, share), guess = demo.encoder_guess(noise), demo.encoder_guess(cat)
-    assert guess[0] == "cat" and share < demo.SURE < guess[1]
-    assert demo.photograph_warning(cat, "a.jpg") is None
+    cup = Image.open(vlbridge.example_photograph())
+    (word, share), guess = demo.encoder_guess(noise), demo.encoder_guess(cup)
+    assert guess[0] == "coffee" and share < demo.SURE < guess[1]
+    assert demo.photograph_warning(cup, "a.jpg") is None
     found = demo.photograph_warning(noise, "a.jpg")
     assert found.startswith(f"a.jpg: the embedded bridge is not sure what this shows, at best '{word}' ({share:.0%}): ")
     assert found.endswith("then the same command with --model llava.")
     monkeypatch.setattr(demo, "NAMES_PHOTOGRAPHS", ())
     assert (
         "a.jpg: this is not a drawing of one plain shape, and the embedded mlp knows nothing else"
-        in demo.photograph_warning(cat, "a.jpg")
+        in demo.photograph_warning(cup, "a.jpg")
     )
     assert demo.photograph_warning(Image.open(vlbridge.example_picture()), "a.png") is None
     assert demo.photograph_warning(noise, "a.jpg", "me/other") is None

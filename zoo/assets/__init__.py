@@ -33,5 +33,5 @@ def example_picture() -> str:
 
 
 def example_photograph() -> str:
-    """Path of a photograph that the shipped MLP can name: a cat, from scikit-image's samples (CC0)."""
+    """Path of a photograph that the shipped MLP can name: a cup of coffee, from scikit-image's samples (CC0)."""
     return str(FOLDER / "photograph.jpg")
