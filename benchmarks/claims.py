@@ -209,7 +209,7 @@ class Bench:
             shapes = known.shapes[place]
             pairs = [(".", caption_of_scene(shapes)), *questions_about(shapes, rng)]
             samples.append(self.sample(processor, known.features[place], pairs))
-        return PackedCollator()(samples) if len(samples) == 1 else PackedCollator(max_tokens=256)(samples)
+        return PackedCollator(max_tokens=256)(samples)
 
     def learn(self, model, processor, rate: float, seed: int, look: Callable[[int], None] | None = None) -> list[float]:
         """Train a bridge on questions about scenes, see `learn`."""
@@ -321,11 +321,14 @@ def stage1(bench: Bench, seed: int) -> dict:
     """Stage 2 from a fresh Q-Former, and from one of stage 1, which costs as many steps again."""
     folder = bench.reader.parent / f"stage1_{seed}"
     found = {"stage 1": train_stage1(bench, seed, folder)}
-    for name, options in (("fresh", {}), ("from stage 1", {"stage1": str(folder)})):
+    for name in ("fresh", "from stage 1"):
         set_seed(seed)
-        model, processor = bench.compose("qformer")
-        if options:
-            load_stage1(model, folder)
+        if name == "fresh":
+            model, processor = bench.compose("qformer")
+        else:
+            model, processor = vlbridge.QFormerBlip2ForConditionalGeneration.from_stage1(
+                folder, str(bench.reader), dtype=torch.float32
+            )
         reached = []
 
         def look(step: int, model=model, processor=processor, reached=reached) -> None:
@@ -335,13 +338,6 @@ def stage1(bench: Bench, seed: int) -> dict:
         losses = bench.learn(model, processor, RATES["qformer"], seed, look)
         found[name] = {"loss": last(losses), "right": reached}
     return found
-
-
-def load_stage1(model, folder: Path) -> None:
-    """Give a bridge the Q-Former of stage 1; what stage 2 adds stays fresh."""
-    trained = vlbridge.QFormerBlip2ForPreTraining.from_pretrained(folder).bridge.state_dict()
-    own = model.bridge.state_dict()
-    model.bridge.load_state_dict({name: trained.get(name, value) for name, value in own.items()})
 
 
 def projector(bench: Bench, seed: int) -> dict:
