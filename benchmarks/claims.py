@@ -238,8 +238,8 @@ class Bench:
             wanted = batch["shift_labels"][0, :-1]
             logits = model(**{**batch, "labels": None, "shift_labels": None}).logits[0]
             same = logits[: len(wanted)].argmax(dim=-1) == wanted
-            for kind, place in zip(COUNTS, (0, 2)):  # each is a word and the end
-                found[kind].append(same[place].item())
+            for kind, start in zip(COUNTS, (0, 2)):  # each is a word and the end
+                found[kind].append(same[start].item())
             for kind, ids in zip(TASKS, told):
                 found[kind] += same[torch.isin(wanted, torch.tensor(ids))].tolist()
         shares = {kind: round(statistics.mean(hits), 4) for kind, hits in found.items()}
