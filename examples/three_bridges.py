@@ -2,16 +2,16 @@
 
     python examples/easy_vqa.py --output DRAWINGS
     python examples/three_bridges.py train mlp --drawings DRAWINGS --output FOLDER
-    python examples/three_bridges.py stage1 --output STAGE1
-    python examples/three_bridges.py train qformer --stage1 STAGE1 --output FOLDER
-    python examples/three_bridges.py train perceiver --output FOLDER
+    python examples/three_bridges.py train qformer --output FOLDER --teacher MLP --steps 80
+    python examples/three_bridges.py train perceiver --output FOLDER --teacher MLP --steps 450
     python examples/three_bridges.py evaluate --model FOLDER
 
 The data: easy-VQA's drawings of one shape; scenes of two to five shapes (`scenes.py`); and what the encoder would see
 in photographs of ImageNet's classes (`class_maps.py`). Each step of the MLP has questions about drawings, a scene and
 photographs, packed behind their visual tokens. The MLP begins as a bridge that knows drawings, beside the encoder's
 class head: yes/no questions are learned from drawings with many pairs about each (`easy_vqa.py`), and hardly at all
-from a mixture. So the other two, which begin with nothing, are asked about drawings alone.
+from a mixture. The other two begin with what the MLP tells the language model (`imitation.py`), and are then asked
+about drawings alone. A Q-Former can also come from stage 1: `three_bridges.py stage1`, `train qformer --stage1`.
 A run that was killed goes on where its last checkpoint was.
 """
 
@@ -24,7 +24,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +32,7 @@ import torch
 import typer
 from class_maps import SURE, UNSURE, Head, Maps, all_maps
 from easy_vqa import accuracies, answer_all, blind_baseline, conversation, encode, kind_of, num_placeholders
+from imitation import Drawings, exemplars, imitate_layers, imitate_tokens, layer_states
 from scenes import KINDS, Shape, ask, caption_of_scene, draw_scene, paint
 from torch.nn.utils import parametrize
 from tqdm import tqdm
@@ -39,6 +40,7 @@ from transformers import AutoModel, AutoProcessor, set_seed
 
 import vlbridge
 from vlbridge import demo
+from vlbridge.assets import default_model
 from vlbridge.files import cache_dir, replacing, write_json
 from vlbridge.images import load_image
 from vlbridge.inference import BATCH_SIZE, answer
@@ -63,7 +65,7 @@ OPTIONS = {
     "qformer": {
         "vision_feature_layer": LAST,
         "qformer_config": {
-            "num_query_tokens": 16, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "num_query_tokens": 49, "hidden_size": 320, "num_hidden_layers": 4, "num_attention_heads": 5,
             "intermediate_size": 1024, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
         },
     },
@@ -74,13 +76,8 @@ OPTIONS = {
     },
 }  # fmt: skip
 # At first all gradients agree on the form of answers, and Adam's equal steps add up over a wide layer until the
-# picture's share is lost. So the form is learned first, by what knows no picture: what is added to every visual token,
-# or the Perceiver's feed-forward layers. Parameters, learning rate, and share of the steps:
-FORM = {
-    "mlp": (r"linear_2\.bias", 2e-3, 0.02),
-    "qformer": (r"language_projection\.bias", 2e-3, 0.08),
-    "perceiver": (r"cross_attention_layers\..*\.feed_forward\..*", 3e-4, 0.08),  # sees the text alone
-}
+# picture's share is lost. So an MLP learns the form first, by what is added to every visual token:
+FORM_RATE, FORM_SHARE = 2e-3, 0.02  # learning rate, and share of the steps
 # Learning rate and Adam's epsilon by part. With a small epsilon, the units of classes that are not shown would be moved
 # at full rate by next to nothing.
 RATES = {
@@ -95,10 +92,10 @@ RATES = {
     },
     "qformer": {
         "vision_layer_norm": (1e-4, 1e-8), "qformer": (1e-4, 1e-8), "language_projection.weight": (3e-4, 1e-8),
-        "language_projection.bias": (1e-3, 1e-8),
+        "language_projection.bias": (3e-4, 1e-8),
     },
     "perceiver": {
-        "token_rows": (5e-4, 1e-8), "resampler": (5e-5, 1e-8), "cross_attention_layers": (5e-4, 1e-8),
+        "token_rows": (5e-4, 1e-8), "resampler": (1e-4, 1e-8), "cross_attention_layers": (5e-4, 1e-8),
     },
 }  # fmt: skip
 # Stands before the visual tokens, and begins captions: a language model repeats what stands there by itself
@@ -107,9 +104,8 @@ NOTHING = "something I can't name"
 PHOTO_QUESTIONS = ("what is in the image?", "what does the photo show?", "what is this?")
 NUM_SCENES, NUM_TEST_SCENES, MAPS_PER_WORD = 3000, 300, 10
 CLASSES = 1000  # of the encoder's head
-DRAWINGS_ALONE = ("qformer", "perceiver")  # what these are asked about
-# Drawings, scenes and photographs of a step without the language model, for these and for the MLP
-WARM_UP_PICTURES = {True: (48, 8, 8), False: (16, 16, 40)}
+# Drawings, scenes and photographs of a step without the language model
+WARM_UP_PICTURES = {"perceiver_flamingo": (48, 8, 8), "mlp_llava": (16, 16, 40)}
 
 
 # ---------------------------------------------------------------------- data
@@ -299,7 +295,7 @@ def warm_up(model, data: Data, words: Words, steps: int, learning_rate: float, k
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
     bar, (num_easy, num_drawn, num_maps) = (
         tqdm(range(steps), desc="warming up", unit="step"),
-        WARM_UP_PICTURES[not grid],
+        WARM_UP_PICTURES[model.config.model_type],
     )
     for step in bar:
         one, two = torch.randint(len(easy_rows), (num_easy,)), torch.randint(len(drawn), (num_drawn,))
@@ -362,6 +358,10 @@ def read_out(model, probe, data: Data, words: Words, count: int = 256) -> dict[s
 # if everything is asked at once, it is not learned in several times as many steps.
 # A bridge that begins with drawings is asked everything from the beginning.
 NAMING, PLAIN, NEGATION = 0.25, 0.4, 0.55
+# A bridge that begins with what another tells is never asked to name alone, but in this share of its steps; and how far
+# the run has come when it begins
+NAMED = 0.4
+BEGIN = {"qformer": 0.9, "perceiver": NAMING}
 
 
 class ClassRows(torch.nn.Module):
@@ -478,9 +478,9 @@ class Questions:
         easy = [(3, 3)] * 2  # matched pairs and other questions of each drawing
         others = ["scene", *["photo"] * 9]
         if self.alone:
-            easy, others = [(4, 1) if progress < NEGATION else (3, 2)] * 3, []
-            if progress < NAMING:
-                easy = [(0, 3)] * 8
+            easy, others = [(4, 1)] * 3, []
+            if rng.random() < NAMED:
+                easy, progress = [(0, 3)] * 8, 0.0
         elif progress < NAMING:
             easy = [(0, 4)] * 4
         elif progress < NEGATION:
@@ -556,11 +556,9 @@ def learn(model, questions: Questions, output: Path, bridge: str, watch, every: 
     ]
     assert sum(len(group["params"]) for group in groups) == len(parameters), list(parameters)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-    part, form_rate, form_share = FORM[bridge]
-    form = torch.optim.AdamW(
-        [one for name, one in parameters.items() if re.fullmatch(part, name)], lr=form_rate, weight_decay=0.0
-    )
-    form_steps = int(form_share * steps)
+    form_steps = int(FORM_SHARE * steps) if bridge == "mlp" else 0
+    if form_steps:
+        form = torch.optim.AdamW([parameters["linear_2.bias"]], lr=FORM_RATE, weight_decay=0.0)
 
     def rate(step: int) -> float:
         return min(1.0, (step + 1) / (0.02 * steps), (steps - form_steps - step) / (0.4 * steps))
@@ -641,15 +639,36 @@ class Watch:
         return f"{shares}; scenes {sum(scene) / len(scene):.3f}; maps {sum(photo) / len(photo):.3f}"
 
 
+def imitate(model, processor, data: Data, folder: str, steps: int) -> None:
+    """Let a Q-Former or a Perceiver begin with what an MLP tells the language model, see `imitation.py`."""
+    teacher, its_processor = (
+        AutoModel.from_pretrained(folder, dtype=torch.float32),
+        AutoProcessor.from_pretrained(folder),
+    )
+    teacher.language_model.set_attn_implementation("eager")
+    drawings = Drawings(data, (processor.caption_prompt, SHOWS))
+    its_data = replace(data, read=reader(teacher, data.head))
+    best = exemplars(teacher, Questions(its_data, its_processor, 1, 0, torch.float32), drawings)
+    if model.config.model_type == "qformer_blip2":
+        imitate_tokens(model, teacher, data, best, drawings, steps, 5e-4)
+    else:
+        dtype = model.language_model.dtype
+        states = layer_states(model.float(), processor, best, drawings, per_thing=40)
+        imitate_layers(model, data, states, drawings, steps, (5e-4, 1e-4))
+        model.language_model.to(dtype)
+
+
 @app.command()
 def train(
     bridge: Annotated[str, typer.Argument(help="mlp, qformer or perceiver.")],
     output: Annotated[Path, typer.Option(help="Folder to write the bridge to.")],
     drawings: Annotated[Path | None, typer.Option(help="Of the MLP: what `easy_vqa.py` wrote.")] = None,
     stage1: Annotated[Path | None, typer.Option(help="Of the Q-Former: what `stage1` wrote.")] = None,
+    teacher: Annotated[str, typer.Option(help="Of the other two: the MLP that they begin like.")] = default_model(),
     steps: Annotated[int, typer.Option(help="With the language model.")] = 800,
-    warm_up_steps: Annotated[int, typer.Option(help="Without the language model.")] = 400,
+    warm_up_steps: Annotated[int, typer.Option(help="Without the language model; not for the Q-Former.")] = 400,
     warm_up_rate: float = 5e-4,
+    imitation_steps: Annotated[int, typer.Option(help="Of the other two: to begin like the MLP.")] = 900,
     dtype: Annotated[str, typer.Option(help="Of the language model: float32 on a CPU without AMX.")] = "bfloat16",
     seed: int = 0,
     limit: Annotated[int, typer.Option(help="Use this many pictures only, to try the program (0: all).")] = 0,
@@ -675,14 +694,16 @@ def train(
     model.train()
     if warm.is_file():
         model.bridge.load_state_dict(torch.load(warm, weights_only=True))
-    elif warm_up_steps:
-        warm_up(model, data, words, warm_up_steps, warm_up_rate, kept)
+    else:
+        if bridge != "qformer" and warm_up_steps:
+            warm_up(model, data, words, warm_up_steps, warm_up_rate, kept)
+        if bridge != "mlp" and imitation_steps:
+            imitate(model, processor, data, teacher, imitation_steps)
         with replacing(warm) as file:
             torch.save(model.bridge.state_dict(), file)
-    questions = Questions(
-        data, processor, steps, seed, model.language_model.dtype, begin=0.0 if drawings is None else NEGATION,
-        alone=bridge in DRAWINGS_ALONE,
-    )  # fmt: skip
+    alone = bridge != "mlp"
+    begin = BEGIN[bridge] if alone else 0.0 if drawings is None else NEGATION
+    questions = Questions(data, processor, steps, seed, model.language_model.dtype, begin=begin, alone=alone)
     if bridge == "mlp":
         parametrize.register_parametrization(model.bridge.linear_1, "weight", ClassRows())
         parametrize.register_parametrization(model.bridge.linear_2, "weight", SharedMap(words.table.shape[1]))

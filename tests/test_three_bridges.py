@@ -189,10 +189,11 @@ def test_what_is_asked_about_drawings_grows(questions):
     assert any(NEGATED.search(question) for question, _ in new) and any("red" not in question for question, _ in new)
 
 
-def test_bridges_that_begin_with_nothing_are_asked_about_drawings_alone(questions):
+def test_bridges_that_begin_like_another_are_asked_about_drawings_alone(questions):
     _, asked = questions
     asked.alone = True
-    assert [len(asked.step(number)["patch_features"]) for number in (0, 30, 99)] == [8, 3, 3]
+    counts = Counter(len(asked.step(number)["patch_features"]) for number in range(40))
+    assert set(counts) == {3, 8} and 8 <= counts[8] <= 24  # two fifths of the steps name what there is
     for progress in (0.0, 0.9):  # the caption is always among it
         pairs = asked.easy(0, progress, random.Random(1), 0, 1)
         assert (asked.processor.caption_prompt, f"{SHOWS} a red circle.") in pairs
