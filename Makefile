@@ -60,16 +60,20 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# about two and a half hours on two CPU cores (half an hour for its evaluation); --dtype bfloat16 is faster on a CPU with AMX
+# about three and a half hours on two CPU cores (and an hour for the evaluation); --dtype bfloat16 is faster on a CPU with AMX
 train-demo: $(VENV)/.dev
 	$(BIN)/python examples/easy_vqa.py --output runs/drawings
 	$(BIN)/python examples/three_bridges.py train mlp --drawings runs/drawings --steps 480 --dtype float32 \
 		--output zoo/assets/embedded_mlp
+	$(BIN)/python examples/three_bridges.py train qformer --steps 200 --dtype float32 \
+		--output zoo/assets/embedded_qformer
 
 # PHOTOS: folders of photographs to ask about too, each behind --photos
 evaluate-demo: $(VENV)/.dev
 	$(BIN)/python examples/three_bridges.py evaluate --model zoo/assets/embedded_mlp $(PHOTOS) \
 		--output benchmarks/results/embedded_mlp.json
+	$(BIN)/python examples/three_bridges.py evaluate --model zoo/assets/embedded_qformer \
+		--output benchmarks/results/embedded_qformer.json
 
 build: $(VENV)/.dev
 	$(BIN)/python -m build

@@ -1,18 +1,18 @@
-"""Files that are shipped with the package: a trained bridge and two example pictures."""
+"""Files that are shipped with the package: trained bridges and two example pictures."""
 
 from pathlib import Path
 
 
 FOLDER = Path(__file__).parent
 EMBEDDED = "embedded"  # what the command line calls the first of them; each is also "embedded-mlp", ... by its family
-SHIPPED = {"mlp": "embedded_mlp"}  # family and folder
+SHIPPED = {"mlp": "embedded_mlp", "qformer": "embedded_qformer"}  # family and folder
 
 
 def default_model(bridge: str = "mlp") -> str:
     """Folder of a shipped bridge from EfficientNet-Lite0 to SmolLM2-135M-Instruct.
 
     Args:
-        bridge: Its family; `"mlp"` is shipped.
+        bridge: Its family; `"mlp"` and `"qformer"` are shipped.
 
     Raises:
         ValueError: There is no such bridge.
@@ -28,7 +28,7 @@ def embedded_models() -> dict[str, str]:
 
 
 def example_picture() -> str:
-    """Path of a drawing that the shipped bridge can describe."""
+    """Path of a drawing that the shipped bridges can describe."""
     return str(FOLDER / "example.png")
 
 
