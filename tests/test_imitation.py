@@ -39,7 +39,9 @@ def make(bridge: str, **options):
     model, processor = tiny_model(bridge, **options)
     processor.chat_template = processor.chat_template.replace("<image>", f"{SHOWS}<image>")
     dim, patches = model.config.vision_feature_size, model.config.num_image_tokens(*processor.output_size())
-    if bridge != "mlp":
+    if bridge == "qformer":  # so that an MLP gives as many visual tokens of these maps
+        patches = model.config.qformer_config.num_query_tokens
+    elif bridge == "perceiver":
         patches = 9  # any number
     places = torch.arange(12) % 2
     pictures = torch.randn(2, patches, dim)[places] + 0.1 * torch.randn(12, patches, dim)  # what they show decides
@@ -79,10 +81,9 @@ def test_exemplars_are_those_that_are_answered_best():
 
 def test_a_qformer_learns_to_say_the_same():
     teacher, _, _ = make("mlp")
-    count = 9  # patches, and so visual tokens of an MLP
-    model, processor, data = make("qformer", qformer_config={"num_query_tokens": count})
+    model, processor, data = make("qformer")
     drawings = Drawings(data, (processor.caption_prompt, SHOWS))
-    best = torch.randn(2, count, teacher.config.text_config.hidden_size)
+    best = torch.randn(2, data.easy_maps.shape[1], teacher.config.text_config.hidden_size)
     monitored = data.easy_maps[:2]
 
     def away() -> float:
