@@ -4,8 +4,9 @@
     python benchmarks/claims.py --claims gates --seeds 1 --steps 3 --reader-steps 3 --pictures 40    # to try it
 
 EfficientNet-Lite0 is the frozen encoder. The frozen language model is a Llama of 1.0 M parameters, the *reader*, that
-has learned from texts alone to answer questions about a caption before them, and to go on in the way of examples: what
-a bridge tells it in place of the caption, it can use. So bridges are trained in minutes, and a claim can have seeds.
+has learned from texts alone to count what a caption before them names, to repeat the caption, and to go on in the way
+of examples: what a bridge tells it in place of the caption, it can use. So bridges are trained in minutes, and a claim
+can have seeds.
 
 - gates: a Perceiver's tanh gates, which begin at 0, open during training (Flamingo, section 2.4);
 - stage1: a Q-Former that was trained in stage 1 learns stage 2 faster than a fresh one (BLIP-2, section 4.4);
@@ -55,6 +56,7 @@ from vlbridge.training.training_packing import PackedCollator, append_pairs
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from easy_vqa import encode, num_placeholders  # noqa: E402
+from imitation import step_down  # noqa: E402
 from scenes import NUMBERS, Shape, ask, caption_of_scene, draw_scene  # noqa: E402
 from three_bridges import scenes  # noqa: E402
 
@@ -140,11 +142,7 @@ def make_reader(folder: Path, steps: int, seed: int = 0, batch_size: int = 32) -
             labels.append(torch.tensor([token if learned else -100 for tokens, learned in parts for token in tokens]))
         labels = pad_sequence(labels, batch_first=True, padding_value=-100)
         out = model(input_ids=pad_sequence(ids, batch_first=True), labels=labels)
-        out.loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        step_down(out.loss, [*model.parameters()], optimizer, schedule)
         wanted = labels[:, 1:]
         right.append((out.logits[:, :-1].argmax(dim=-1) == wanted)[wanted != -100].float().mean().item())
     model.eval().save_pretrained(folder)
@@ -265,11 +263,7 @@ def learn(model, steps: int, batch: Callable[[int], dict], look: Callable[[int],
     model.train()
     for number in range(steps):
         loss = model(**batch(number)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        step_down(loss, parameters, optimizer, schedule)
         losses.append(loss.item())
         if look is not None:
             model.eval()

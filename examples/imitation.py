@@ -10,7 +10,8 @@ the picture. But an MLP bridge has already found words for pictures that the lan
   change is known from the language model's hidden states with the exemplars and without, and each cross-attention
   layer learns its share of it by itself. The language model runs once about each question, and forward only.
 
-The language model's loss then takes hundreds of steps to do what it didn't do in thousands.
+Then come steps on the language model's loss. After 300 of them a Perceiver named 95 % of colours in new drawings; one
+that had only been warmed up named at most 23 %.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python examples/easy_vqa.py --output DRAWINGS
     python examples/three_bridges.py train mlp --drawings DRAWINGS --output FOLDER
-    python examples/three_bridges.py train qformer --output FOLDER --teacher MLP --steps 80
-    python examples/three_bridges.py train perceiver --output FOLDER --teacher MLP --steps 450
+    python examples/three_bridges.py train qformer --output FOLDER --steps 200
+    python examples/three_bridges.py train perceiver --output FOLDER --warm-up-steps 3000 --warm-up-rate 1e-3
     python examples/three_bridges.py evaluate --model FOLDER
 
 The data: easy-VQA's drawings of one shape; scenes of two to five shapes (`scenes.py`); and what the encoder would see
@@ -32,7 +32,7 @@ import torch
 import typer
 from class_maps import SURE, UNSURE, Head, Maps, all_maps
 from easy_vqa import accuracies, answer_all, blind_baseline, conversation, encode, kind_of, num_placeholders
-from imitation import Drawings, exemplars, imitate_layers, imitate_tokens, layer_states
+from imitation import Drawings, exemplars, imitate_layers, imitate_tokens, layer_states, step_down
 from scenes import KINDS, Shape, ask, caption_of_scene, draw_scene, paint
 from torch.nn.utils import parametrize
 from tqdm import tqdm
@@ -319,11 +319,7 @@ def warm_up(model, data: Data, words: Words, steps: int, learning_rate: float, k
             20 * near.flatten(0, 1), data.words[three][sure].repeat_interleave(count)
         )
         loss += away.mean() + 0.05 * (given.norm(dim=-1) / length - 1).square().mean() + NAMES * names_loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+        step_down(loss, parameters, optimizer, schedule)
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}", names=f"{names_loss.item():.3f}")
         if step % 200 == 199 or step == steps - 1:
@@ -641,10 +637,8 @@ class Watch:
 
 def imitate(model, processor, data: Data, folder: str, steps: int) -> None:
     """Let a Q-Former or a Perceiver begin with what an MLP tells the language model, see `imitation.py`."""
-    teacher, its_processor = (
-        AutoModel.from_pretrained(folder, dtype=torch.float32),
-        AutoProcessor.from_pretrained(folder),
-    )
+    teacher, its_processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    teacher.float()
     teacher.language_model.set_attn_implementation("eager")
     drawings = Drawings(data, (processor.caption_prompt, SHOWS))
     its_data = replace(data, read=reader(teacher, data.head))
@@ -701,9 +695,8 @@ def train(
             imitate(model, processor, data, teacher, imitation_steps)
         with replacing(warm) as file:
             torch.save(model.bridge.state_dict(), file)
-    alone = bridge != "mlp"
-    begin = BEGIN[bridge] if alone else 0.0 if drawings is None else NEGATION
-    questions = Questions(data, processor, steps, seed, model.language_model.dtype, begin=begin, alone=alone)
+    begin = BEGIN.get(bridge, 0.0 if drawings is None else NEGATION)
+    questions = Questions(data, processor, steps, seed, model.language_model.dtype, begin=begin, alone=bridge != "mlp")
     if bridge == "mlp":
         parametrize.register_parametrization(model.bridge.linear_1, "weight", ClassRows())
         parametrize.register_parametrization(model.bridge.linear_2, "weight", SharedMap(words.table.shape[1]))
@@ -756,11 +749,7 @@ def first_stage(
         inputs = processor(text=texts, padding=True, return_tensors="pt")
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             out = model(patch_features=features, image_ids=same, **inputs)
-        out.loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        step_down(out.loss, parameters, optimizer, schedule)
         losses = [*losses[-49:], (out.loss_itc.item(), out.loss_itm.item(), out.loss_itg.item())]
         if step % 20 == 0 or step == steps - 1:
             itc, itm, itg = (sum(values) / len(values) for values in zip(*losses))
